@@ -1,0 +1,240 @@
+"""The record a stage leaves beside its outputs: what makes a rerun skip, a resume safe and a model card honest."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from datetime import datetime, timezone
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+RECORD_NAME = "record.json"
+RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
+
+# Arguments that change where a stage writes or what it prints, never what it computes.
+_PRESENTATION_ARGUMENTS = {
+    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps", "logging_strategy",
+    "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "save_total_limit", "local_rank", "project", "trackio_space_id",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class StageRecord:
+    """
+    Args:
+        stage (`str`): Name of the stage.
+        fingerprint (`str`): Digest of the stage's name, changed arguments and inputs; equal fingerprints mean equal work.
+        arguments (`dict`): The arguments that differ from their defaults.
+        inputs (`dict[str, str]`): SHA-256 of every input, by argument name.
+        outputs (`dict[str, str]`): SHA-256 of every file written, by path relative to the output directory.
+        metrics (`dict`): What the stage measured.
+        details (`dict`): What a model card says besides (data statistics, encoder, number of parameters ...).
+        versions (`dict[str, str]`): Versions of Python and of the libraries.
+        hardware (`str`): Processor and accelerator.
+        seconds (`float`): Wall-clock time.
+        peak_memory_bytes (`int`): Largest resident size of the process so far (stages run by one `mmesid run` share a process).
+        finished_at (`str`): UTC time in ISO format.
+    """
+
+    stage: str
+    fingerprint: str
+    arguments: dict
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    metrics: dict
+    details: dict
+    versions: dict[str, str]
+    hardware: str
+    seconds: float
+    peak_memory_bytes: int
+    finished_at: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "StageRecord":
+        """Reads a record from a file, or from the `record.json` of a directory."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / RECORD_NAME
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def input_digest(path: str | os.PathLike) -> str:
+    """
+    SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other directory.
+
+    Raises:
+        FileNotFoundError: If the input does not exist.
+    """
+    path = Path(path)
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
+    if (path / RECORD_NAME).is_file():
+        return json_digest(StageRecord.load(path).outputs)
+    return json_digest({str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()})
+
+
+def changed_arguments(arguments) -> dict:
+    """The fields of a stage's arguments that differ from their defaults, as JSON values."""
+    required = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(arguments)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    current, default = (
+        value.to_dict() if isinstance(value, TrainingArguments) else dataclasses.asdict(value)
+        for value in (arguments, type(arguments)(**required))
+    )
+    changed = {name: value for name, value in current.items() if name in required or value != default[name]}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in changed.items()}
+
+
+class StageRun:
+    """
+    One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and puts them in
+    place together with the record only if the stage succeeds, so that a failure leaves earlier outputs untouched.
+
+    ```python
+    run = StageRun("sasrec", arguments, inputs={"prepared_dir": arguments.prepared_dir})
+    if run.is_up_to_date():
+        return
+    with run as staging:  # a pathlib.Path; only the main process may write to it
+        model.save_pretrained(staging)
+        run.metrics.update(metrics)
+    ```
+
+    Args:
+        stage (`str`): Name of the stage.
+        arguments (dataclass): The stage's arguments, with fields `output_dir` and `force`.
+        inputs (`dict[str, str | os.PathLike]`): Files and directories the stage reads, named by the argument they come from.
+        record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a directory.
+    """
+
+    def __init__(self, stage: str, arguments, inputs: dict[str, str | os.PathLike], record_name: str = RECORD_NAME):
+        self.stage = stage
+        self.output_dir = Path(arguments.output_dir)
+        self.force = arguments.force
+        self.record_path = self.output_dir / record_name
+        self.inputs = {name: input_digest(path) for name, path in inputs.items()}
+        self.arguments = {
+            name: value
+            for name, value in changed_arguments(arguments).items()
+            if name not in _PRESENTATION_ARGUMENTS and name not in inputs
+        }
+        self.fingerprint = json_digest([stage, self.arguments, self.inputs])
+        self.metrics: dict = {}
+        self.details: dict = {}
+        self.staging = self.output_dir / f".staging-{self.fingerprint[:16]}"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where a Trainer keeps its checkpoints: shared by runs that differ in the number of epochs alone, so that a longer one resumes."""
+        arguments = {name: value for name, value in self.arguments.items() if name != "num_train_epochs"}
+        return self.output_dir / "checkpoints" / json_digest([self.stage, arguments, self.inputs])[:16]
+
+    def is_up_to_date(self) -> bool:
+        """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when they have."""
+        current = False
+        if not self.force and self.record_path.is_file():
+            record = StageRecord.load(self.record_path)
+            present = all((self.output_dir / name).is_file() for name in record.outputs)
+            current = present and record.fingerprint == self.fingerprint
+        PartialState().wait_for_everyone()
+        if current and PartialState().is_main_process:
+            print(f"{self.stage}: '{self.record_path}' is up to date, skipped (--force true runs it again)", flush=True)
+        return current
+
+    def __enter__(self) -> Path:
+        self._start = time.perf_counter()
+        if PartialState().is_main_process:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir(parents=True)
+        PartialState().wait_for_everyone()
+        return self.staging
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            return
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            self._publish()
+        PartialState().wait_for_everyone()
+
+    def draft_record(self) -> StageRecord:
+        """The record as it stands, for a card that is written inside the stage."""
+        files = sorted(file for file in self.staging.rglob("*") if file.is_file())
+        return StageRecord(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            arguments=self.arguments,
+            inputs=self.inputs,
+            outputs={file.relative_to(self.staging).as_posix(): file_digest(file) for file in files},
+            metrics=self.metrics,
+            details=self.details,
+            versions={"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+            hardware=hardware(),
+            seconds=round(time.perf_counter() - self._start, 1),
+            peak_memory_bytes=peak_memory_bytes(),
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _publish(self) -> None:
+        record = self.draft_record()
+        outdated = set()
+        if self.record_path.is_file():
+            outdated = set(StageRecord.load(self.record_path).outputs) - set(record.outputs)
+            # Without a record nothing counts as up to date: a crash between two moves is repaired by the next run.
+            self.record_path.unlink()
+        for name in record.outputs:
+            target = self.output_dir / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.staging / name, target)
+        for name in outdated:
+            (self.output_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(self.staging)
+        write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path` so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def hardware() -> str:
+    device = PartialState().device
+    processor = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
+    return processor if device.type == "cpu" else f"{processor}, {PartialState().num_processes} x {device.type}"
