@@ -1,0 +1,104 @@
+"""Configuration of the multimodal residual quantizer."""
+
+import keyword
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+OBJECTIVES = ("distance", "paper", "mse", "mmd_mse")
+ALIGNMENTS = ("info_nce", "mmd")
+
+
+@strict
+class MMRQVAEConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MMRQVAEModel`]: the shape of its encoders, codebooks and decoders, and the loss that it returns.
+
+    Args:
+        modalities (`list[str]`, *optional*, defaults to `["collaborative", "text", "visual"]`):
+            Names of the modalities, in order; the first is the anchor of the alignment. Python identifiers.
+        embedding_dims (`list[int]`, *optional*, defaults to `[64, 1280, 1280]`):
+            Width of the embeddings of each modality, in the same order.
+        num_quantizers (`int`, *optional*, defaults to 4):
+            Residual levels, that is codes an item has in one modality.
+        codebook_size (`int`, *optional*, defaults to 256):
+            Codes a level chooses from.
+        codebook_dim (`int`, *optional*, defaults to 128):
+            Width of the quantized latent and of every code vector.
+        encoder_hidden_dims (`list[int]`, *optional*):
+            Widths of the hidden layers of every encoder, and in reverse of every decoder. An empty list makes both linear and keeps the
+            encoder at a fixed orthogonal projection, which cannot collapse. Defaults to `[]` for the objective `"distance"`, which needs
+            no more, and to `[512, 256]` for the others.
+        objective (`str`, *optional*, defaults to `"distance"`):
+            What the quantizer is trained for. `"distance"`: the distances between quantized items follow the distances between their
+            embeddings. `"paper"`: the multi-kernel MMD between embeddings and reconstructions. `"mse"`: their mean squared error.
+            `"mmd_mse"`: the sum of both.
+        objective_weight (`float`, *optional*, defaults to 3.0):
+            Weight of the objective.
+        codebook_loss_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the squared distance that pulls code vectors towards the residuals they stand for. Unused by the objective `"distance"`.
+        commitment_loss_weight (`float`, *optional*, defaults to 0.25):
+            Weight of the squared distance that pulls residuals towards their code vectors.
+        alignment (`str`, *optional*, defaults to `"info_nce"`):
+            Loss between the quantized anchor and every other quantized modality: `"info_nce"` or `"mmd"`.
+        alignment_loss_weight (`float`, *optional*, defaults to 0.01):
+            Weight of the alignment; 0 leaves it out.
+        alignment_temperature (`float`, *optional*, defaults to 0.1):
+            Temperature of the InfoNCE.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of code vectors before the k-means initialisation.
+    """
+
+    model_type = "mmrqvae"
+
+    modalities: list[str] | tuple[str, ...] = ("collaborative", "text", "visual")
+    embedding_dims: list[int] | tuple[int, ...] = (64, 1280, 1280)
+    num_quantizers: int = 4
+    codebook_size: int = 256
+    codebook_dim: int = 128
+    encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
+    objective: str = "distance"
+    objective_weight: float | int = 3.0
+    codebook_loss_weight: float | int = 1.0
+    commitment_loss_weight: float | int = 0.25
+    alignment: str = "info_nce"
+    alignment_loss_weight: float | int = 0.01
+    alignment_temperature: float | int = 0.1
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.encoder_hidden_dims is None:
+            self.encoder_hidden_dims = [] if self.objective == "distance" else [512, 256]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` with the name of the setting that is wrong."""
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}.")
+        for modality in self.modalities:
+            # Modules are stored under the name of their modality.
+            if not modality.isidentifier() or keyword.iskeyword(modality) or modality in dir(nn.ModuleDict):
+                raise ValueError(f"`modalities` holds '{modality}', which cannot name a modality; use another identifier.")
+        if len(self.embedding_dims) != len(self.modalities):
+            raise ValueError(
+                f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, got {list(self.embedding_dims)}."
+            )
+        positive = {"num_quantizers": self.num_quantizers, "codebook_size": self.codebook_size, "codebook_dim": self.codebook_dim}
+        positive |= {f"embedding_dims ({name})": width for name, width in zip(self.modalities, self.embedding_dims)}
+        positive |= {"encoder_hidden_dims": width for width in self.encoder_hidden_dims if width < 1}
+        positive |= {"alignment_temperature": self.alignment_temperature}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        for name in ("objective_weight", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got '{self.objective}'.")
+        if self.alignment not in ALIGNMENTS:
+            raise ValueError(f"`alignment` must be one of {', '.join(ALIGNMENTS)}, got '{self.alignment}'.")
+
+
+__all__ = ["MMRQVAEConfig"]

@@ -1,0 +1,111 @@
+"""The losses of the quantizer: pure functions of tensors."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def pairwise_squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distances `(n, m)` between the rows of `left` `(n, d)` and `right` `(m, d)`, from one matrix product."""
+    squares = left.square().sum(-1)[:, None] + right.square().sum(-1)[None]
+    return torch.addmm(squares, left, right.T, alpha=-2).clamp_min(0)
+
+
+def _kernel_sums(block: torch.Tensor, points: torch.Tensor, signs: torch.Tensor, bandwidth: torch.Tensor, kernels: int, factor: float):
+    distances = pairwise_squared_distances(block, points)
+    total = sum(torch.exp(-distances / (bandwidth * factor**kernel)) for kernel in range(kernels))
+    return total @ signs
+
+
+def mmd(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    kernel_count: int = 5,
+    kernel_factor: float = 2.0,
+    block_size: int = 1024,
+) -> torch.Tensor:
+    r"""
+    Squared maximum mean discrepancy between two sets under a sum of Gaussian kernels, in the biased estimate
+    \\(\overline{k(x, x')} + \overline{k(y, y')} - 2 \overline{k(x, y)}\\).
+
+    The kernels' bandwidths are `kernel_factor` apart, around the mean squared distance between the points of both sets together, which is
+    a constant to the gradient. Distances come from matrix products, block of rows by block of rows, and the kernels of a block are
+    computed again in the backward pass: memory is `block_size * (n + m)` for the kernels and `(n + m) * d` for the points.
+
+    Args:
+        source (`torch.Tensor` of shape `(n, d)`): First set.
+        target (`torch.Tensor` of shape `(m, d)`): Second set.
+        kernel_count (`int`, *optional*, defaults to 5): Number of kernels.
+        kernel_factor (`float`, *optional*, defaults to 2.0): Ratio between neighbouring bandwidths.
+        block_size (`int`, *optional*, defaults to 1024): Rows of the kernel matrix held at a time.
+
+    Returns:
+        `torch.Tensor`: A scalar in float32; 0 if either set is empty.
+    """
+    n, m = source.shape[0], target.shape[0]
+    with torch.autocast(source.device.type, enabled=False):
+        points = torch.cat([source, target]).float()
+        if n == 0 or m == 0:
+            return points.sum() * 0.0
+        # The kernels do not change under a common shift, and small numbers keep the products exact.
+        points = points - points.detach().mean(0)
+        with torch.no_grad():
+            # The sum of all pairwise squared distances of centred points is 2 * count * sum of squares.
+            bandwidth = 2 * points.square().sum() / (n + m - 1)
+            bandwidth = bandwidth.clamp_min(torch.finfo(torch.float32).tiny) / kernel_factor ** (kernel_count // 2)
+        signs = torch.cat([points.new_full((n,), 1.0 / n), points.new_full((m,), -1.0 / m)])
+        sums = [
+            checkpoint(_kernel_sums, block, points, signs, bandwidth, kernel_count, kernel_factor, use_reentrant=False)
+            for block in points.split(block_size)
+        ]
+        return signs @ torch.cat(sums)
+
+
+def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """
+    Symmetric in-batch InfoNCE between two views of the same items: the mean of the cross-entropies of finding an item's other view among
+    all, in both directions, by cosine similarity.
+
+    Args:
+        anchor (`torch.Tensor` of shape `(n, d)`): First view, one row an item.
+        other (`torch.Tensor` of shape `(n, d)`): Second view of the same items.
+        temperature (`float`, *optional*, defaults to 0.1): Divides the similarities.
+
+    Returns:
+        `torch.Tensor`: A scalar in float32; 0 if there is no item.
+    """
+    with torch.autocast(anchor.device.type, enabled=False):
+        anchor = nn.functional.normalize(anchor.float(), dim=-1)
+        other = nn.functional.normalize(other.float(), dim=-1)
+        if anchor.shape[0] == 0:
+            return (anchor.sum() + other.sum()) * 0.0
+        logits = anchor @ other.T / temperature
+        answers = torch.arange(logits.shape[0], device=logits.device)
+        return (nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, answers)) / 2
+
+
+def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """
+    One minus the mean, over the items of a batch, of the correlation between an item's distances to the others before and after
+    quantization. It does not change when the quantized space is scaled.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
+        quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
+
+    Returns:
+        `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing to correlate.
+    """
+    n = embeddings.shape[0]
+    with torch.autocast(embeddings.device.type, enabled=False):
+        embeddings, quantized = embeddings.float(), quantized.float()
+        if n < 3:
+            return quantized.sum() * 0.0
+        others = ~torch.eye(n, dtype=torch.bool, device=embeddings.device)
+        rows = []
+        for vectors in (embeddings, quantized):
+            # The floor keeps the root differentiable for two items that share all their codes.
+            squared = pairwise_squared_distances(vectors, vectors)[others].view(n, n - 1)
+            distances = squared.clamp_min(1e-6 * squared.detach().mean() + 1e-12).sqrt()
+            rows.append(nn.functional.normalize(distances - distances.mean(1, keepdim=True), dim=1))
+        return 1 - (rows[0] * rows[1]).sum(1).mean()

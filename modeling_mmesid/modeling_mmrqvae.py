@@ -1,0 +1,376 @@
+"""MM-RQ-VAE: one residual quantizer a modality, whose codes are an item's semantic ID."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_mmrqvae import MMRQVAEConfig
+from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squared_distances
+
+
+@dataclass
+class MMRQVAEEncoderOutput(ModelOutput):
+    """
+    Args:
+        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality):
+            Semantic IDs. Codes of an item that lacks the modality mean nothing.
+        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` a modality):
+            Sums of the code vectors.
+    """
+
+    codes: dict[str, torch.LongTensor] | None = None
+    quantized: dict[str, torch.FloatTensor] | None = None
+
+
+@dataclass
+class MMRQVAEOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            The weighted sum of the losses below.
+        objective_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            `config.objective`, summed over the modalities.
+        codebook_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities.
+        commitment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            Squared distance of residuals to (constant) code vectors, mean over levels, summed over the modalities.
+        alignment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            Alignment of the anchor with every other modality, summed.
+        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality):
+            Semantic IDs.
+        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` a modality):
+            Sums of the code vectors.
+        reconstructions (`dict[str, torch.FloatTensor]` of shape `(batch_size, embedding_dim)` a modality):
+            What the decoders make of the quantized vectors, in the space of the embeddings.
+    """
+
+    loss: torch.FloatTensor | None = None
+    objective_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    alignment_loss: torch.FloatTensor | None = None
+    codes: dict[str, torch.LongTensor] | None = None
+    quantized: dict[str, torch.FloatTensor] | None = None
+    reconstructions: dict[str, torch.FloatTensor] | None = None
+
+
+class MMRQVAEVectorQuantization(nn.Module):
+    """One level: chooses the nearest of its code vectors."""
+
+    def __init__(self, config: MMRQVAEConfig):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+        # A code must not depend on whether it was assigned under autocast.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return pairwise_squared_distances(hidden_states.float(), self.codebook.float()).argmin(-1)
+
+    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+        return nn.functional.embedding(codes, self.codebook)
+
+
+class MMRQVAEResidualVectorQuantizer(nn.Module):
+    """A stack of levels, each of which quantizes what the levels before it left."""
+
+    def __init__(self, config: MMRQVAEConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([MMRQVAEVectorQuantization(config) for _ in range(config.num_quantizers)])
+
+    def encode(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+        """Codes `(batch_size, num_quantizers)` of `hidden_states` `(batch_size, codebook_dim)`."""
+        residual, codes = hidden_states, []
+        for layer in self.layers:
+            codes.append(layer.encode(residual))
+            residual = residual - layer.decode(codes[-1])
+        return torch.stack(codes, -1)
+
+    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Sum `(batch_size, codebook_dim)` of the vectors that `codes` `(batch_size, num_quantizers)` choose."""
+        return sum(layer.decode(codes[:, level]) for level, layer in enumerate(self.layers))
+
+
+class MMRQVAEBranch(nn.Module):
+    """Encoder, codebooks and decoder of one modality."""
+
+    def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
+        super().__init__()
+        widths = [embedding_dim, *config.encoder_hidden_dims, config.codebook_dim]
+        self.encoder = _mlp(widths)
+        self.quantizer = MMRQVAEResidualVectorQuantizer(config)
+        self.decoder = _mlp(widths[::-1])
+        if not config.encoder_hidden_dims:
+            self.encoder.requires_grad_(False)
+        # Embeddings are shifted and scaled as a whole, which keeps their distances in proportion.
+        self.register_buffer("input_mean", torch.zeros(embedding_dim))
+        self.register_buffer("input_scale", torch.ones(()))
+
+    def standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return (embeddings.to(self.input_mean.dtype) - self.input_mean) / self.input_scale
+
+    def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Latents `(batch_size, codebook_dim)` before quantization."""
+        return self.encoder(self.standardize(embeddings))
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(quantized) * self.input_scale + self.input_mean
+
+
+def _mlp(widths: list[int]) -> nn.Sequential:
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class MMRQVAEPreTrainedModel(PreTrainedModel):
+    config: MMRQVAEConfig
+    base_model_prefix = "mmrqvae"
+    main_input_name = "embeddings"
+    # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.orthogonal_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MMRQVAEVectorQuantization):
+            init.normal_(module.codebook, std=self.config.initializer_range)
+        elif isinstance(module, MMRQVAEBranch):
+            init.zeros_(module.input_mean)
+            init.ones_(module.input_scale)
+
+
+class MMRQVAEModel(MMRQVAEPreTrainedModel):
+    r"""
+    Turns an item's embeddings into semantic IDs: `num_quantizers` codes a modality.
+
+    Every modality has an encoder, a stack of codebooks in which each level quantizes what the levels before it left, and a decoder. The
+    modalities meet in the alignment loss alone, so that an item may lack any of them.
+
+    Example:
+
+    ```python
+    >>> model = MMRQVAEModel.from_pretrained("quantizer")
+    >>> output = model.encode({"text": embeddings})  # (batch_size, embedding_dim)
+    >>> output.codes["text"]  # (batch_size, num_quantizers)
+    >>> model.decode(output.codes)["text"]  # (batch_size, embedding_dim)
+    ```
+    """
+
+    def __init__(self, config: MMRQVAEConfig):
+        super().__init__(config)
+        self.branches = nn.ModuleDict(
+            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims)}
+        )
+        self.post_init()
+
+    def code_vectors(self, modality: str) -> torch.Tensor:
+        """
+        The code vectors of one modality.
+
+        Args:
+            modality (`str`): One of `config.modalities`.
+
+        Returns:
+            `torch.Tensor` of shape `(num_quantizers, codebook_size, codebook_dim)`.
+
+        Raises:
+            ValueError: If the model does not have the modality.
+        """
+        return torch.stack([layer.codebook for layer in self._branch(modality).quantizer.layers])
+
+    def encode(
+        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ) -> MMRQVAEEncoderOutput:
+        """
+        Semantic IDs of items.
+
+        Args:
+            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality):
+                Any of the model's modalities.
+            present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` a modality, *optional*):
+                Which items have the modality; all of them by default. Rows of items that lack it are not looked at: their codes and
+                quantized vectors are those of the mean embedding.
+
+        Returns:
+            [`MMRQVAEEncoderOutput`].
+
+        Raises:
+            ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
+        """
+        codes, quantized = {}, {}
+        for modality, values in self._checked(embeddings, present).items():
+            branch = self.branches[modality]
+            codes[modality] = branch.quantizer.encode(branch.encode(values))
+            quantized[modality] = branch.quantizer.decode(codes[modality])
+        return MMRQVAEEncoderOutput(codes=codes, quantized=quantized)
+
+    def decode(self, codes: dict[str, torch.LongTensor]) -> dict[str, torch.Tensor]:
+        """
+        Embeddings that semantic IDs stand for.
+
+        Args:
+            codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality): Codes from 0 to `codebook_size - 1`.
+
+        Returns:
+            `dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality.
+
+        Raises:
+            ValueError: If a modality is unknown or its codes do not have one column a level.
+        """
+        reconstructions = {}
+        for modality, values in codes.items():
+            branch = self._branch(modality)
+            if values.dim() != 2 or values.shape[1] != self.config.num_quantizers:
+                raise ValueError(
+                    f"codes['{modality}'] must have shape (batch_size, {self.config.num_quantizers}), got {tuple(values.shape)}."
+                )
+            reconstructions[modality] = branch.decode(branch.quantizer.decode(values))
+        return reconstructions
+
+    def forward(
+        self,
+        embeddings: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor] | None = None,
+        return_loss: bool = True,
+    ) -> MMRQVAEOutput:
+        """
+        Args:
+            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality): Embeddings of the same items.
+            present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` a modality, *optional*):
+                Which items have the modality; all by default. The others take part in no loss.
+            return_loss (`bool`, *optional*, defaults to `True`): Whether to compute the losses.
+
+        Returns:
+            [`MMRQVAEOutput`].
+
+        Raises:
+            ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
+        """
+        embeddings = self._checked(embeddings, present)
+        codes, quantized, reconstructions, masks = {}, {}, {}, {}
+        objective, codebook, commitment = [], [], []
+        for modality, values in embeddings.items():
+            branch = self.branches[modality]
+            inputs = branch.standardize(values)
+            latents = branch.encoder(inputs)
+            codes[modality] = branch.quantizer.encode(latents)
+            quantized[modality] = branch.quantizer.decode(codes[modality])
+            mask = present[modality].bool() if present is not None else torch.ones_like(values[:, 0], dtype=torch.bool)
+            masks[modality] = mask
+            if self.config.objective == "distance":
+                # The decoder only reads the quantized vectors: what they are is for the distances to decide.
+                outputs = branch.decoder(quantized[modality].detach())
+                if return_loss:
+                    objective.append(distance_correlation_loss(inputs[mask], quantized[modality][mask]))
+                    objective.append(_mean_squared_error(outputs[mask], inputs[mask]))
+            else:
+                straight_through = latents + (quantized[modality] - latents).detach()
+                outputs = branch.decoder(straight_through)
+                if return_loss:
+                    objective.append(self._reconstruction_loss(outputs[mask], inputs[mask]))
+                    levels = self._level_losses(branch.quantizer, latents[mask], codes[modality][mask])
+                    codebook.append(levels[0])
+                    commitment.append(levels[1])
+                quantized[modality] = straight_through
+            reconstructions[modality] = outputs * branch.input_scale + branch.input_mean
+        output = MMRQVAEOutput(codes=codes, quantized=quantized, reconstructions=reconstructions)
+        if return_loss:
+            zero = self.branches[self.config.modalities[0]].input_scale.new_zeros(())
+            output.objective_loss = sum(objective, zero)
+            output.codebook_loss = sum(codebook, zero)
+            output.commitment_loss = sum(commitment, zero)
+            output.alignment_loss = self._alignment_loss(quantized, masks, zero)
+            output.loss = (
+                self.config.objective_weight * output.objective_loss
+                + self.config.codebook_loss_weight * output.codebook_loss
+                + self.config.commitment_loss_weight * output.commitment_loss
+                + self.config.alignment_loss_weight * output.alignment_loss
+            )
+        return output
+
+    def _branch(self, modality: str) -> MMRQVAEBranch:
+        if modality not in self.branches:
+            raise ValueError(f"Unknown modality '{modality}'; this quantizer has {', '.join(self.config.modalities)}.")
+        return self.branches[modality]
+
+    def _checked(self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """The embeddings in the order of the config, with the rows of items that lack the modality at the mean."""
+        checked = {}
+        for modality, values in embeddings.items():
+            self._branch(modality)
+        rows = {modality: values.shape[0] for modality, values in embeddings.items()}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"The embeddings of all modalities must have one row an item, got {rows} rows.")
+        for modality, width in zip(self.config.modalities, self.config.embedding_dims):
+            if modality not in embeddings:
+                continue
+            values, mean = embeddings[modality], self.branches[modality].input_mean
+            if values.dim() != 2 or values.shape[1] != width:
+                raise ValueError(f"embeddings['{modality}'] must have shape (batch_size, {width}), got {tuple(values.shape)}.")
+            if present is not None:
+                if modality not in present or present[modality].shape != values.shape[:1]:
+                    raise ValueError(f"present['{modality}'] must be given with shape ({values.shape[0]},), one value an item.")
+                values = torch.where(present[modality].bool()[:, None], values, mean.to(values.dtype))
+            finite = values.isfinite().all(-1)
+            if not finite.all():
+                raise ValueError(f"embeddings['{modality}'] holds NaN or infinity, first in row {int(finite.long().argmin())} of the batch.")
+            checked[modality] = values
+        return checked
+
+    def _reconstruction_loss(self, outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        if self.config.objective == "paper":
+            return mmd(outputs, inputs)
+        if self.config.objective == "mse":
+            return _mean_squared_error(outputs, inputs)
+        return mmd(outputs, inputs) + _mean_squared_error(outputs, inputs)
+
+    def _level_losses(
+        self, quantizer: MMRQVAEResidualVectorQuantizer, latents: torch.Tensor, codes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over levels of the squared distances that pull code vectors to residuals, and residuals to code vectors."""
+        residual, codebook, commitment = latents, [], []
+        for level, layer in enumerate(quantizer.layers):
+            vectors = layer.decode(codes[:, level])
+            codebook.append(_mean_squared_error(vectors, residual.detach()))
+            commitment.append(_mean_squared_error(residual, vectors.detach()))
+            residual = residual - vectors.detach()
+        return torch.stack(codebook).mean(), torch.stack(commitment).mean()
+
+    def _alignment_loss(
+        self, quantized: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], zero: torch.Tensor
+    ) -> torch.Tensor:
+        anchor, *others = self.config.modalities
+        if self.config.alignment_loss_weight == 0 or anchor not in quantized:
+            return zero
+        losses = []
+        for modality in others:
+            if modality not in quantized:
+                continue
+            both = masks[anchor] & masks[modality]
+            left, right = quantized[anchor][both], quantized[modality][both]
+            if self.config.alignment == "mmd":
+                losses.append(mmd(left, right))
+            else:
+                losses.append(info_nce(left, right, self.config.alignment_temperature))
+        return sum(losses, zero)
+
+
+def _mean_squared_error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Squared distance of rows, mean over the rows and divided by the width; 0 if there is no row."""
+    return (left.float() - right.float()).square().sum() / max(left.numel(), 1)
+
+
+__all__ = [
+    "MMRQVAEEncoderOutput",
+    "MMRQVAEModel",
+    "MMRQVAEOutput",
+    "MMRQVAEPreTrainedModel",
+]
