@@ -1,0 +1,34 @@
+# make quickstart   environment, dependencies, then the whole path on the bundled synthetic catalogue
+# make test         environment, dependencies, then lint and tests
+# PYTHON=python3.12 make test   picks the interpreter that .venv is made from
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/mmesid run examples/recipes/quickstart.yaml
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch goes first and under its pin: the resolver never sees a newer build and never downloads two.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "mmesid needs Python 3.11 or newer, and '$(PYTHON)' is not; name one with PYTHON=python3.11 make ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install -e '.[quickstart,test]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
