@@ -14,7 +14,8 @@ ALIGNMENTS = ("info_nce", "mmd")
 @strict
 class MMRQVAEConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MMRQVAEModel`]: the shape of its encoders, codebooks and decoders, and the loss that it returns.
+    Configuration of a [`MMRQVAEModel`]: the shape of its encoders, codebooks and decoders, and the loss that it
+    returns.
 
     Args:
         modalities (`list[str]`, *optional*, defaults to `["collaborative", "text", "visual"]`):
@@ -28,17 +29,18 @@ class MMRQVAEConfig(PreTrainedConfig):
         codebook_dim (`int`, *optional*, defaults to 128):
             Width of the quantized latent and of every code vector.
         encoder_hidden_dims (`list[int]`, *optional*):
-            Widths of the hidden layers of every encoder, and in reverse of every decoder. An empty list makes both linear and keeps the
-            encoder at a fixed orthogonal projection, which cannot collapse. Defaults to `[]` for the objective `"distance"`, which needs
-            no more, and to `[512, 256]` for the others.
+            Widths of the hidden layers of every encoder, and in reverse of every decoder. An empty list makes both
+            linear and keeps the encoder at a fixed orthogonal projection, which cannot collapse. Defaults to `[]` for
+            the objective `"distance"`, which needs no more, and to `[512, 256]` for the others.
         objective (`str`, *optional*, defaults to `"distance"`):
-            What the quantizer is trained for. `"distance"`: the distances between quantized items follow the distances between their
-            embeddings. `"paper"`: the multi-kernel MMD between embeddings and reconstructions. `"mse"`: their mean squared error.
-            `"mmd_mse"`: the sum of both.
+            What the quantizer is trained for. `"distance"`: the distances between quantized items follow the distances
+            between their embeddings. `"paper"`: the multi-kernel MMD between embeddings and reconstructions. `"mse"`:
+            their mean squared error. `"mmd_mse"`: the sum of both.
         objective_weight (`float`, *optional*, defaults to 3.0):
             Weight of the objective.
         codebook_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the squared distance that pulls code vectors towards the residuals they stand for. Unused by the objective `"distance"`.
+            Weight of the squared distance that pulls code vectors towards the residuals they stand for. Unused by the
+            objective `"distance"`.
         commitment_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the squared distance that pulls residuals towards their code vectors.
         alignment (`str`, *optional*, defaults to `"info_nce"`):
@@ -76,19 +78,28 @@ class MMRQVAEConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` with the name of the setting that is wrong."""
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
-            raise ValueError(f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}.")
+            raise ValueError(
+                f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}."
+            )
         for modality in self.modalities:
             # Modules are stored under the name of their modality.
             if not modality.isidentifier() or keyword.iskeyword(modality) or modality in dir(nn.ModuleDict):
-                raise ValueError(f"`modalities` holds '{modality}', which cannot name a modality; use another identifier.")
+                raise ValueError(
+                    f"`modalities` holds '{modality}', which cannot name a modality; use another identifier."
+                )
         if len(self.embedding_dims) != len(self.modalities):
             raise ValueError(
-                f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, got {list(self.embedding_dims)}."
+                f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, "
+                f"got {list(self.embedding_dims)}."
             )
-        positive = {"num_quantizers": self.num_quantizers, "codebook_size": self.codebook_size, "codebook_dim": self.codebook_dim}
-        positive |= {f"embedding_dims ({name})": width for name, width in zip(self.modalities, self.embedding_dims)}
-        positive |= {"encoder_hidden_dims": width for width in self.encoder_hidden_dims if width < 1}
-        positive |= {"alignment_temperature": self.alignment_temperature}
+        positive = {
+            "num_quantizers": self.num_quantizers,
+            "codebook_size": self.codebook_size,
+            "codebook_dim": self.codebook_dim,
+            "encoder_hidden_dims": min(self.encoder_hidden_dims, default=1),
+            "embedding_dims": min(self.embedding_dims),
+            "alignment_temperature": self.alignment_temperature,
+        }
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")

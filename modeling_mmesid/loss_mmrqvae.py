@@ -6,12 +6,20 @@ from torch.utils.checkpoint import checkpoint
 
 
 def pairwise_squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Squared Euclidean distances `(n, m)` between the rows of `left` `(n, d)` and `right` `(m, d)`, from one matrix product."""
+    """Squared Euclidean distances `(n, m)` between the rows of `left` `(n, d)` and `right` `(m, d)`, from one matrix
+    product."""
     squares = left.square().sum(-1)[:, None] + right.square().sum(-1)[None]
     return torch.addmm(squares, left, right.T, alpha=-2).clamp_min(0)
 
 
-def _kernel_sums(block: torch.Tensor, points: torch.Tensor, signs: torch.Tensor, bandwidth: torch.Tensor, kernels: int, factor: float):
+def _kernel_sums(
+    block: torch.Tensor,
+    points: torch.Tensor,
+    signs: torch.Tensor,
+    bandwidth: torch.Tensor,
+    kernels: int,
+    factor: float,
+):
     distances = pairwise_squared_distances(block, points)
     total = sum(torch.exp(-distances / (bandwidth * factor**kernel)) for kernel in range(kernels))
     return total @ signs
@@ -28,9 +36,10 @@ def mmd(
     Squared maximum mean discrepancy between two sets under a sum of Gaussian kernels, in the biased estimate
     \\(\overline{k(x, x')} + \overline{k(y, y')} - 2 \overline{k(x, y)}\\).
 
-    The kernels' bandwidths are `kernel_factor` apart, around the mean squared distance between the points of both sets together, which is
-    a constant to the gradient. Distances come from matrix products, block of rows by block of rows, and the kernels of a block are
-    computed again in the backward pass: memory is `block_size * (n + m)` for the kernels and `(n + m) * d` for the points.
+    The kernels' bandwidths are `kernel_factor` apart, around the mean squared distance between the points of both sets
+    together, which is a constant to the gradient. Distances come from matrix products, block of rows by block of rows,
+    and the kernels of a block are computed again in the backward pass: memory is `block_size * (n + m)` for the
+    kernels and `(n + m) * d` for the points.
 
     Args:
         source (`torch.Tensor` of shape `(n, d)`): First set.
@@ -63,8 +72,8 @@ def mmd(
 
 def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """
-    Symmetric in-batch InfoNCE between two views of the same items: the mean of the cross-entropies of finding an item's other view among
-    all, in both directions, by cosine similarity.
+    Symmetric in-batch InfoNCE between two views of the same items: the mean of the cross-entropies of finding an
+    item's other view among all, in both directions, by cosine similarity.
 
     Args:
         anchor (`torch.Tensor` of shape `(n, d)`): First view, one row an item.
@@ -86,15 +95,16 @@ def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1
 
 def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """
-    One minus the mean, over the items of a batch, of the correlation between an item's distances to the others before and after
-    quantization. It does not change when the quantized space is scaled.
+    One minus the mean, over the items of a batch, of the correlation between an item's distances to the others before
+    and after quantization. It does not change when the quantized space is scaled.
 
     Args:
         embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
         quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
 
     Returns:
-        `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing to correlate.
+        `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing
+        to correlate.
     """
     n = embeddings.shape[0]
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -151,8 +151,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     r"""
     Turns an item's embeddings into semantic IDs: `num_quantizers` codes a modality.
 
-    Every modality has an encoder, a stack of codebooks in which each level quantizes what the levels before it left, and a decoder. The
-    modalities meet in the alignment loss alone, so that an item may lack any of them.
+    Every modality has an encoder, a stack of codebooks in which each level quantizes what the levels before it left,
+    and a decoder. The modalities meet in the alignment loss alone, so that an item may lack any of them.
 
     Example:
 
@@ -196,8 +196,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality):
                 Any of the model's modalities.
             present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` a modality, *optional*):
-                Which items have the modality; all of them by default. Rows of items that lack it are not looked at: their codes and
-                quantized vectors are those of the mean embedding.
+                Which items have the modality; all of them by default. Rows of items that lack it are not looked at:
+                their codes and quantized vectors are those of the mean embedding.
 
         Returns:
             [`MMRQVAEEncoderOutput`].
@@ -217,7 +217,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         Embeddings that semantic IDs stand for.
 
         Args:
-            codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality): Codes from 0 to `codebook_size - 1`.
+            codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality): Codes from 0 to
+                `codebook_size - 1`.
 
         Returns:
             `dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality.
@@ -230,7 +231,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             branch = self._branch(modality)
             if values.dim() != 2 or values.shape[1] != self.config.num_quantizers:
                 raise ValueError(
-                    f"codes['{modality}'] must have shape (batch_size, {self.config.num_quantizers}), got {tuple(values.shape)}."
+                    f"codes['{modality}'] must have shape (batch_size, {self.config.num_quantizers}), "
+                    f"got {tuple(values.shape)}."
                 )
             reconstructions[modality] = branch.decode(branch.quantizer.decode(values))
         return reconstructions
@@ -243,7 +245,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     ) -> MMRQVAEOutput:
         """
         Args:
-            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality): Embeddings of the same items.
+            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` a modality): Embeddings of the
+                same items.
             present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` a modality, *optional*):
                 Which items have the modality; all by default. The others take part in no loss.
             return_loss (`bool`, *optional*, defaults to `True`): Whether to compute the losses.
@@ -301,10 +304,12 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             raise ValueError(f"Unknown modality '{modality}'; this quantizer has {', '.join(self.config.modalities)}.")
         return self.branches[modality]
 
-    def _checked(self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def _checked(
+        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
         """The embeddings in the order of the config, with the rows of items that lack the modality at the mean."""
         checked = {}
-        for modality, values in embeddings.items():
+        for modality in embeddings:
             self._branch(modality)
         rows = {modality: values.shape[0] for modality, values in embeddings.items()}
         if len(set(rows.values())) > 1:
@@ -314,14 +319,21 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                 continue
             values, mean = embeddings[modality], self.branches[modality].input_mean
             if values.dim() != 2 or values.shape[1] != width:
-                raise ValueError(f"embeddings['{modality}'] must have shape (batch_size, {width}), got {tuple(values.shape)}.")
+                raise ValueError(
+                    f"embeddings['{modality}'] must have shape (batch_size, {width}), got {tuple(values.shape)}."
+                )
             if present is not None:
                 if modality not in present or present[modality].shape != values.shape[:1]:
-                    raise ValueError(f"present['{modality}'] must be given with shape ({values.shape[0]},), one value an item.")
+                    raise ValueError(
+                        f"present['{modality}'] must be given with shape ({values.shape[0]},), one value an item."
+                    )
                 values = torch.where(present[modality].bool()[:, None], values, mean.to(values.dtype))
             finite = values.isfinite().all(-1)
             if not finite.all():
-                raise ValueError(f"embeddings['{modality}'] holds NaN or infinity, first in row {int(finite.long().argmin())} of the batch.")
+                raise ValueError(
+                    f"embeddings['{modality}'] holds NaN or infinity, "
+                    f"first in row {int(finite.long().argmin())} of the batch."
+                )
             checked[modality] = values
         return checked
 
@@ -335,7 +347,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     def _level_losses(
         self, quantizer: MMRQVAEResidualVectorQuantizer, latents: torch.Tensor, codes: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over levels of the squared distances that pull code vectors to residuals, and residuals to code vectors."""
+        """Mean over levels of the squared distances that pull code vectors to residuals, and residuals to code
+        vectors."""
         residual, codebook, commitment = latents, [], []
         for level, layer in enumerate(quantizer.layers):
             vectors = layer.decode(codes[:, level])

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -23,21 +24,111 @@ class StageTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Directory the stage writes to."})
     force: bool = field(default=False, metadata={"help": "Run the stage even if its outputs are up to date."})
     resume: bool = field(
-        default=True, metadata={"help": "Continue from the last checkpoint of an interrupted run with the same settings and inputs."}
+        default=True,
+        metadata={
+            "help": "Continue from the last checkpoint of an interrupted run with the same settings and inputs."
+        },
     )
     early_stopping_patience: int = field(
-        default=5, metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`; 0 never stops."}
+        default=5,
+        metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`; 0 never stops."},
     )
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Users (quantize: items) a device trains on in one step."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users (quantize: items) a device evaluates at a time."})
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Users (quantize: items) a device trains on in one step."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Users (quantize: items) a device evaluates at a time."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint: no, steps or epoch."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the training loss: no, steps or epoch."})
+    logging_strategy: str = field(
+        default="epoch", metadata={"help": "When to log the training loss: no, steps or epoch."}
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept besides the best one."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint that is best on validation, not the last."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "Validation metric that chooses the checkpoint."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger `metric_for_best_model` is better."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Save the checkpoint that is best on validation, not the last."}
+    )
+    metric_for_best_model: str | None = field(
+        default="ndcg@10", metadata={"help": "Validation metric that chooses the checkpoint."}
+    )
+    greater_is_better: bool | None = field(
+        default=True, metadata={"help": "Whether a larger `metric_for_best_model` is better."}
+    )
+
+
+@dataclass(kw_only=True)
+class SASRecArguments(StageTrainingArguments):
+    """Train SASRec, whose item embeddings are the collaborative modality."""
+
+    prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
+    num_train_epochs: float = field(
+        default=60, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Width of the item embeddings."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Number of self-attention blocks."})
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of a block."})
+    max_history: int = field(
+        default=50, metadata={"help": "Longest history; of a longer one the latest items are read."}
+    )
+    embedding_dropout: float = field(default=0.5, metadata={"help": "Dropout on item embeddings."})
+    hidden_dropout: float = field(
+        default=0.5, metadata={"help": "Dropout on the outputs of attention and feed-forward layers."}
+    )
+    attention_dropout: float = field(default=0.2, metadata={"help": "Dropout on attention weights."})
+
+
+@dataclass(kw_only=True)
+class QuantizeArguments(StageTrainingArguments):
+    """Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item."""
+
+    prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
+    embeddings_dir: str = field(
+        metadata={"help": "Directory of the tables written by `mmesid embed`, <modality>.safetensors each."}
+    )
+    modalities: list[str] = field(
+        default_factory=lambda: ["collaborative", "text"],
+        metadata={"help": "Tables to quantize; the first is the anchor of the alignment."},
+    )
+    num_quantizers: int = field(default=4, metadata={"help": "Codes an item has in one modality (residual levels)."})
+    codebook_size: int = field(
+        default=256, metadata={"help": "Codes a level chooses from; fewer than there are items."}
+    )
+    codebook_dim: int = field(default=128, metadata={"help": "Width of the code vectors."})
+    encoder_hidden_dims: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Widths of the encoders' hidden layers; by default none for the objective `distance`, else 512 256."
+        },
+    )
+    objective: Literal["distance", "paper", "mse", "mmd_mse"] = field(
+        default="distance",
+        metadata={
+            "help": "distance: keep the distances between items; paper: MMD of reconstructions; mse: squared error; mmd_mse: both."
+        },
+    )
+    objective_weight: float = field(default=3.0, metadata={"help": "Weight of the objective."})
+    commitment_loss_weight: float = field(
+        default=0.25, metadata={"help": "Weight of the commitment of residuals to their code vectors."}
+    )
+    alignment: Literal["info_nce", "mmd"] = field(
+        default="info_nce", metadata={"help": "Loss that aligns the anchor with the other modalities."}
+    )
+    alignment_loss_weight: float = field(default=0.01, metadata={"help": "Weight of the alignment; 0 leaves it out."})
+    alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE."})
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the items held out to choose the checkpoint."}
+    )
+    num_train_epochs: float = field(
+        default=60, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
+    )
+    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Items a device trains on in one step."})
+    per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    metric_for_best_model: str | None = field(
+        default="tau",
+        metadata={"help": "Metric on the held-out items that chooses the checkpoint: tau keeps the distances best."},
+    )
 
 
 def parse(arguments_class: type, argv: list[str] | None = None):
@@ -59,7 +150,52 @@ def parse(arguments_class: type, argv: list[str] | None = None):
         actions = {action.dest: action for action in parser._actions}
         for name in values:
             if name not in actions:
-                raise ValueError(f"'{path}' sets '{name}', which {arguments_class.__name__} does not have; see --help.")
+                raise ValueError(
+                    f"'{path}' sets '{name}', which {arguments_class.__name__} does not have; see --help."
+                )
             actions[name].required = False
         parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(argv)[0]
+
+
+@dataclass(kw_only=True)
+class PrepareArguments(StageArguments):
+    """Turn interactions, item texts and item images into the prepared dataset that every other stage reads."""
+
+    source: Literal["synthetic", "sequences"] = field(
+        metadata={
+            "help": "synthetic: a generated catalogue; sequences: a folder with sequences.txt, items.jsonl and pictures."
+        }
+    )
+    source_dir: str | None = field(default=None, metadata={"help": "sequences: the folder."})
+    source_name: str | None = field(
+        default=None,
+        metadata={"help": "sequences: what the data are called on the card; the folder's name by default."},
+    )
+    licence: str = field(
+        default="unknown", metadata={"help": "sequences: terms under which the data may be used, for the card."}
+    )
+    item_field: str = field(default="item", metadata={"help": "sequences: field of items.jsonl with an item's id."})
+    image_field: str = field(
+        default="image", metadata={"help": "sequences: field of items.jsonl with the path of a picture in the folder."}
+    )
+    text_fields: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "sequences: fields of items.jsonl that make an item's text, in order; by default those present of "
+            "title, attributes, genres, brand, categories, description."
+        },
+    )
+    min_interactions: int = field(
+        default=0,
+        metadata={
+            "help": "Keep users and items with this many interactions, repeated until nothing changes (k-core); 0 keeps every item."
+        },
+    )
+    on_bad_image: Literal["error", "missing"] = field(
+        default="error",
+        metadata={"help": "What to do with a picture that cannot be read: stop, or count it as missing."},
+    )
+    num_items: int = field(default=600, metadata={"help": "synthetic: items in the catalogue."})
+    num_users: int = field(default=3000, metadata={"help": "synthetic: users."})
+    seed: int = field(default=0, metadata={"help": "synthetic: seed of catalogue, pictures and users."})

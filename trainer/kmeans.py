@@ -1,0 +1,48 @@
+"""Lloyd's k-means on tensors, for code vectors to start from."""
+
+import torch
+
+from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
+
+
+CHUNK_SIZE = 16_384
+
+
+def nearest(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index `(n,)` of and squared distance `(n,)` to the nearest of `centroids` `(k, d)` for each of `points` `(n,
+    d)`."""
+    found = [pairwise_squared_distances(chunk, centroids).min(1) for chunk in points.split(CHUNK_SIZE)]
+    return torch.cat([minimum.indices for minimum in found]), torch.cat([minimum.values for minimum in found])
+
+
+def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, iterations: int = 25) -> torch.Tensor:
+    """
+    Centroids of Lloyd's algorithm, started from random points. A cluster that runs empty moves to one of the points
+    that are farthest from their centroids.
+
+    Args:
+        points (`torch.Tensor` of shape `(n, d)`): The points.
+        clusters (`int`): Number of centroids, at most n.
+        generator (`torch.Generator`): Chooses the first centroids; on the CPU.
+        iterations (`int`, *optional*, defaults to 25): Passes over the points.
+
+    Returns:
+        `torch.Tensor` of shape `(clusters, d)`.
+
+    Raises:
+        ValueError: If there are fewer points than clusters.
+    """
+    if len(points) < clusters:
+        raise ValueError(
+            f"k-means needs at least as many points as clusters, got {len(points)} points for {clusters} clusters."
+        )
+    start = torch.randperm(len(points), generator=generator)[:clusters].to(points.device)
+    centroids = points[start].clone()
+    for _ in range(iterations):
+        assignment, distances = nearest(points, centroids)
+        counts = torch.bincount(assignment, minlength=clusters)
+        sums = torch.zeros_like(centroids).index_add_(0, assignment, points)
+        centroids = sums / counts.clamp_min(1).to(sums.dtype)[:, None]
+        empty = (counts == 0).nonzero()[:, 0]
+        centroids[empty] = points[distances.topk(len(empty)).indices]
+    return centroids

@@ -1,0 +1,84 @@
+"""What is left of the distances between items, as an `evaluate` module that is fed batch by batch."""
+
+import datasets
+import evaluate
+import numpy as np
+
+
+_DESCRIPTION = """
+Kendall's tau (the variant b, which accounts for ties) between distances before and after a change of representation,
+such as from an item's target to the items of the history, in the original embedding and after quantization. 1: the
+order of the distances is the same; 0: nothing is left of it.
+"""
+
+_INPUTS = """
+Args:
+    groups (`list[int]`): Which user (or other group) a pair of items belongs to.
+    before (`list[float]`): The distance of the pair before.
+    after (`list[float]`): The distance of the same pair afterwards.
+Returns:
+    `dict[str, float]` with `tau`, the mean over the groups of the tau within each (groups whose distances before are
+    all the same, or of fewer than two pairs, are left out; a group whose distances are all the same afterwards counts
+    0), and `tau_pooled`, the tau over all pairs, of which at most 20,000 evenly spaced ones are looked at. Both are
+    nan if no group is left.
+Examples:
+    >>> metric = evaluate.load("trainer/metrics/forgetting")
+    >>> metric.add_batch(groups=[0, 0, 0], before=[1.0, 2.0, 3.0], after=[1.0, 3.0, 2.0])
+    >>> metric.compute()
+    {'tau': 0.3333333333333333, 'tau_pooled': 0.3333333333333333}
+"""
+
+_CITATION = """
+@article{kendall1938new, title={A new measure of rank correlation}, author={Kendall, Maurice G.}, journal={Biometrika},
+year={1938}}
+"""
+
+# Every pair of distances is compared with every other: 20,000 of them take two seconds.
+MAXIMUM_POOLED = 20_000
+
+
+def kendall_tau(before: np.ndarray, after: np.ndarray) -> float:
+    """Kendall's tau-b of two `(n,)` arrays; nan if either is constant. Takes n^2 time and n memory."""
+    concordant = before_ties = after_ties = 0.0
+    n = len(before)
+    step = max(2**22 // max(n, 1), 1)
+    for start in range(0, n, step):
+        left = np.sign(before[start : start + step, None] - before[None]).astype(np.float32)
+        right = np.sign(after[start : start + step, None] - after[None]).astype(np.float32)
+        concordant += float((left * right).sum(dtype=np.float64))
+        before_ties += float((left * left).sum(dtype=np.float64))
+        after_ties += float((right * right).sum(dtype=np.float64))
+    return concordant / np.sqrt(before_ties * after_ties) if before_ties and after_ties else float("nan")
+
+
+class Forgetting(evaluate.Metric):
+    """Use `metric.add_batch(groups=..., before=..., after=...)` as often as needed, then `metric.compute()`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            inputs_description=_INPUTS,
+            citation=_CITATION,
+            features=datasets.Features(
+                {
+                    "groups": datasets.Value("int64"),
+                    "before": datasets.Value("float32"),
+                    "after": datasets.Value("float32"),
+                }
+            ),
+        )
+
+    def _compute(self, groups, before, after) -> dict[str, float]:
+        groups, before, after = np.asarray(groups), np.asarray(before), np.asarray(after)
+        order = np.argsort(groups, kind="stable")
+        starts = np.flatnonzero(np.diff(groups[order])) + 1
+        taus = []
+        for members in np.split(order, starts):
+            if len(members) > 1 and np.ptp(before[members]) > 0:
+                tau = kendall_tau(before[members], after[members])
+                taus.append(0.0 if np.isnan(tau) else tau)
+        spaced = np.linspace(0, len(order) - 1, min(len(order), MAXIMUM_POOLED)).astype(np.int64)
+        return {
+            "tau": float(np.mean(taus)) if taus else float("nan"),
+            "tau_pooled": kendall_tau(before[spaced], after[spaced]),
+        }

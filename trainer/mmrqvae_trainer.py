@@ -1,0 +1,386 @@
+"""Training of the quantizer: tables of embeddings as a dataset, initialisation, revival of dead codes, evaluation on
+held-out items."""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
+from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
+
+from .kmeans import kmeans
+from .metrics.codes.codes import Codes
+from .metrics.forgetting.forgetting import Forgetting
+
+
+logger = logging.get_logger(__name__)
+
+ENCODING_BATCH = 8_192
+# Held-out items whose distances are compared, and to how many others each: evaluation takes a second, whatever the
+# catalogue.
+TAU_ITEMS = 512
+TAU_OTHERS = 256
+
+
+class ItemTables(Dataset):
+    """
+    Rows of embedding tables, read a batch at a time.
+
+    Args:
+        embeddings (`dict[str, torch.Tensor]` of shape `(items + 1, embedding_dim)` a modality): Tables indexed by row.
+        present (`dict[str, torch.BoolTensor]` of shape `(items + 1,)` a modality): Which items have the modality.
+        rows (`torch.LongTensor` of shape `(selected,)`, *optional*):
+            The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
+
+    Raises:
+        ValueError: If the tables do not have the same number of rows.
+    """
+
+    def __init__(
+        self,
+        embeddings: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor],
+        rows: torch.LongTensor | None = None,
+    ):
+        sizes = {modality: len(table) for modality, table in embeddings.items()}
+        sizes |= {f"present of {modality}": len(mask) for modality, mask in present.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"All tables must have one row an item and the padding row 0, got {sizes} rows; "
+                "embed the same prepared dataset."
+            )
+        self.embeddings = embeddings
+        self.present = present
+        if rows is None:
+            rows = torch.stack(list(present.values())).any(0).nonzero()[:, 0]
+        self.rows = rows[rows > 0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, dict[str, torch.Tensor]]:
+        """A batch: what [`MMRQVAEModel.forward`] takes."""
+        rows = self.rows[torch.as_tensor(indices)]
+        return {
+            "embeddings": {modality: table[rows] for modality, table in self.embeddings.items()},
+            "present": {modality: mask[rows] for modality, mask in self.present.items()},
+        }
+
+    def split(self, fraction: float, generator: torch.Generator) -> tuple["ItemTables", "ItemTables"]:
+        """Two datasets: all rows but a random `fraction`, and that fraction (three items at least)."""
+        order = torch.randperm(len(self), generator=generator)
+        held_out = max(round(fraction * len(self)), 3)
+        return (
+            ItemTables(self.embeddings, self.present, self.rows[order[held_out:]].sort().values),
+            ItemTables(self.embeddings, self.present, self.rows[order[:held_out]].sort().values),
+        )
+
+
+@torch.no_grad()
+def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
+    """
+    Fits what needs no gradient, on a full pass: the inputs' mean and scale, the principal directions as the projection
+    of encoders that are one, the code vectors by k-means of what the levels before leave, and linear decoders by least
+    squares.
+
+    Args:
+        model ([`MMRQVAEModel`]): Changed in place.
+        dataset ([`ItemTables`]): The items to learn from; those that lack a modality do not count in it.
+        seed (`int`, *optional*, defaults to 0): Seed of the k-means.
+
+    Raises:
+        ValueError: If fewer items than `config.codebook_size` have some modality.
+    """
+    config: MMRQVAEConfig = model.config
+    model.eval()
+    for modality in config.modalities:
+        generator = torch.Generator().manual_seed(seed)
+        branch = model.branches[modality]
+        rows = dataset.rows[dataset.present[modality][dataset.rows]]
+        if len(rows) < config.codebook_size:
+            raise ValueError(
+                f"{len(rows)} items to train on have the modality '{modality}', "
+                f"fewer than the {config.codebook_size} codes of a level; "
+                f"set codebook_size to {2 ** max(int(math.log2(max(len(rows), 2))) - 2, 1)} or less."
+            )
+        device = branch.input_mean.device
+        table = dataset.embeddings[modality]
+        batches = [batch.to(device, torch.float32) for batch in table[rows].split(ENCODING_BATCH)]
+        mean = sum(batch.double().sum(0) for batch in batches) / len(rows)
+        variance = sum((batch - mean).square().sum() for batch in batches) / mean.numel() / len(rows)
+        branch.input_mean.copy_(mean)
+        branch.input_scale.copy_(variance.sqrt().clamp_min(1e-12))
+        if not config.encoder_hidden_dims:
+            _project_on_principal_directions(branch, batches)
+        latents = torch.cat([branch.encode(batch) for batch in batches])
+        residual = latents.clone()
+        for layer in branch.quantizer.layers:
+            layer.codebook.copy_(kmeans(residual, config.codebook_size, generator))
+            for part in residual.split(ENCODING_BATCH):
+                part -= layer.decode(layer.encode(part))
+        if not config.encoder_hidden_dims:
+            fit_linear_decoder(branch, latents - residual, batches)
+
+
+def _project_on_principal_directions(branch, batches: list[torch.Tensor]) -> None:
+    """Distances survive a rotation; where the latent is narrower than the embedding, the directions of least variance
+    go."""
+    covariance = sum(branch.standardize(batch).T.double() @ branch.standardize(batch).double() for batch in batches)
+    directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
+    projection = branch.encoder[0]
+    kept = min(projection.weight.shape)
+    projection.weight.zero_()
+    projection.weight[:kept] = directions[:kept].to(projection.weight.dtype)
+    projection.bias.zero_()
+
+
+def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tensor]) -> None:
+    """The decoder that makes the least squared error on `quantized`, whose rows are those of the `batches` of
+    embeddings."""
+    targets = torch.cat([branch.standardize(batch) for batch in batches]).double()
+    inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
+    gram = inputs.T @ inputs
+    # The ridge keeps directions that no code vector uses at zero.
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = torch.linalg.solve(gram, inputs.T @ targets)
+    branch.decoder[0].weight.copy_(solution[:-1].T)
+    branch.decoder[0].bias.copy_(solution[-1])
+
+
+@torch.no_grad()
+def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Codes `(items + 1, num_quantizers)` in int16 (in int32 for over 32,767 codes a level) and quantized vectors
+    `(items + 1, codebook_dim)` of all rows of the tables a modality, on the CPU; -1 and 0 where the modality is
+    missing."""
+    model.eval()
+    dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
+    codes, quantized = {}, {}
+    for modality in model.config.modalities:
+        table, mask = dataset.embeddings[modality], dataset.present[modality]
+        codes[modality] = torch.full((len(table), model.config.num_quantizers), -1, dtype=dtype)
+        quantized[modality] = torch.zeros(len(table), model.config.codebook_dim)
+        for rows in mask.nonzero()[:, 0].split(ENCODING_BATCH):
+            output = model.encode({modality: table[rows].to(model.device)})
+            codes[modality][rows] = output.codes[modality].to("cpu", dtype)
+            quantized[modality][rows] = output.quantized[modality].float().cpu()
+    return codes, quantized
+
+
+def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str, float]:
+    """[`~trainer.metrics.codes.codes.Codes`] a modality, and the collisions of the concatenated ID of the items that
+    have any modality."""
+    metrics = {}
+    for modality, values in codes.items():
+        metric = Codes(keep_in_memory=True)
+        metric.add_batch(codes=values[values[:, 0] >= 0].numpy())
+        metrics |= {f"{name}_{modality}": value for name, value in metric.compute(codebook_size=codebook_size).items()}
+    joined = torch.cat(list(codes.values()), 1)
+    joined = joined[(joined >= 0).any(1)]
+    _, owners = torch.unique(joined, dim=0, return_counts=True)
+    metrics["collisions"] = float(owners[owners > 1].sum() / len(joined))
+    return metrics
+
+
+def history_metrics(
+    embeddings: torch.Tensor,
+    present: torch.Tensor,
+    quantized: torch.Tensor,
+    sequences,
+    users: int = 1500,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Kendall's tau between target-to-history distances before and after quantization, over a seeded sample of users.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(items + 1, embedding_dim)`): Original vectors.
+        present (`torch.BoolTensor` of shape `(items + 1,)`): Which items have the modality; pairs with others are left
+            out.
+        quantized (`torch.Tensor` of shape `(items + 1, codebook_dim)`): Quantized vectors.
+        sequences ([`~trainer.data.prepared.Sequences`]): Histories and targets.
+        users (`int`, *optional*, defaults to 1500): Size of the sample.
+        seed (`int`, *optional*, defaults to 0): Seed of the sample.
+
+    Returns:
+        `dict[str, float]`: `tau`, the mean of the users' taus, and `tau_pooled`, over the pairs of all users.
+    """
+    sample = np.random.default_rng(seed).permutation(len(sequences))[:users]
+    metric = Forgetting(keep_in_memory=True)
+    for user in sample:
+        example = sequences[int(user)]
+        history = torch.as_tensor(np.asarray(example["history"], dtype=np.int64))
+        target = int(example["target"])
+        history = history[present[history] & present[target]]
+        if len(history):
+            before, after = ((table[history] - table[target]).norm(dim=1).numpy() for table in (embeddings, quantized))
+            metric.add_batch(groups=np.full(len(history), user), before=before, after=after)
+    return metric.compute()
+
+
+class MMRQVAETrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
+
+    Once an epoch the codes that no item of the epoch chose are moved to random residuals of the last batch. Evaluation
+    on held-out items measures `tau` (Kendall's tau of the distances between them, mean over the modalities),
+    `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance), `recall@1_<modality>` (how often
+    an item's quantized anchor finds its own quantized vector of the modality among those of all held-out items) and
+    the loss.
+
+    Args:
+        model ([`MMRQVAEModel`]): Already initialised by [`initialize`].
+        args (`TrainingArguments`): As in [`~transformers.Trainer`].
+        train_dataset ([`ItemTables`]): Items to learn from.
+        eval_dataset ([`ItemTables`]): Held-out items.
+        kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: MMRQVAEModel,
+        args: TrainingArguments,
+        train_dataset: ItemTables,
+        eval_dataset: ItemTables,
+        **kwargs,
+    ):
+        args = copy.copy(args)
+        args.remove_unused_columns = False
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=_already_a_batch,
+            compute_metrics=self._heldout_metrics,
+            **kwargs,
+        )
+        config = model.config
+        self._counts = {name: torch.zeros(config.num_quantizers, config.codebook_size) for name in config.modalities}
+        self._steps_counted = 0
+        self._losses: dict[str, float] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        if model.training:
+            for name in ("objective_loss", "codebook_loss", "commitment_loss", "alignment_loss"):
+                self._losses[name] = self._losses.get(name, 0.0) + float(output[name].detach())
+            for modality, codes in output.codes.items():
+                kept = codes[inputs["present"][modality]].cpu()
+                for level in range(kept.shape[1]):
+                    self._counts[modality][level] += torch.bincount(
+                        kept[:, level], minlength=self._counts[modality].shape[1]
+                    )
+        return (output.loss, output) if return_outputs else output.loss
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        rows = len(next(iter(inputs["embeddings"].values())))
+        return 6 * rows * self.model.num_parameters()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._steps_counted += 1
+        if self._steps_counted >= self._steps_in_epoch():
+            self._end_epoch(self._prepare_inputs(inputs))
+        return loss
+
+    def _steps_in_epoch(self) -> int:
+        return math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+
+    @torch.no_grad()
+    def _end_epoch(self, inputs: dict) -> None:
+        """Revives the codes that no item chose and logs the use of the codes and the parts of the loss."""
+        model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
+        logs = {name: value / self._steps_counted for name, value in self._losses.items()}
+        for modality, counts in self._counts.items():
+            counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
+            shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+            perplexity = torch.exp(torch.special.entr(shares).sum(1))
+            for level in range(len(counts)):
+                logs[f"use@{level + 1}_{modality}"] = float((counts[level] > 0).float().mean())
+                logs[f"perplexity@{level + 1}_{modality}"] = float(perplexity[level])
+            self._revive(model, modality, counts == 0, inputs)
+            self._counts[modality].zero_()
+        self._losses.clear()
+        self._steps_counted = 0
+        self.log(logs)
+
+    def _revive(self, model: MMRQVAEModel, modality: str, dead: torch.Tensor, inputs: dict) -> None:
+        values = inputs["embeddings"][modality][inputs["present"][modality]]
+        if not dead.any() or len(values) == 0:
+            return
+        branch = model.branches[modality]
+        residual = branch.encode(values).float()
+        for level, layer in enumerate(branch.quantizer.layers):
+            codes = dead[level].nonzero()[:, 0]
+            if len(codes):
+                chosen = torch.randint(len(residual), (len(codes),), device=residual.device)
+                vectors = residual[chosen].to(layer.codebook.dtype)
+                if self.args.world_size > 1:
+                    torch.distributed.broadcast(vectors, 0)
+                layer.codebook[codes] = vectors
+                state = self.optimizer.optimizer.state.get(layer.codebook, {}) if self.optimizer is not None else {}
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in state:
+                        state[name][codes] = 0
+            residual = residual - layer.decode(layer.encode(residual))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Returns the loss, what the model made of the items, and the items."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs)
+        made = {"quantized": output.quantized, "reconstructions": output.reconstructions}
+        return output.loss.detach(), made, inputs
+
+    def _heldout_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        quantized, reconstructions = prediction.predictions["quantized"], prediction.predictions["reconstructions"]
+        embeddings, present = prediction.label_ids["embeddings"], prediction.label_ids["present"]
+        modalities = [name for name in self.model.config.modalities if present[name].sum() > 2]
+        metrics = {}
+        for modality in modalities:
+            mask = present[modality]
+            original = embeddings[modality][mask]
+            metrics[f"tau_{modality}"] = _pairwise_tau(original, quantized[modality][mask])
+            error = np.square(original - reconstructions[modality][mask]).sum()
+            metrics[f"reconstruction_{modality}"] = float(error / np.square(original - original.mean(0)).sum())
+        metrics["tau"] = float(np.mean([metrics[f"tau_{modality}"] for modality in modalities]))
+        anchor = self.model.config.modalities[0]
+        for modality in modalities:
+            if modality != anchor and anchor in modalities:
+                both = present[anchor] & present[modality]
+                metrics[f"recall@1_{modality}"] = _recall_at_1(quantized[anchor][both], quantized[modality][both])
+        return metrics
+
+
+def _pairwise_tau(embeddings: np.ndarray, quantized: np.ndarray) -> float:
+    metric = Forgetting(keep_in_memory=True)
+    others = slice(1, 1 + TAU_OTHERS)
+    for item in range(min(len(embeddings), TAU_ITEMS)):
+        # Rolled so that every item meets others of its own, in an order that is the same at every evaluation.
+        before = np.linalg.norm(np.roll(embeddings, -item, 0)[others] - embeddings[item], axis=1)
+        after = np.linalg.norm(np.roll(quantized, -item, 0)[others] - quantized[item], axis=1)
+        metric.add_batch(groups=np.full(len(before), item), before=before, after=after)
+    return metric.compute()["tau"]
+
+
+def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
+    if len(anchor) == 0:
+        return float("nan")
+    anchor, other = (
+        values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12) for values in (anchor, other)
+    )
+    scores = anchor @ other.T
+    # A tie counts against: items that share all their codes are not told apart.
+    return float(((scores >= scores.diagonal()[:, None]).sum(1) == 1).mean())
+
+
+def _already_a_batch(batch: dict) -> dict:
+    return batch

@@ -1,0 +1,112 @@
+"""
+Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items and how healthy
+they are.
+
+    mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings --output_dir
+    runs/quickstart/quantizer accelerate launch -m trainer.stages.quantize --prepared_dir ... --embeddings_dir ...
+    --output_dir ...
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.utils import logging
+
+from hub_cards import save_card
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
+
+from ..arguments import QuantizeArguments, parse
+from ..data.prepared import PreparedDataset
+from ..encoders.tables import load_table
+from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_metrics, initialize
+from ..records import StageRun
+from ..training import early_stopping, fit, trainer_arguments
+
+
+logger = logging.get_logger(__name__)
+
+SEMANTIC_IDS_NAME = "semantic_ids.parquet"
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(QuantizeArguments, argv)
+    run = StageRun(
+        "quantize",
+        arguments,
+        inputs={"prepared_dir": arguments.prepared_dir, "embeddings_dir": arguments.embeddings_dir},
+    )
+    if run.is_up_to_date():
+        return
+    data = PreparedDataset.load(arguments.prepared_dir)
+    paths = {modality: Path(arguments.embeddings_dir) / f"{modality}.safetensors" for modality in arguments.modalities}
+    tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
+    items = ItemTables(
+        {name: table for name, (table, _) in tables.items()}, {name: mask for name, (_, mask) in tables.items()}
+    )
+    config = MMRQVAEConfig(
+        modalities=arguments.modalities,
+        embedding_dims=[table.shape[1] for table in items.embeddings.values()],
+        num_quantizers=arguments.num_quantizers,
+        codebook_size=arguments.codebook_size,
+        codebook_dim=arguments.codebook_dim,
+        encoder_hidden_dims=arguments.encoder_hidden_dims,
+        objective=arguments.objective,
+        objective_weight=arguments.objective_weight,
+        commitment_loss_weight=arguments.commitment_loss_weight,
+        alignment=arguments.alignment,
+        alignment_loss_weight=arguments.alignment_loss_weight,
+        alignment_temperature=arguments.alignment_temperature,
+    )
+    set_seed(arguments.seed)
+    model = MMRQVAEModel(config)
+    training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
+    with run as staging:
+        initialize(model, training, arguments.seed)
+        trainer = MMRQVAETrainer(
+            model, trainer_arguments(arguments, run), training, held_out, callbacks=early_stopping(arguments)
+        )
+        fit(trainer)
+        evaluated = trainer.evaluate()
+        run.metrics["held_out"] = {
+            name.removeprefix("eval_"): value
+            for name, value in evaluated.items()
+            if name.startswith(("eval_tau", "eval_reconstruction", "eval_recall", "eval_loss"))
+        }
+        if PartialState().is_main_process:
+            codes, quantized = encode_items(model, items)
+            sequences = data.sequences("validation")
+            run.metrics["items"] = code_metrics(codes, config.codebook_size)
+            run.metrics["histories"] = {
+                modality: history_metrics(
+                    table, items.present[modality], quantized[modality], sequences, seed=arguments.seed
+                )
+                for modality, table in items.embeddings.items()
+            }
+            logger.warning("Semantic IDs: %s; %s", run.metrics["items"], run.metrics["histories"])
+            model.save_pretrained(staging)
+            write_semantic_ids(staging / SEMANTIC_IDS_NAME, data.item_ids, codes)
+            run.details.update(data=data.statistics, parameters=model.num_parameters())
+            save_card(staging, dataclasses.asdict(run.draft_record()))
+
+
+def write_semantic_ids(path: Path, item_ids: list[str], codes: dict[str, torch.Tensor]) -> None:
+    """Writes a Parquet file of one row an item: `item_id`, and a list of codes a modality, null where the item lacks
+    it."""
+    columns = {"item_id": pa.array(item_ids[1:], pa.string())}
+    for modality, values in codes.items():
+        levels = values.shape[1]
+        missing = pa.array((values[1:, 0] < 0).numpy())
+        flat = pa.array(values[1:].flatten().numpy())
+        columns[modality] = pa.ListArray.from_arrays(
+            pa.array(range(0, levels * len(values), levels), pa.int32()), flat, mask=missing
+        )
+    pq.write_table(pa.table(columns), path)
+
+
+if __name__ == "__main__":
+    main()
