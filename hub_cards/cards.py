@@ -1,0 +1,202 @@
+"""From the record of a stage to the README.md that the Hub shows: front matter by `huggingface_hub`, body by Jinja."""
+
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+CARD_NAME = "README.md"
+PAPER = "arXiv:2509.02017"
+SPLITS = ("validation", "test")
+RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
+METRIC_LABELS = {"hr": "HR", "ndcg": "nDCG", "mrr": "MRR"}
+
+# What a stage makes, as a title and as the tag that finds it on the Hub.
+_SUBJECTS = {
+    "prepare": ("Sequential recommendation dataset", "dataset"),
+    "sasrec": ("SASRec", "sasrec"),
+    "quantize": ("MM-RQ-VAE semantic IDs", "semantic-ids"),
+    "finetune": ("MME-SID recommender", "recommender"),
+}
+_TEMPLATES = {"prepare": "dataset", "sasrec": "sasrec", "quantize": "quantizer", "finetune": "recommender"}
+
+# Licences by the identifier under which the Hub knows them; any other text becomes `license: other` with a name.
+_HUB_LICENCES = {
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
+    *("cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "pddl", "unlicense", "unknown"),
+}  # fmt: skip
+
+# The Hub's classes of size, by their upper bound.
+_SIZE_CATEGORIES = {
+    10**3: "n<1K",
+    10**4: "1K<n<10K",
+    10**5: "10K<n<100K",
+    10**6: "100K<n<1M",
+    10**7: "1M<n<10M",
+    10**8: "10M<n<100M",
+    10**9: "100M<n<1B",
+}
+
+
+def save_card(directory: str | os.PathLike, record: dict) -> Path:
+    """
+    Writes the card of a stage's result; a later call with more metrics replaces it.
+
+    Args:
+        directory (`str` or `os.PathLike`): The directory of the checkpoint or dataset; `README.md` is written into it.
+        record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`). `details["data"]` holds the
+            statistics of the prepared dataset; `metrics["validation"]` and `metrics["test"]` hold HR, nDCG and MRR of a model that ranks.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: If there is no card for the record's stage.
+    """
+    path = Path(directory) / CARD_NAME
+    temporary = path.with_name(f".{CARD_NAME}.partial")
+    temporary.write_text(render_card(record), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render_card(record: dict) -> str:
+    """The text of the card that [`save_card`] writes."""
+    stage = record["stage"]
+    if stage not in _TEMPLATES:
+        raise ValueError(f"There is no card for the stage '{stage}'; the stages with one are {', '.join(_TEMPLATES)}.")
+    title, _ = _SUBJECTS[stage]
+    # The files of a dataset's configurations are part of it; every other path is the builder's.
+    details = {name: value if name == "configs" else _public(value) for name, value in record["details"].items()}
+    record = record | {"arguments": _public(record["arguments"]), "details": details}
+    environment = Environment(
+        loader=PackageLoader("hub_cards"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=_cell, duration=_duration, label=_label)
+    body = environment.get_template(f"{_TEMPLATES[stage]}.md.jinja").render(
+        title=title,
+        record=record,
+        data=record["details"]["data"],
+        splits=SPLITS,
+        ranking_metrics=RANKING_METRICS,
+        figures={name: _flat(values) for name, values in record["metrics"].items() if name not in SPLITS},
+        paper=PAPER,
+    )
+    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def _front_matter(record: dict) -> CardData:
+    data = record["details"]["data"]
+    title, tag = _SUBJECTS[record["stage"]]
+    tags = ["mmesid", "sequential-recommendation", tag] + ["synthetic"] * data["synthetic"]
+    common = {"tags": tags} | _licence(data.get("licence"))
+    if record["stage"] == "prepare":
+        return DatasetCardData(
+            pretty_name=f"{data['source']}, prepared for sequential recommendation",
+            size_categories=_size_category(data["users"]),
+            configs=record["details"]["configs"],
+            **common,
+        )
+    results = [
+        EvalResult(
+            task_type="sequential-recommendation",
+            task_name="Sequential recommendation, full ranking",
+            dataset_type=_slug(data["source"]),
+            dataset_name=data["source"],
+            dataset_split=split,
+            metric_type=name,
+            metric_name=_label(name),
+            metric_value=record["metrics"][split][name],
+        )
+        for split in SPLITS
+        for name in RANKING_METRICS
+        if name in record["metrics"].get(split, {})
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        base_model=record["details"].get("base_model"),
+        model_name=f"{title} ({data['source']})",
+        eval_results=results or None,
+        **common,
+    )
+
+
+def _licence(text: str | None) -> dict:
+    if text is None:
+        return {}
+    if text.lower() in _HUB_LICENCES:
+        return {"license": text.lower()}
+    return {"license": "other", "license_name": _slug(text)}
+
+
+def _size_category(examples: int) -> str:
+    return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1B")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _public(value):
+    """
+    The value without what belongs to the machine it was made on: tokens are dropped, and of a path only the last part is kept.
+
+    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, or has two slashes is a path.
+    """
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items() if not name.endswith("_token")}
+    if isinstance(value, list):
+        return [_public(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if "\\" in value or re.match(r"[A-Za-z]:/", value):
+        return PureWindowsPath(value).name
+    if value.startswith(("/", "~", "./", "../")) or (value.count("/") > 1 and " " not in value):
+        return PurePosixPath(value).name
+    return value
+
+
+def _flat(values, prefix: str = "") -> dict:
+    """Nested figures as one level with names for a reader, `{"test": {"hr@5": 0.1}}` as `{"test HR@5": 0.1}`."""
+    if not isinstance(values, dict):
+        return {prefix or "value": values}
+    flat = {}
+    for name, inner in values.items():
+        flat |= _flat(inner, f"{prefix} {_label(name)}".strip())
+    return flat
+
+
+def _label(name: str) -> str:
+    """How a metric or an argument is called in prose: `ndcg@10` as nDCG@10, `missing_text` as "missing text"."""
+    family, at, k = name.partition("@")
+    return METRIC_LABELS.get(family, family.replace("_", " ")) + at + k
+
+
+def _cell(value) -> str:
+    """A value as the text of one cell of a Markdown table."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(inner) for inner in value)
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
