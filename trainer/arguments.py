@@ -199,3 +199,17 @@ class PrepareArguments(StageArguments):
     num_items: int = field(default=600, metadata={"help": "synthetic: items in the catalogue."})
     num_users: int = field(default=3000, metadata={"help": "synthetic: users."})
     seed: int = field(default=0, metadata={"help": "synthetic: seed of catalogue, pictures and users."})
+
+
+@dataclass(kw_only=True)
+class PushArguments:
+    """Publish what a stage wrote as one repository on the Hub."""
+
+    directory: str = field(metadata={"help": "Directory that prepare, sasrec, quantize or finetune wrote."})
+    repo_id: str = field(metadata={"help": "Repository on the Hub, owner/name; made if it does not exist."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private; by default as the account is set up."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if it does not exist."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    dry_run: bool = field(default=False, metadata={"help": "List the files and stop before anything is sent."})

@@ -14,7 +14,6 @@ def trainer_arguments(arguments: StageTrainingArguments, run: StageRun) -> Stage
     """The arguments as the `Trainer` needs them: its `output_dir` is where checkpoints go, not where the stage's result goes."""
     arguments = copy.copy(arguments)
     arguments.output_dir = str(run.checkpoints_dir)
-    arguments.remove_unused_columns = False
     return arguments
 
 

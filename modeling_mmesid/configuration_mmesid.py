@@ -1,0 +1,111 @@
+"""Configuration of the MME-SID recommender."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class MMESIDConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MMESIDForSequentialRecommendation`] ([Wang et al., 2025](https://arxiv.org/abs/2509.02017)).
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the decoder that reads the histories; a `LlamaConfig` by default.
+        base_model_name_or_path (`str`, *optional*):
+            Where the frozen weights of the backbone come from. `None` means that the checkpoint holds them.
+        base_model_revision (`str`, *optional*):
+            Revision (a commit hash, once loaded from the Hub) of the base model.
+        lora (`dict`, *optional*):
+            Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8, "lora_alpha": 16}`. `None` trains the
+            backbone in full.
+        num_items (`int`, *optional*, defaults to `1`):
+            Number of items; rows 1 to `num_items` are items and row 0 is padding.
+        embedding_dims (`dict[str, int]`, *optional*, defaults to `{}`):
+            Width of the frozen embedding of each modality, in order. Empty for a recommender that knows nothing but item IDs.
+        num_code_levels (`int`, *optional*, defaults to `4`):
+            Codes in the semantic ID of a modality; 0 for no semantic IDs.
+        codebook_size (`int`, *optional*, defaults to `256`):
+            Codes to choose from at each level.
+        code_dim (`int`, *optional*, defaults to `128`):
+            Width of a code vector. Where it differs from the backbone's hidden size a linear map follows the sum of code vectors.
+        share_item_table (`bool`, *optional*, defaults to `True`):
+            Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the token is an MLP over
+            projections and codes, and the table fuses a score head with the projections.
+        use_item_ids (`bool`, *optional*, defaults to `True`):
+            Whether a token holds a free vector an item besides its content.
+        fusion_hidden_size (`int`, *optional*, defaults to `16`):
+            Width of the hidden layer that turns an item's frequency into fusion weights.
+        fusion_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the softmax over sources; the published 0.001 makes it a switch.
+        token_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on the item tokens that enter the backbone.
+        output_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on the user representations before they are scored.
+        prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`):
+            Tokens before the items.
+        prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`):
+            Tokens after the items; without any the last item's state represents the user.
+        max_history (`int`, *optional*, defaults to `50`):
+            Longest history that is read; of a longer one the latest items.
+        initializer_range (`float`, *optional*, defaults to `0.02`):
+            Standard deviation of the initial weights.
+    """
+
+    model_type = "mmesid"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    lora: dict[str, Any] | None = None
+    num_items: int = 1
+    embedding_dims: dict[str, int] | None = None
+    num_code_levels: int = 4
+    codebook_size: int = 256
+    code_dim: int = 128
+    share_item_table: bool = True
+    use_item_ids: bool = True
+    fusion_hidden_size: int = 16
+    fusion_temperature: float = 1.0
+    token_dropout: float = 0.0
+    output_dropout: float = 0.0
+    prompt_prefix_ids: list[int] | None = None
+    prompt_suffix_ids: list[int] | None = None
+    max_history: int = 50
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.embedding_dims = {} if self.embedding_dims is None else self.embedding_dims
+        self.prompt_prefix_ids = [] if self.prompt_prefix_ids is None else self.prompt_prefix_ids
+        self.prompt_suffix_ids = [] if self.prompt_suffix_ids is None else self.prompt_suffix_ids
+        super().__post_init__(**kwargs)
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(self.embedding_dims)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's hidden states, of item tokens and of the fused table."""
+        return self.backbone_config.get_text_config().hidden_size
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        return self.backbone_config.get_text_config(*args, **kwargs)
+
+    def validate_architecture(self):
+        """Raises a `ValueError` that names the setting if the settings cannot form a model."""
+        if self.num_items < 1:
+            raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
+        if not self.embedding_dims and not self.use_item_ids:
+            raise ValueError("embedding_dims is empty and use_item_ids is false, which leaves nothing to tell items apart; set either.")
+        if self.fusion_temperature <= 0:
+            raise ValueError(f"fusion_temperature is {self.fusion_temperature}; it must be positive.")
+        if self.max_history < 1:
+            raise ValueError(f"max_history is {self.max_history}; a history has at least one item.")
+
+
+__all__ = ["MMESIDConfig"]

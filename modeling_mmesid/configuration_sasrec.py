@@ -1,0 +1,62 @@
+"""Configuration of SASRec."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class SASRecConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SASRecForSequentialRecommendation`], a causal self-attention encoder over item histories
+    ([Kang and McAuley, 2018](https://arxiv.org/abs/1808.09781)).
+
+    Args:
+        num_items (`int`, *optional*, defaults to `1`):
+            Number of items; rows 1 to `num_items` are items and row 0 is padding.
+        hidden_size (`int`, *optional*, defaults to `64`):
+            Width of item embeddings and hidden states.
+        num_hidden_layers (`int`, *optional*, defaults to `2`):
+            Number of self-attention blocks.
+        num_attention_heads (`int`, *optional*, defaults to `2`):
+            Number of attention heads; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to `256`):
+            Width of the feed-forward layer.
+        max_position_embeddings (`int`, *optional*, defaults to `50`):
+            Longest history; of a longer one the latest items are read.
+        embedding_dropout (`float`, *optional*, defaults to `0.5`):
+            Dropout on the item embeddings that enter the first block.
+        hidden_dropout (`float`, *optional*, defaults to `0.5`):
+            Dropout on the output of attention and feed-forward layers.
+        attention_dropout (`float`, *optional*, defaults to `0.2`):
+            Dropout on attention weights.
+        layer_norm_eps (`float`, *optional*, defaults to `1e-8`):
+            Epsilon of the layer normalisations.
+        initializer_range (`float`, *optional*, defaults to `0.02`):
+            Standard deviation of the initial weights.
+    """
+
+    model_type = "mmesid_sasrec"
+
+    num_items: int = 1
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    max_position_embeddings: int = 50
+    embedding_dropout: float = 0.5
+    hidden_dropout: float = 0.5
+    attention_dropout: float = 0.2
+    layer_norm_eps: float = 1e-8
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        """Raises a `ValueError` that names the setting if the sizes cannot form a model."""
+        if self.num_items < 1:
+            raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; change either."
+            )
+
+
+__all__ = ["SASRecConfig"]

@@ -1,0 +1,95 @@
+"""Cross-entropy over the whole catalogue without ever holding all of its logits."""
+
+import torch
+
+
+# Logits held at a time: 4M float32 values are 16 MiB, which stay in the last-level cache of a server CPU; larger tiles are slower there.
+LOGITS_PER_TILE = 2**22
+# With fewer rows than this a matrix product is bound by reading the table, so a larger catalogue is cut along its items instead.
+MINIMUM_TILE_ROWS = 128
+
+
+def catalogue_cross_entropy(
+    hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, logits_per_tile: int = LOGITS_PER_TILE
+) -> torch.Tensor:
+    r"""
+    Mean of \\(-\log \mathrm{softmax}_{i=1..N}(\langle u, t_i \rangle)_{target}\\) over the rows of `hidden` (equation 4 of stage 2 in the
+    method: full softmax, padding excluded).
+
+    The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond the inputs and their
+    gradients is one tile of logits, whatever the size of the catalogue or of the batch.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
+        table (`torch.Tensor` of shape `(items + 1, hidden)`): Item vectors; row 0 is padding and takes no part.
+        targets (`torch.LongTensor` of shape `(targets,)`): Rows of the target items, from 1 to N.
+        logits_per_tile (`int`, *optional*, defaults to `LOGITS_PER_TILE`): Logits held at a time.
+
+    Returns:
+        `torch.Tensor`: The scalar loss in float32; zero, with zero gradients, if there is no target.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, table = hidden.to(dtype), table.to(dtype)
+    return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile)
+
+
+class _CatalogueCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, table, targets, logits_per_tile):
+        rows, num_items = hidden.shape[0], table.shape[0] - 1
+        items_step = num_items if num_items * MINIMUM_TILE_ROWS <= logits_per_tile else max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
+        rows_step = max(logits_per_tile // items_step, 1)
+        needs_gradient = any(ctx.needs_input_grad)
+        items = table[1:]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
+        grad_table = torch.zeros_like(table, dtype=torch.float32) if needs_gradient else None
+        buffer = torch.empty(min(rows_step, rows) * items_step, dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, rows, rows_step):
+            block = slice(start, min(start + rows_step, rows))
+            users, answers = hidden[block], targets[block] - 1
+            tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
+            target_logits = (users * items[answers]).sum(-1, dtype=torch.float32)
+            log_normaliser = torch.full_like(target_logits, -torch.inf)
+            for tile in tiles:
+                logits = _logits(users, items[tile], buffer)
+                maximum = torch.maximum(log_normaliser, logits.amax(-1))
+                exponentials = logits.sub_(maximum[:, None]).exp_()
+                log_normaliser = maximum + torch.log(exponentials.sum(-1) + torch.exp(log_normaliser - maximum))
+            loss += (log_normaliser - target_logits).sum()
+            if not needs_gradient:
+                continue
+            for tile in tiles:
+                if len(tiles) == 1:
+                    probabilities = exponentials.mul_(torch.exp(maximum - log_normaliser)[:, None])
+                else:
+                    probabilities = _logits(users, items[tile], buffer).sub_(log_normaliser[:, None]).exp_()
+                inside = ((answers >= tile.start) & (answers < tile.stop)).nonzero()[:, 0]
+                probabilities[inside, answers[inside] - tile.start] -= 1.0
+                probabilities = probabilities.to(hidden.dtype)
+                if hidden.dtype == torch.float32:
+                    grad_hidden[block].addmm_(probabilities, items[tile])
+                    grad_table[1:][tile].addmm_(probabilities.T, users)
+                else:
+                    grad_hidden[block] += probabilities @ items[tile]
+                    grad_table[1:][tile] += probabilities.T @ users
+        scale = 1.0 / max(rows, 1)
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden.mul_(scale), grad_table.mul_(scale))
+            ctx.dtypes = hidden.dtype, table.dtype
+        return loss * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        grad_hidden, grad_table = ctx.saved_tensors
+        return (grad_hidden * grad_output).to(ctx.dtypes[0]), (grad_table * grad_output).to(ctx.dtypes[1]), None, None
+
+
+def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """`users @ items.T` in float32, written over `buffer`: a fresh allocation of this size costs as much as the product itself on CPU."""
+    logits = buffer[: users.shape[0] * items.shape[0]].view(users.shape[0], items.shape[0])
+    if users.dtype == torch.float32:
+        return torch.mm(users, items.T, out=logits)
+    return logits.copy_(users @ items.T)

@@ -1,0 +1,406 @@
+"""The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner product."""
+
+import copy
+import os
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import cached_file
+
+from .configuration_mmesid import MMESIDConfig
+from .loss_catalogue import catalogue_cross_entropy
+from .packing import pack_histories, packed_attention_mask
+from .recommendation import RecommendationMixin, SequentialRecommendationOutput
+
+
+class MMESIDModality(nn.Module):
+    """
+    One modality of every item: the frozen embedding, projected, and the semantic ID, embedded by trainable code vectors.
+
+    The frozen embeddings are centred and scaled to a mean norm of one, which a projection with bias could learn but would take long to.
+    """
+
+    def __init__(self, config: MMESIDConfig, embedding_dim: int):
+        super().__init__()
+        rows, hidden_size = config.num_items + 1, config.hidden_size
+        self.num_levels, self.codebook_size = config.num_code_levels, config.codebook_size
+        self.register_buffer("embeddings", torch.zeros(rows, embedding_dim))
+        self.register_buffer("present", torch.zeros(rows, dtype=torch.bool))
+        self.register_buffer("center", torch.zeros(embedding_dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.projection = nn.Linear(embedding_dim, hidden_size)
+        self.absent_embedding = nn.Parameter(torch.zeros(hidden_size))
+        if self.num_levels:
+            self.register_buffer("codes", torch.zeros(rows, self.num_levels, dtype=torch.long))
+            self.code_vectors = nn.Parameter(torch.zeros(self.num_levels, self.codebook_size, config.code_dim))
+            self.code_projection = (
+                nn.Identity() if config.code_dim == hidden_size else nn.Linear(config.code_dim, hidden_size, bias=False)
+            )
+            self.absent_code = nn.Parameter(torch.zeros(hidden_size))
+
+    def project(self, items: torch.Tensor) -> torch.Tensor:
+        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; the learnt absent vector where the modality is missing."""
+        projected = self.projection((self.embeddings[items] - self.center) * self.scale)
+        return torch.where(self.present[items, None], projected, self.absent_embedding)
+
+    def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
+        """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where missing."""
+        offsets = torch.arange(self.num_levels, device=items.device) * self.codebook_size
+        summed = nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
+        return torch.where(self.present[items, None], self.code_projection(summed), self.absent_code)
+
+
+class MMESIDFusion(nn.Module):
+    r"""
+    Weights of an item's sources by how often it was seen in training:
+    \\(g_i = \mathrm{softmax}(\mathrm{MLP}(\mathrm{norm}(\log(1 + freq_i))) / temperature)\\).
+
+    The last layer starts at zero, so that all sources start with equal weight.
+    """
+
+    def __init__(self, config: MMESIDConfig, num_sources: int):
+        super().__init__()
+        self.temperature = config.fusion_temperature
+        self.register_buffer("frequencies", torch.zeros(config.num_items + 1, dtype=torch.long))
+        self.hidden = nn.Linear(1, config.fusion_hidden_size)
+        self.output = nn.Linear(config.fusion_hidden_size, num_sources)
+
+    def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            items (`torch.LongTensor` of shape `(items,)`): Rows.
+            present (`torch.BoolTensor` of shape `(items, sources)`): Which sources an item has; the others get no weight.
+
+        Returns:
+            `torch.FloatTensor` of shape `(items, sources)`, each row summing to one.
+        """
+        logarithms = torch.log1p(self.frequencies[1:].float())
+        low, high = logarithms.min(), logarithms.max()
+        normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
+        logits = self.output(nn.functional.gelu(self.hidden(normalised[:, None]))) / self.temperature
+        return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
+
+
+class MMESIDItems(nn.Module):
+    """
+    What an item is, to the backbone (its token) and to the score (its row of the fused table).
+
+    Shared form: token and table row are the same vector, the fusion of a free ID vector and, per modality, projection plus codes.
+    Paper's form: the token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the projections.
+    """
+
+    def __init__(self, config: MMESIDConfig):
+        super().__init__()
+        self.config = config
+        rows, hidden_size = config.num_items + 1, config.hidden_size
+        self.modalities = nn.ModuleDict({name: MMESIDModality(config, dim) for name, dim in config.embedding_dims.items()})
+        self.has_id_source = config.use_item_ids or not config.share_item_table
+        self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
+        self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
+        if not config.share_item_table:
+            self.token_id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if config.use_item_ids else None
+            parts = len(self.modalities) * (2 if config.num_code_levels else 1) + config.use_item_ids
+            self.token_mlp = nn.Linear(parts * hidden_size, hidden_size)
+
+    def sources(self, items: torch.Tensor) -> torch.Tensor:
+        """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then every modality."""
+        sources = [self.id_embeddings(items)] if self.has_id_source else []
+        with_codes = self.config.share_item_table and self.config.num_code_levels > 0
+        for modality in self.modalities.values():
+            projected = modality.project(items)
+            sources.append(projected + modality.embed_codes(items) if with_codes else projected)
+        return torch.stack(sources, dim=1)
+
+    def weights(self, items: torch.Tensor) -> torch.Tensor:
+        """Fusion weights of shape `(items, sources)`; a missing modality has weight 0 and the others share it."""
+        present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
+        present += [modality.present[items] for modality in self.modalities.values()]
+        present = torch.stack(present, dim=1)
+        # An item with no source at all (padding) would make the softmax undefined; its vector is zero.
+        any_present = present.any(-1, keepdim=True)
+        return self.fusion(items, present | ~any_present) * any_present
+
+    def vectors(self, items: torch.Tensor) -> torch.Tensor:
+        """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
+        return torch.einsum("is,ish->ih", self.weights(items), self.sources(items))
+
+    def tokens(self, items: torch.Tensor) -> torch.Tensor:
+        """Soft tokens of the given rows, `(items, hidden)`."""
+        if self.config.share_item_table:
+            return self.vectors(items)
+        parts = []
+        for modality in self.modalities.values():
+            parts.append(modality.project(items))
+            if self.config.num_code_levels:
+                parts.append(modality.embed_codes(items))
+        if self.token_id_embeddings is not None:
+            parts.append(self.token_id_embeddings(items))
+        return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
+
+
+class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
+    """
+    Sequential recommendation with a language model over multimodal items and trained semantic IDs.
+
+    A checkpoint with a base model holds the small trained parts and the LoRA adapter (also in `adapter/`, in PEFT's own format); the
+    frozen backbone is fetched by name and revision on loading. Without a base model the checkpoint is self-contained.
+
+    ```python
+    >>> from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+
+    >>> model = MMESIDForSequentialRecommendation.from_pretrained("runs/quickstart/recommender")
+    >>> processor = MMESIDProcessor.from_pretrained("runs/quickstart/recommender")
+    >>> best = model.recommend(processor([["item-7", "item-31"]]), top_k=5)
+    >>> processor.convert_rows_to_item_ids(best.items)
+    ```
+    """
+
+    config: MMESIDConfig
+    main_input_name = "items"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.items = MMESIDItems(config)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.backbone = AutoModel.from_config(copy.deepcopy(config.backbone_config)) if backbone is None else backbone
+        if config.lora is not None:
+            # Freezes everything in the backbone but the adapter.
+            inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
+        self.post_init()
+        if config.base_model_name_or_path is not None:
+            frozen = {name for name, parameter in self.backbone.named_parameters() if not parameter.requires_grad}
+            self._keys_to_ignore_on_save = {f"backbone.{name}" for name in frozen}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, MMESIDModality):
+            init.normal_(module.absent_embedding, std=std)
+            if module.num_levels:
+                init.normal_(module.code_vectors, std=std)
+                init.normal_(module.absent_code, std=std)
+        if isinstance(module, MMESIDFusion):
+            init.normal_(module.hidden.weight, std=1.0)
+            init.zeros_(module.output.weight)
+
+    @classmethod
+    def from_backbone_pretrained(
+        cls,
+        pretrained_backbone_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        backbone_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "MMESIDForSequentialRecommendation":
+        """
+        A new recommender around a pretrained decoder. Give it the catalogue with [`~MMESIDForSequentialRecommendation.initialize_items`].
+
+        Args:
+            pretrained_backbone_name_or_path (`str` or `os.PathLike`): Anything that `AutoModel.from_pretrained` loads.
+            revision (`str`, *optional*): Branch, tag or commit of the backbone.
+            backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `dtype`,
+                `quantization_config`, `device_map` or `attn_implementation`.
+            **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the checkpoint names
+                it; without, it is trained in full and saved with the rest.
+        """
+        backbone = AutoModel.from_pretrained(pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {}))
+        if config_kwargs.get("lora") is not None:
+            config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
+            config_kwargs["base_model_revision"] = backbone.config._commit_hash or revision
+        # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal mask.
+        config = MMESIDConfig(backbone_config=copy.deepcopy(backbone.config), **config_kwargs)
+        return cls(config, backbone=backbone)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        Loads a checkpoint; the frozen backbone of one with a base model is loaded by name, with `dtype`, `quantization_config`,
+        `device_map` and `attn_implementation` passed on.
+
+        Raises:
+            ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model does not have.
+        """
+        hub_kwargs = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            if name in kwargs
+        }
+        if config is None:
+            config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if config.base_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        backbone_kwargs = {
+            name: kwargs[name]
+            for name in (
+                "dtype", "quantization_config", "device_map", "attn_implementation", "cache_dir", "local_files_only", "token",
+            )
+            if name in kwargs
+        }  # fmt: skip
+        backbone = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.base_model_revision, **backbone_kwargs)
+        model = cls(config, backbone=backbone)
+        weights = load_file(cached_file(pretrained_model_name_or_path, "model.safetensors", **hub_kwargs))
+        keys = model.load_state_dict(weights, strict=False)
+        missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save)
+        if missing or keys.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration (missing: {missing or 'nothing'}, "
+                f"unexpected: {keys.unexpected_keys or 'nothing'}); download or save it again."
+            )
+        return model.to(backbone.device).eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in PEFT's format."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.config.lora is None:
+            return
+        adapter_dir = os.path.join(save_directory, "adapter")
+        adapter_config = LoraConfig(
+            **self.config.lora,
+            base_model_name_or_path=self.config.base_model_name_or_path,
+            revision=self.config.base_model_revision,
+            inference_mode=True,
+        )
+        adapter_config.save_pretrained(adapter_dir)
+        weights = get_peft_model_state_dict(self.backbone)
+        save_file(
+            {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+            os.path.join(adapter_dir, "adapter_model.safetensors"),
+            metadata={"format": "pt"},
+        )
+
+    @torch.no_grad()
+    def initialize_items(
+        self,
+        frequencies: torch.Tensor,
+        embeddings: dict[str, torch.Tensor] | None = None,
+        present: dict[str, torch.Tensor] | None = None,
+        codes: dict[str, torch.Tensor] | None = None,
+        code_vectors: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """
+        Gives the model its catalogue. All tensors are indexed by row; row 0 is padding.
+
+        Args:
+            frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
+            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings by modality.
+            present (`dict[str, torch.Tensor]`, each of shape `(items + 1,)`, *optional*): Which items have the modality; those with a
+                non-zero embedding by default.
+            codes (`dict[str, torch.Tensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs.
+            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, code_dim)`, *optional*): The quantizer's
+                *trained* code vectors to start from; left at their random initialisation by default.
+
+        Raises:
+            ValueError: If a table is missing, or its shape or values do not fit the configuration.
+        """
+        rows = self.config.num_items + 1
+        tables = {"embeddings": embeddings or {}, "codes": codes or {}}
+        for kind, given in tables.items():
+            wanted = self.config.modalities if kind == "embeddings" or self.config.num_code_levels else []
+            if sorted(given) != sorted(wanted):
+                raise ValueError(f"{kind} are given for {sorted(given)}, but the configuration has {sorted(wanted)}; give one table each.")
+            for name, table in given.items():
+                if len(table) != rows:
+                    raise ValueError(
+                        f"The {kind} of '{name}' have {len(table)} rows for {rows - 1} items; row r belongs to item r, row 0 is padding."
+                    )
+                if not torch.isfinite(table).all():
+                    row = int((~torch.isfinite(table)).any(-1).nonzero()[0])
+                    raise ValueError(f"The {kind} of '{name}' hold NaN or infinity in row {row}; make the table again.")
+        if frequencies.shape != (rows,):
+            raise ValueError(f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; one a row, row 0 is padding.")
+        self.items.fusion.frequencies.copy_(frequencies)
+        for name, modality in self.items.modalities.items():
+            table = embeddings[name].float()
+            has = (table != 0).any(-1) if present is None else present[name].clone()
+            has[0] = False
+            modality.embeddings.copy_(table)
+            modality.present.copy_(has)
+            modality.center.copy_(table[has].mean(0))
+            modality.scale.copy_(1 / (table[has] - modality.center).norm(dim=-1).mean().clamp(min=1e-12))
+            if self.config.num_code_levels:
+                modality.codes.copy_(codes[name].clamp(min=0))
+            if code_vectors is not None:
+                modality.code_vectors.copy_(code_vectors[name])
+
+    def item_table(self) -> torch.Tensor:
+        """
+        The fused table t_i = g_{i,0} w_i + sum_m g_{i,m} (...), of shape `(items + 1, hidden)`: the score of item i is its inner product
+        with the user representation. Row 0 is padding and zero.
+        """
+        return self.items.vectors(torch.arange(self.config.num_items + 1, device=self.items.fusion.frequencies.device))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        items: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        shared_length: torch.Tensor | None = None,
+        copy: torch.Tensor | None = None,
+    ) -> SequentialRecommendationOutput:
+        """
+        Takes what [`~modeling_mmesid.packing.pack_histories`] returns; all of shape `(batch, length)` unless said otherwise.
+
+        Args:
+            input_ids (`torch.LongTensor`): Prompt tokens, 0 at items and padding.
+            items (`torch.LongTensor`): Item rows, 0 at tokens and padding.
+            labels (`torch.LongTensor`, *optional*): Target row where a user is read, -100 elsewhere.
+            lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): Without labels, positions of each sequence: the user is read
+                at the last.
+            position_ids (`torch.LongTensor`, *optional*): Positions of a packed sequence.
+            shared_length (`torch.LongTensor`, *optional*): How many leading positions each position of a packed sequence sees.
+            copy (`torch.LongTensor`, *optional*): Copy of the closing tokens that each position of a packed sequence belongs to.
+        """
+        item_table = self.item_table() if labels is not None else None
+        if item_table is not None and self.config.share_item_table:
+            item_tokens = nn.functional.embedding(items, item_table)
+        else:
+            unique, inverse = items.unique(return_inverse=True)
+            item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
+        word_embeddings = self.backbone.get_input_embeddings()(input_ids)
+        is_item = (items != 0)[..., None]
+        inputs_embeds = torch.where(is_item, self.token_dropout(item_tokens).to(word_embeddings.dtype), word_embeddings)
+        attention_mask = None
+        if copy is not None:
+            visible = packed_attention_mask(shared_length, copy)
+            # Additive, which eager attention and SDPA both take.
+            attention_mask = torch.zeros_like(visible, dtype=inputs_embeds.dtype)
+            attention_mask.masked_fill_(~visible, torch.finfo(inputs_embeds.dtype).min)
+        # Padding is on the right, where no causal query looks.
+        hidden_states = self.backbone(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        if labels is None:
+            user_embeddings = hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+            return SequentialRecommendationOutput(user_embeddings=user_embeddings)
+        wanted = labels != -100
+        user_embeddings = self.output_dropout(hidden_states[wanted].to(item_table.dtype))
+        loss = catalogue_cross_entropy(user_embeddings, item_table, labels[wanted])
+        return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
+
+    def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a history."""
+        latest = [history[-self.config.max_history :] for history in histories]
+        inputs = pack_histories(latest, self.config.prompt_prefix_ids, self.config.prompt_suffix_ids)
+        return self(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).user_embeddings
+
+
+__all__ = ["MMESIDForSequentialRecommendation"]

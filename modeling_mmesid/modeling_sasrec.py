@@ -1,0 +1,144 @@
+"""SASRec with the full-catalogue cross-entropy at every position."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_sasrec import SASRecConfig
+from .loss_catalogue import catalogue_cross_entropy
+from .recommendation import RecommendationMixin, SequentialRecommendationOutput, pad_histories
+
+
+class SASRecAttention(nn.Module):
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, length, width = hidden_states.shape
+        query, key, value = (
+            part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in self.qkv_proj(hidden_states).chunk(3, dim=-1)
+        )
+        # Padding is on the right, where a causal query never looks: no padding mask is needed.
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class SASRecLayer(nn.Module):
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SASRecAttention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states)))
+        feed_forward = self.down_proj(nn.functional.gelu(self.up_proj(self.feed_forward_norm(hidden_states))))
+        return hidden_states + self.dropout(feed_forward)
+
+
+class SASRecPreTrainedModel(PreTrainedModel):
+    config: SASRecConfig
+    base_model_prefix = "model"
+    main_input_name = "items"
+    # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class SASRecModel(SASRecPreTrainedModel):
+    """Item and position embeddings, pre-normalised causal blocks, a final normalisation."""
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config)
+        self.item_embeddings = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            items (`torch.LongTensor` of shape `(batch, length)`): Item rows, oldest first, padded with 0 on the right;
+                `length` at most `max_position_embeddings`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, length, hidden)`; states at padding are undefined.
+        """
+        positions = torch.arange(items.shape[1], device=items.device)
+        # Scaled up, as in the original, so that what an item is outweighs where it stands.
+        item_embeddings = self.item_embeddings(items) * self.config.hidden_size**0.5
+        hidden_states = self.dropout(item_embeddings + self.position_embeddings(positions))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.norm(hidden_states)
+
+
+class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedModel):
+    """
+    SASRec that scores every item by the inner product with its own embedding.
+
+    ```python
+    >>> from modeling_mmesid import SASRecForSequentialRecommendation
+
+    >>> model = SASRecForSequentialRecommendation.from_pretrained("runs/quickstart/sasrec")
+    >>> model.recommend([[3, 17, 5]], top_k=10).items
+    ```
+    """
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config)
+        self.model = SASRecModel(config)
+        self.post_init()
+
+    def item_table(self) -> torch.Tensor:
+        """Item vectors of shape `(items + 1, hidden)`; row 0 is padding."""
+        return self.model.item_embeddings.weight
+
+    def forward(self, items: torch.Tensor, labels: torch.Tensor | None = None) -> SequentialRecommendationOutput:
+        """
+        Args:
+            items (`torch.LongTensor` of shape `(batch, length)`): Item rows, oldest first, padded with 0 on the right.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Row of the item that follows each position; -100 where
+                nothing is to be predicted.
+        """
+        hidden_states = self.model(items)
+        if labels is None:
+            last = (items != 0).sum(-1) - 1
+            return SequentialRecommendationOutput(user_embeddings=hidden_states[torch.arange(len(items), device=items.device), last])
+        wanted = labels != -100
+        user_embeddings = hidden_states[wanted]
+        loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels[wanted])
+        return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
+
+    def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        """User representations of shape `(batch, hidden)`, each from the latest `max_position_embeddings` items of a history."""
+        latest = [history[-self.config.max_position_embeddings :] for history in histories]
+        return self(items=pad_histories(latest, self.device)).user_embeddings
+
+
+__all__ = ["SASRecModel", "SASRecForSequentialRecommendation"]

@@ -1,0 +1,98 @@
+"""Histories as model inputs: all prefixes of a user in one sequence, or the whole history alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def pack_histories(
+    histories: Sequence[np.ndarray | Sequence[int]],
+    prefix_ids: Sequence[int],
+    suffix_ids: Sequence[int],
+    targets: Sequence[np.ndarray | Sequence[int]] | None = None,
+) -> dict[str, torch.Tensor]:
+    r"""
+    Lays each user out as `prefix tokens | items 1..T | closing tokens ...`, padded on the right.
+
+    Without `targets` the closing tokens follow the whole history once: the inference form. With `targets` (the item after each position)
+    one copy of the closing tokens is added for every position t; it sees the prefix tokens, items 1..t and itself, at the position ids
+    that it would have if the user had only those items. The hidden states are those of one sequence a prefix, at a fraction of the cost
+    (section 2.5 of the method). With no closing tokens the items themselves answer: the ordinary next-item objective.
+
+    Args:
+        histories (`list` of `batch` integer sequences): Item rows, oldest first, none empty.
+        prefix_ids (`list[int]`): Prompt tokens before the items.
+        suffix_ids (`list[int]`): Closing prompt tokens after the items; the last one's state represents the user.
+        targets (`list` of `batch` integer sequences, *optional*): Row of the item that follows each position, as long as the history;
+            -100 where nothing is to be predicted.
+
+    Returns:
+        `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
+            - **input_ids**: tokens, 0 where an item or padding stands.
+            - **items**: item rows, 0 where a token or padding stands.
+            - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the user is read at the last of them.
+            - **labels** (with `targets`): target row where a user is read, -100 elsewhere.
+            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them; otherwise they just count.
+            - **shared_length** (likewise): how many leading positions each position sees.
+            - **copy** (likewise): the copy a position belongs to, 0 for what all copies share, -1 for padding.
+    """
+    prefix, suffix = np.asarray(prefix_ids, dtype=np.int64), np.asarray(suffix_ids, dtype=np.int64)
+    rows = []
+    for index, history in enumerate(histories):
+        history = np.asarray(history, dtype=np.int64)
+        head = len(prefix) + len(history)
+        row = {
+            "input_ids": np.concatenate([prefix, np.zeros(len(history), np.int64)]),
+            "items": np.concatenate([np.zeros(len(prefix), np.int64), history]),
+        }
+        if targets is None:
+            _append(row, input_ids=suffix, items=np.zeros_like(suffix))
+            rows.append(row)
+            continue
+        following = np.asarray(targets[index], dtype=np.int64)
+        row["labels"] = np.concatenate([np.full(len(prefix), -100), following])
+        if len(suffix):
+            positions = np.flatnonzero(following != -100)
+            copies, seen = len(positions), len(prefix) + positions + 1
+            row["labels"] = np.full(head + copies * len(suffix), -100)
+            row["labels"][head + len(suffix) - 1 :: len(suffix)] = following[positions]
+            row["shared_length"] = np.concatenate([np.arange(1, head + 1), np.repeat(seen, len(suffix))])
+            row["copy"] = np.concatenate([np.zeros(head, np.int64), np.repeat(np.arange(1, copies + 1), len(suffix))])
+            row["position_ids"] = np.concatenate([np.arange(head), (seen[:, None] + np.arange(len(suffix))).ravel()])
+            _append(row, input_ids=np.tile(suffix, copies), items=np.zeros(copies * len(suffix), np.int64))
+        rows.append(row)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch = {}
+    for name in rows[0]:
+        values = np.full((len(rows), max(lengths)), {"labels": -100, "copy": -1}.get(name, 0), dtype=np.int64)
+        for row, length, target_row in zip(rows, lengths, values, strict=True):
+            target_row[:length] = row[name]
+        batch[name] = torch.from_numpy(values)
+    if targets is None:
+        batch["lengths"] = torch.tensor(lengths)
+    return batch
+
+
+def _append(row: dict[str, np.ndarray], **parts: np.ndarray) -> None:
+    for name, part in parts.items():
+        row[name] = np.concatenate([row[name], part])
+
+
+def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """
+    Who sees whom in a packed sequence: a query sees the first `shared_length` positions, and in its own copy what is not behind it.
+
+    Args:
+        shared_length (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
+        copy (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, length, length)`, true where a query (third axis) sees a key (fourth axis). Padding sees
+        itself, so that no row is empty.
+    """
+    index = torch.arange(copy.shape[1], device=copy.device)
+    behind = index[None, :, None] >= index[None, None, :]
+    shared = (copy[:, None, :] == 0) & (index[None, None, :] < shared_length[:, :, None])
+    own = (copy[:, :, None] == copy[:, None, :]) & (copy[:, :, None] != 0) & behind
+    return (shared | own)[:, None]

@@ -1,0 +1,124 @@
+"""The recommender's processor: raw item ids to rows and back, and the prompt around the items."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+SYSTEM_PROMPT = "You are a helpful AI assistant for recommendations"
+USER_PROMPT = "Given the user's purchase history, predict next possible item to be purchased. {items}"
+
+
+class MMESIDProcessor(ProcessorMixin):
+    r"""
+    Turns histories of raw item ids into the rows that [`MMESIDForSequentialRecommendation`] reads, and rows back into ids and titles.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The backbone's tokenizer; its chat template, where it has one, frames the prompt.
+        item_ids (`list[str]`): Raw id of every item, in the order of rows 1 to N.
+        titles (`list[str]`, *optional*): Title of every item, in the same order.
+        system_prompt (`str`, *optional*): What the system turn says; the paper's sentence by default.
+        user_prompt (`str`, *optional*): What the user turn says, with `{items}` where the items stand; the paper's sentence by default.
+            `"{items}"` is no prompt at all: not even the chat template's own tokens.
+
+    Raises:
+        ValueError: If an item id occurs twice, or if `user_prompt` does not hold `{items}` exactly once.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        item_ids: Sequence[str],
+        titles: Sequence[str] | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        user_prompt: str = USER_PROMPT,
+        chat_template: str | None = None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.item_ids = list(item_ids)
+        self.titles = None if titles is None else list(titles)
+        self.system_prompt = system_prompt
+        self.user_prompt = user_prompt
+        self._rows = {item_id: row for row, item_id in enumerate(self.item_ids, start=1)}
+        if len(self._rows) != len(self.item_ids):
+            repeated = next(item_id for row, item_id in enumerate(self.item_ids, start=1) if self._rows[item_id] != row)
+            raise ValueError(f"Item id '{repeated}' occurs more than once; ids must be unique.")
+        if user_prompt.count("{items}") != 1:
+            raise ValueError(f"user_prompt must hold {{items}} exactly once, where the items stand; it is '{user_prompt}'.")
+
+    def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
+        """
+        Histories of raw item ids (oldest first) as rows, ready for `recommend`.
+
+        Raises:
+            ValueError: If a history is empty or holds an unknown id; the sentence names the history and the id.
+        """
+        rows = []
+        for index, history in enumerate(histories):
+            if isinstance(history, str):
+                raise ValueError(f"History {index} is the string '{history}'; give a list of item ids for each user.")
+            if len(history) == 0:
+                raise ValueError(f"History {index} is empty; give at least one item id, or leave the user out.")
+            rows.append(self.convert_item_ids_to_rows(history))
+        return rows
+
+    def convert_item_ids_to_rows(self, item_ids: Sequence[str]) -> list[int]:
+        """
+        Raises:
+            ValueError: If an id is not in the catalogue.
+        """
+        unknown = [item_id for item_id in item_ids if item_id not in self._rows]
+        if unknown:
+            raise ValueError(
+                f"Item id '{unknown[0]}' is not in this model's catalogue of {len(self.item_ids)} items; leave it out of the history."
+            )
+        return [self._rows[item_id] for item_id in item_ids]
+
+    def convert_rows_to_item_ids(self, rows: torch.Tensor | Sequence) -> list:
+        """Raw ids of rows (an int, or a tensor or list nested to any depth), in the same nesting."""
+        return _map_rows(rows, self.item_ids)
+
+    def convert_rows_to_titles(self, rows: torch.Tensor | Sequence) -> list:
+        """
+        Titles of rows, in the same nesting.
+
+        Raises:
+            ValueError: If the processor was made without titles.
+        """
+        if self.titles is None:
+            raise ValueError("This processor was saved without titles; show item ids instead.")
+        return _map_rows(rows, self.titles)
+
+    def prompt_ids(self) -> tuple[list[int], list[int]]:
+        """
+        Token ids of the prompt before and after the items: `prompt_prefix_ids` and `prompt_suffix_ids` of [`MMESIDConfig`].
+
+        The tokenizer's own chat template frames system and user turn and opens the assistant's. A tokenizer without one gets the plain
+        sentences, opened by its beginning-of-sequence token.
+        """
+        before, after = self.user_prompt.split("{items}")
+        if not before and not after:
+            return [], []
+        if self.tokenizer.chat_template is not None:
+            turns = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": f"{before}{_SLOT}{after}"}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        else:
+            text = f"{self.tokenizer.bos_token or ''}{self.system_prompt}\n{before}{_SLOT}{after}\n"
+        return tuple(self.tokenizer(part, add_special_tokens=False).input_ids for part in text.split(_SLOT))
+
+
+# Stands for the items while a chat template is rendered; any text that no prompt holds.
+_SLOT = "\u241fitems\u241f"
+
+
+def _map_rows(rows, names: list[str]):
+    if isinstance(rows, torch.Tensor):
+        rows = rows.tolist()
+    if isinstance(rows, Sequence):
+        return [_map_rows(row, names) for row in rows]
+    if not 1 <= rows <= len(names):
+        raise ValueError(f"Row {rows} is outside 1..{len(names)}; row 0 is padding and no item.")
+    return names[rows - 1]
+
+__all__ = ["MMESIDProcessor"]

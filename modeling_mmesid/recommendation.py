@@ -1,0 +1,135 @@
+"""Scoring, ranking and recommending: one place for training, evaluation, `recommend` and the pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class SequentialRecommendationOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+            Cross-entropy over the whole catalogue.
+        user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`):
+            One vector a labelled position, in the order of the flattened `labels`; without labels one a sequence, at its end.
+    """
+
+    loss: torch.FloatTensor | None = None
+    user_embeddings: torch.FloatTensor | None = None
+
+
+@dataclass
+class RecommendationOutput(ModelOutput):
+    """
+    Args:
+        items (`torch.LongTensor` of shape `(batch, top_k)`): Rows of the recommended items, best first.
+        scores (`torch.FloatTensor` of shape `(batch, top_k)`): Their scores.
+    """
+
+    items: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+
+
+def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torch.Tensor:
+    """
+    Inner product of every user with every item, in float32; padding scores minus infinity.
+
+    Args:
+        user_embeddings (`torch.Tensor` of shape `(batch, hidden)`): User representations.
+        item_table (`torch.Tensor` of shape `(items + 1, hidden)`): Fused item vectors.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, items + 1)`.
+    """
+    scores = (user_embeddings.to(item_table.dtype) @ item_table.T).float()
+    scores[:, 0] = -torch.inf
+    return scores
+
+
+def mask_histories(scores: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
+    """Sets the scores (`(batch, items + 1)`) of the items of each history (`(batch, length)`, padded with 0) to minus infinity, in place."""
+    return scores.scatter_(1, histories, -torch.inf)
+
+
+def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Rank of each target among all items, from 1, ties broken against the target: a model that scores all items alike ranks it last.
+
+    A target that was masked, or scored NaN, ranks behind everything.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch, items + 1)`): Scores, minus infinity where an item may not be recommended.
+        targets (`torch.LongTensor` of shape `(batch,)`): Rows of the targets.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch,)`.
+    """
+    # `not <` rather than `>=`: NaN counts against the target.
+    return (~(scores < scores.gather(1, targets[:, None]))).sum(-1)
+
+
+def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
+    """
+    Raises:
+        ValueError: If a history is empty or holds a row outside 1..`num_items`; the sentence names the history and the row.
+    """
+    for index, history in enumerate(histories):
+        if len(history) == 0:
+            raise ValueError(f"History {index} is empty; give at least one item, or leave the user out.")
+        if min(history) < 1 or max(history) > num_items:
+            wrong = next(row for row in history if not 1 <= row <= num_items)
+            raise ValueError(f"History {index} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows.")
+
+
+def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | None = None) -> torch.Tensor:
+    """Histories as a `torch.LongTensor` of shape `(batch, longest)`, padded with 0 on the right."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(history, dtype=torch.long) for history in histories], batch_first=True
+    ).to(device)
+
+
+class RecommendationMixin:
+    """`recommend` for models that have `encode_histories(histories) -> (batch, hidden)` and `item_table() -> (items + 1, hidden)`."""
+
+    @torch.no_grad()
+    def recommend(
+        self, histories: Sequence[Sequence[int]], top_k: int = 10, exclude_history: bool = True, batch_size: int = 256
+    ) -> RecommendationOutput:
+        """
+        Ranks the whole catalogue for every user.
+
+        Args:
+            histories (`list[list[int]]`): Item rows of each user, oldest first; `MMESIDProcessor` makes them from item ids.
+            top_k (`int`, *optional*, defaults to `10`): Items to return a user.
+            exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
+            batch_size (`int`, *optional*, defaults to `256`): Users at a time.
+
+        Returns:
+            [`RecommendationOutput`] with `items` and `scores` of shape `(batch, top_k)`.
+
+        Raises:
+            ValueError: If a history is empty or names a row outside the catalogue, or if fewer than `top_k` items are left to recommend.
+        """
+        num_items = self.config.num_items
+        check_histories(histories, num_items)
+        for index, history in enumerate(histories):
+            left = num_items - len(set(history)) if exclude_history else num_items
+            if not 1 <= top_k <= left:
+                raise ValueError(f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}.")
+        was_training = self.training
+        self.eval()
+        item_table = self.item_table()
+        items, scores = [], []
+        for start in range(0, len(histories), batch_size):
+            batch = histories[start : start + batch_size]
+            batch_scores = score_items(self.encode_histories(batch), item_table)
+            if exclude_history:
+                mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
+            best = batch_scores.topk(top_k)
+            items.append(best.indices)
+            scores.append(best.values)
+        self.train(was_training)
+        return RecommendationOutput(items=torch.cat(items), scores=torch.cat(scores))
