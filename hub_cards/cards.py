@@ -24,10 +24,10 @@ _SUBJECTS = {
 _TEMPLATES = {"prepare": "dataset", "sasrec": "sasrec", "quantize": "quantizer", "finetune": "recommender"}
 
 # Licences by the identifier under which the Hub knows them; any other text becomes `license: other` with a name.
-_HUB_LICENCES = {
-    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
-    *("cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "pddl", "unlicense", "unknown"),
-}  # fmt: skip
+_HUB_LICENCES = set(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 "
+    "cc-by-nc-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl pddl unlicense unknown".split()
+)
 
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
@@ -47,8 +47,9 @@ def save_card(directory: str | os.PathLike, record: dict) -> Path:
 
     Args:
         directory (`str` or `os.PathLike`): The directory of the checkpoint or dataset; `README.md` is written into it.
-        record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`). `details["data"]` holds the
-            statistics of the prepared dataset; `metrics["validation"]` and `metrics["test"]` hold HR, nDCG and MRR of a model that ranks.
+        record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`).
+            `details["data"]` holds the statistics of the prepared dataset; `metrics["validation"]` and
+            `metrics["test"]` hold HR, nDCG and MRR of a model that ranks.
 
     Returns:
         `Path`: The file.
@@ -146,9 +147,10 @@ def _slug(text: str) -> str:
 
 def _public(value):
     """
-    The value without what belongs to the machine it was made on: tokens are dropped, and of a path only the last part is kept.
+    The value without what belongs to the machine it was made on: no tokens, and of a path only its last part.
 
-    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, or has two slashes is a path.
+    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, or has two
+    slashes is a path.
     """
     if isinstance(value, dict):
         return {name: _public(inner) for name, inner in value.items() if not name.endswith("_token")}
