@@ -1,4 +1,4 @@
-"""Embedding tables: one safetensors file a modality, one row an item, row 0 padding, and a mask of the items that have the modality."""
+"""Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have the modality."""
 
 import os
 from pathlib import Path
@@ -21,8 +21,9 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[
         num_items (`int`): Number of items in the catalogue.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The embeddings, `(num_items + 1, dimension)` in float32, and whether each row holds an
-        embedding, `(num_items + 1,)` in bool. Row 0 is padding: zero and not present, as is the row of an item without the modality.
+        `tuple[torch.Tensor, torch.Tensor]`: The embeddings, `(num_items + 1, dimension)` in float32, and whether each
+        row holds an embedding, `(num_items + 1,)` in bool. Row 0 is padding: zero and not present, as is the row of an
+        item without the modality.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -30,28 +31,27 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[
     """
     path = Path(path)
     tensors = _read(path)
-    remedy = f"write it with `mmesid embed --modality {modality}`, with `--from_file` if the embeddings come from elsewhere"
+    remedy = f"write it with `mmesid embed --modality {modality}`, or import it there with `--from_file`"
     for key in (modality, PRESENT_KEY):
         if key not in tensors:
             raise ValueError(f"'{path}' has no key '{key}' but only {_names(tensors)}; {remedy}.")
-    present = tensors[PRESENT_KEY]
-    if present.dtype != torch.bool or present.shape != (num_items + 1,) or present[0]:
-        raise ValueError(
-            f"'{path}': 'present' is {present.dtype} of shape {tuple(present.shape)} where a mask of shape ({num_items + 1},) that is "
-            f"false for the padding row 0 is expected; {remedy}."
-        )
     embeddings = _validated(path, modality, tensors[modality], num_items)
+    present = _validated_mask(path, tensors[PRESENT_KEY], num_items, remedy)
+    if present[0]:
+        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; {remedy}.")
     filled = (embeddings != 0).any(dim=1) & ~present
     if filled.any():
-        raise ValueError(f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}.")
+        raise ValueError(
+            f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}."
+        )
     return embeddings, present
 
 
 def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Reads a table that came from elsewhere: `(num_items + 1, dimension)` in any floating-point type, under the modality's name or under
-    the file's only key besides `present`. Where the file has no `present` mask, an all-zero row counts as an item without the modality.
-    The padding row 0 is set to zero.
+    Reads a table that came from elsewhere: `(num_items + 1, dimension)` in any floating-point type, under the
+    modality's name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero
+    row counts as an item without the modality. The padding row 0 is set to zero.
 
     Args and Returns as in [`load_table`].
 
@@ -63,16 +63,17 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tupl
     tensors = _read(path)
     present = tensors.pop(PRESENT_KEY, None)
     if modality not in tensors and len(tensors) != 1:
-        raise ValueError(f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or keep that table alone in the file.")
+        raise ValueError(
+            f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or keep that table alone "
+            "in the file."
+        )
     embeddings = tensors[modality] if modality in tensors else next(iter(tensors.values()))
     embeddings = _validated(path, modality, embeddings, num_items)
     if present is None:
         present = (embeddings != 0).any(dim=1)
-    elif present.dtype != torch.bool or present.shape != (num_items + 1,):
-        raise ValueError(
-            f"'{path}': 'present' is {present.dtype} of shape {tuple(present.shape)} where bool of shape ({num_items + 1},) is expected; "
-            "correct it, or leave it out to count all-zero rows as missing."
-        )
+    else:
+        remedy = "correct it, or leave it out to count all-zero rows as missing"
+        present = _validated_mask(path, present, num_items, remedy)
     present[0] = False
     embeddings[~present] = 0
     return embeddings, present
@@ -85,23 +86,23 @@ def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor,
     Args:
         path (`str` or `os.PathLike`): The safetensors file; its directory must exist.
         modality (`str`): Name of the modality, which becomes the key of the embeddings.
-        embeddings (`torch.Tensor`): `(num_items + 1, dimension)`; saved in float32, with the rows that are not present set to zero.
-        present (`torch.Tensor`): `(num_items + 1,)`, whether the row holds an embedding; row 0, the padding, never does.
+        embeddings (`torch.Tensor`):
+            `(num_items + 1, dimension)`; saved in float32, with the rows that are not present set to zero.
+        present (`torch.Tensor`):
+            `(num_items + 1,)` in bool, whether the row holds an embedding; row 0, the padding, never does.
 
     Raises:
         ValueError: If the shapes do not match, row 0 is present, or a row that is present holds NaN or infinity.
     """
     path = Path(path)
-    if present.shape != embeddings.shape[:1] or present[0]:
-        raise ValueError(
-            f"'{path}': 'present' of shape {tuple(present.shape)} must hold one value for each of the {len(embeddings)} rows of "
-            f"'{modality}', false for the padding row 0."
-        )
-    present = present.detach().cpu().bool().contiguous()
+    num_items = len(embeddings) - 1
+    present = _validated_mask(path, present.detach().cpu(), num_items, "give one value a row")
+    if present[0]:
+        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; set it to false.")
     embeddings = torch.where(present.unsqueeze(1), embeddings.detach().cpu().float(), 0.0)
-    embeddings = _validated(path, modality, embeddings, len(present) - 1)
+    embeddings = _validated(path, modality, embeddings, num_items)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({modality: embeddings.contiguous(), PRESENT_KEY: present}, temporary, metadata={"format": "pt"})
+    save_file({modality: embeddings.contiguous(), PRESENT_KEY: present.contiguous()}, temporary)
     os.replace(temporary, path)
 
 
@@ -118,21 +119,31 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 def _validated(path: Path, modality: str, embeddings: torch.Tensor, num_items: int) -> torch.Tensor:
     if embeddings.dim() != 2 or embeddings.shape[1] == 0 or not embeddings.dtype.is_floating_point:
         raise ValueError(
-            f"'{path}': '{modality}' is {embeddings.dtype} of shape {tuple(embeddings.shape)} where floating-point numbers of shape "
-            "(items + 1, dimension) are expected; write one row of numbers an item."
+            f"'{path}': '{modality}' is {embeddings.dtype} of shape {tuple(embeddings.shape)} where floating-point "
+            "numbers of shape (items + 1, dimension) are expected; write one row of numbers an item."
         )
     if len(embeddings) != num_items + 1:
         raise ValueError(
-            f"'{path}': '{modality}' has {len(embeddings)} rows where the catalogue of {num_items} items needs {num_items + 1} (row 0 is "
-            "padding, row i is item i); make the table from this prepared dataset."
+            f"'{path}': '{modality}' has {len(embeddings)} rows where the catalogue of {num_items} items needs "
+            f"{num_items + 1} (row 0 is padding, row i is item i); make the table from this prepared dataset."
         )
     embeddings = embeddings.float()
     bad = ~torch.isfinite(embeddings).all(dim=1)
     if bad.any():
         raise ValueError(
-            f"'{path}': row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); compute these embeddings again."
+            f"'{path}': row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); "
+            "compute these embeddings again."
         )
     return embeddings
+
+
+def _validated_mask(path: Path, present: torch.Tensor, num_items: int, remedy: str) -> torch.Tensor:
+    if present.dtype != torch.bool or present.shape != (num_items + 1,):
+        raise ValueError(
+            f"'{path}': 'present' is {present.dtype} of shape {tuple(present.shape)} where torch.bool of shape "
+            f"({num_items + 1},) is expected; {remedy}."
+        )
+    return present
 
 
 def _first(mask: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Embedding tables: what is written is what is read, and a table that does not fit the catalogue is refused in one sentence."""
+"""What is written is what is read, and a table that does not fit the catalogue is refused in one sentence."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_save_refuses_nan_and_keeps_the_earlier_table(tmp_path, table):
     with pytest.raises(ValueError, match="row 4 of 'text' holds NaN or infinity"):
         save_table(path, "text", embeddings, present)
     assert path.read_bytes() == before
-    with pytest.raises(ValueError, match="padding row 0"):
+    with pytest.raises(ValueError, match="true for row 0, which is padding"):
         save_table(path, "text", torch.ones(6, 4), torch.ones(6, dtype=torch.bool))
 
 
@@ -50,7 +50,10 @@ def test_nan_in_a_missing_row_is_not_saved(tmp_path, table):
     ("tensor", "message"),
     [
         (torch.ones(5, 4), r"'text' has 5 rows where the catalogue of 5 items needs 6"),
-        (torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf), r"row 2 of 'text' holds NaN or infinity \(2 such rows"),
+        (
+            torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf),
+            r"row 2 of 'text' holds NaN or infinity \(2 such rows",
+        ),
         (torch.ones(6), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
         (torch.ones(6, 4, 2), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
         (torch.ones(6, 4, dtype=torch.int64), r"torch.int64 of shape \(6, 4\)"),
@@ -89,6 +92,9 @@ def test_load_needs_both_keys_and_a_consistent_mask(tmp_path):
         load_table(path, "visual", num_items=2)
     save_file({"visual": torch.ones(3, 2), "present": torch.tensor([False, True, False])}, path)
     with pytest.raises(ValueError, match="row 0 of 'visual' is not zero"):
+        load_table(path, "visual", num_items=2)
+    save_file({"visual": torch.zeros(3, 2), "present": torch.tensor([True, True, True])}, path)
+    with pytest.raises(ValueError, match="'present' is true for row 0"):
         load_table(path, "visual", num_items=2)
 
 
