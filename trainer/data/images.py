@@ -23,8 +23,9 @@ def read_image(image: Path | bytes, item_id: str) -> bytes:
             picture.load()
     # Pillow reports damage by any of these, depending on the format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        file = f"'{image}'" if isinstance(image, Path) else "Its data"
+        file = f"'{image}'" if isinstance(image, Path) else "its bytes"
         raise ValueError(
-            f"The image of item '{item_id}' cannot be read: {file}: {error}; replace it, or count it as missing with --on_bad_image missing."
+            f"The image of item '{item_id}' cannot be read ({file}: {error}); replace it, or leave it out with "
+            "--on_bad_image missing."
         ) from error
     return data

@@ -2,10 +2,11 @@
 The prepared dataset: the one format between any source of data and every later stage.
 
     sequences/{train,validation,test}.parquet   user_id, history (rows, oldest first), target (row)
-    items.parquet                               row, item_id, title, text, frequency (in the training split), image (if the source has any)
+    items.parquet                               row, item_id, title, text, frequency (in the training split),
+                                                image (if the source has any)
     statistics.json                             counts, source, licence, whether the data are synthetic
 
-Items are rows 1 to N; row 0 is padding. The files load with `datasets.load_dataset` too, which the dataset card beside them configures.
+Items are rows 1 to N; row 0 is padding. The dataset card beside the files configures `datasets.load_dataset`.
 """
 
 import json
@@ -31,7 +32,7 @@ ITEMS_FILE = "items.parquet"
 STATISTICS_FILE = "statistics.json"
 SEQUENCE_FILES = {split: f"sequences/{split}.parquet" for split in HELD_OUT}
 
-# Rows of a Parquet row group, which is what a reader holds in memory at a time: some ten megabytes with pictures or without.
+# Rows of a Parquet row group, which is what a writer holds in memory at a time: some ten megabytes.
 SEQUENCE_ROW_GROUP = 65_536
 ITEM_ROW_GROUP = 65_536
 IMAGE_ROW_GROUP = 256
@@ -139,7 +140,7 @@ class PreparedDataset:
         rows = table["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(
-                f"'{path / ITEMS_FILE}' does not hold rows 1 to {len(rows)} in order; write it again with `mmesid prepare`."
+                f"'{path / ITEMS_FILE}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again."
             )
         return cls(
             path=path,
@@ -177,7 +178,7 @@ class PreparedDataset:
         return Sequences(table["user_id"].to_pylist(), histories, offsets, targets)
 
     def items(self) -> datasets.Dataset:
-        """The items in the order of their rows; a picture is decoded when it is read, and `None` where an item has none."""
+        """The items in the order of their rows; a picture is decoded when read, `None` where an item has none."""
         return datasets.Dataset(pq.read_table(self.path / ITEMS_FILE))
 
 
@@ -191,7 +192,8 @@ def write_prepared(
         directory (`str` or `os.PathLike`): An existing directory.
         source (`Source`): Where the items' texts and pictures come from.
         sequences (`UserSequences`): Who did what, from the same source.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read, `"missing"` leaves it out and counts it.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
+            `"missing"` leaves it out and counts it.
 
     Returns:
         `dict`: The statistics.

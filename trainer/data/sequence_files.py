@@ -33,10 +33,11 @@ def read_sequence_files(
     """
     Args:
         directory (`str` or `os.PathLike`): The folder.
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must have them, possibly null. By
-            default those of `TEXT_FIELDS` that a line has.
+        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must
+            have them, possibly null. By default those of `TEXT_FIELDS` that a line has.
         item_field (`str`, *optional*, defaults to `"item"`): Field with an item's raw id, a string or an integer.
-        image_field (`str`, *optional*, defaults to `"image"`): Field with the path of an item's picture, null or absent if there is none.
+        image_field (`str`, *optional*, defaults to `"image"`): Field with the path of an item's picture, null or
+            absent if there is none.
         name (`str`, *optional*, defaults to the folder's name): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
@@ -138,7 +139,7 @@ def _read_sequences(path: Path, item_ids: list[str]) -> Interactions:
             sequences.append(np.fromiter((positions[item] for item in items), np.int32, len(items)))
         except KeyError as error:
             raise ValueError(
-                f"{place} names item '{error.args[0]}', which '{path.parent / ITEMS_FILE}' does not have; add it there."
+                f"{place} names item '{error.args[0]}', which '{path.parent / ITEMS_FILE}' lacks; add it there."
             ) from error
     if not sequences:
         raise ValueError(f"'{path}' is empty; write one user a line.")

@@ -7,7 +7,7 @@ import numpy as np
 from .source import Interactions
 
 
-# Items of a user's sequence, counted from its end, that are not in the history of a split's example; the first of them is its target.
+# How many items at a user's end are not in the history of a split's example; the first of them is its target.
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
 
 # One item to train on, one to validate on, one to test on.
@@ -19,7 +19,8 @@ class UserSequences:
     """
     Args:
         users (`np.ndarray`): `(users,)` positions of the kept users among the source's.
-        kept_items (`np.ndarray`): `(items,)` positions of the kept items among the source's; row `r` is `kept_items[r - 1]`.
+        kept_items (`np.ndarray`): `(items,)` positions of the kept items among the source's; row `r` is
+            `kept_items[r - 1]`.
         rows (`np.ndarray`): `(interactions,)` int32 rows, 1 to `len(kept_items)`, user by user, oldest first.
         offsets (`np.ndarray`): `(users + 1,)` int64; user `u` has `rows[offsets[u] : offsets[u + 1]]`.
         short_users (`int`): Users of the source with fewer than three interactions, who cannot be split.
@@ -37,7 +38,8 @@ class UserSequences:
 
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        The examples of `"train"`, `"validation"` or `"test"`: histories `(entries,)` and their offsets `(users + 1,)`, targets `(users,)`.
+        The examples of `"train"`, `"validation"` or `"test"`: histories `(entries,)` and their offsets
+        `(users + 1,)`, targets `(users,)`.
         """
         held_out = HELD_OUT[name]
         lengths = np.diff(self.offsets)
@@ -56,7 +58,7 @@ def k_core(
     users: np.ndarray, items: np.ndarray, num_users: int, num_items: int, min_user: int, min_item: int
 ) -> np.ndarray:
     """
-    The largest set of interactions in which every user has `min_user` of them or more, and every item `min_item` or more.
+    The largest set of interactions in which every user has at least `min_user` of them, every item `min_item`.
 
     Args:
         users (`np.ndarray`): `(interactions,)` user of every interaction.
@@ -81,13 +83,13 @@ def k_core(
 
 def build_sequences(interactions: Interactions, num_items: int, min_interactions: int = 0) -> UserSequences:
     """
-    Filters the interactions and orders them in time. Users with fewer than three interactions are dropped whatever the filter.
+    Filters the interactions and orders them in time. Users with fewer than three are dropped whatever the filter.
 
     Args:
         interactions (`Interactions`): The raw interactions.
         num_items (`int`): Size of the catalogue.
-        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a fixed point. With 0 every item of
-            the catalogue stays, those without interactions too.
+        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a
+            fixed point. With 0 every item of the catalogue stays, those without interactions too.
 
     Raises:
         ValueError: If nothing is left.
@@ -98,8 +100,8 @@ def build_sequences(interactions: Interactions, num_items: int, min_interactions
     kept = k_core(users, items, num_users, num_items, max(min_interactions, SHORTEST_SEQUENCE), min_interactions)
     if not kept.any():
         raise ValueError(
-            f"No user is left of {num_users} with min_interactions={min_interactions} (and {SHORTEST_SEQUENCE} interactions a user at least); "
-            "lower min_interactions or bring more data."
+            f"No user of {num_users} is left with min_interactions={min_interactions} and {SHORTEST_SEQUENCE} "
+            "interactions a user at least; lower min_interactions or bring more data."
         )
     users, items, times = users[kept], items[kept], interactions.times[kept]
     order = np.lexsort((times, users))

@@ -15,8 +15,8 @@ class Catalogue:
         item_ids (`list[str]`): Raw id of every item, no two alike.
         titles (`list[str]`): Title of every item, empty if it has none.
         texts (`list[str]`): What a text encoder reads of every item, empty if there is nothing.
-        images (`list[Path | bytes | None]`, *optional*): Picture of every item, as a file or as the bytes of one, `None` where an item has
-            none; `None` instead of a list if the source has no pictures at all.
+        images (`list[Path | bytes | None]`, *optional*): Picture of every item, as a file or as the bytes of one,
+            `None` where an item has none; `None` instead of a list if the source has no pictures at all.
     """
 
     item_ids: list[str]
@@ -37,7 +37,8 @@ class Interactions:
         user_ids (`list[str]`): Raw id of every user, no two alike.
         users (`np.ndarray`): `(interactions,)` int32 positions in `user_ids`.
         items (`np.ndarray`): `(interactions,)` int32 positions in the catalogue.
-        times (`np.ndarray`): `(interactions,)` int64; anything that grows with time. Equal times of one user keep the order they are given in.
+        times (`np.ndarray`): `(interactions,)` int64; anything that grows with time. Equal times of one user keep the
+            order they are given in.
     """
 
     user_ids: list[str]
