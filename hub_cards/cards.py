@@ -70,21 +70,11 @@ def render_card(record: dict) -> str:
     if stage not in _TEMPLATES:
         raise ValueError(f"There is no card for the stage '{stage}'; the stages with one are {', '.join(_TEMPLATES)}.")
     title, _ = _SUBJECTS[stage]
-    # The files of a dataset's configurations are part of it; every other path is the builder's.
-    details = {name: value if name == "configs" else _public(value) for name, value in record["details"].items()}
-    record = record | {"arguments": _public(record["arguments"]), "details": details}
-    environment = Environment(
-        loader=PackageLoader("hub_cards"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(cell=_cell, duration=_duration, label=_label)
-    body = environment.get_template(f"{_TEMPLATES[stage]}.md.jinja").render(
+    public = record | {"arguments": _public(record["arguments"]), "details": _public(record["details"])}
+    body = _ENVIRONMENT.get_template(f"{_TEMPLATES[stage]}.md.jinja").render(
         title=title,
-        record=record,
-        data=record["details"]["data"],
+        record=public,
+        data=public["details"]["data"],
         splits=SPLITS,
         ranking_metrics=RANKING_METRICS,
         figures={name: _flat(values) for name, values in record["metrics"].items() if name not in SPLITS},
@@ -94,7 +84,7 @@ def render_card(record: dict) -> str:
 
 
 def _front_matter(record: dict) -> CardData:
-    data = record["details"]["data"]
+    data = _public(record["details"]["data"])
     title, tag = _SUBJECTS[record["stage"]]
     tags = ["mmesid", "sequential-recommendation", tag] + ["synthetic"] * data["synthetic"]
     common = {"tags": tags} | _licence(data.get("licence"))
@@ -122,11 +112,16 @@ def _front_matter(record: dict) -> CardData:
     ]
     return ModelCardData(
         library_name="transformers",
-        base_model=record["details"].get("base_model"),
+        base_model=_hub_name(record["details"].get("base_model")),
         model_name=f"{title} ({data['source']})",
         eval_results=results or None,
         **common,
     )
+
+
+def _hub_name(base_model: str | None) -> str | None:
+    """The base model if it is one on the Hub: a reader cannot load a folder on the builder's disk."""
+    return base_model if base_model is not None and _public(base_model) == base_model else None
 
 
 def _licence(text: str | None) -> dict:
@@ -202,3 +197,9 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("hub_cards"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_ENVIRONMENT.filters.update(cell=_cell, duration=_duration, label=_label)

@@ -180,7 +180,8 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
     The runs of a recipe in its order, directories filled in where it leaves them out.
 
     A stage writes to its directory below the recipe's `output_dir` (a relative `output_dir` of its own is below it
-    too) and reads from those of the other stages. A setting that is null is not passed on.
+    too) and reads from those of the other stages; `evaluate` compares all models of the recipe. A setting that is null
+    is not passed on.
 
     Args:
         path (`Path`): The recipe's file, for messages.
@@ -206,6 +207,11 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
         "push": arguments.PushArguments,
     }
     root = Path(recipe["output_dir"])
+
+    def output_dir(stage: str, settings: dict) -> str:
+        return str(root / (settings.get("output_dir") or OUTPUT_NAMES[stage]))
+
+    models = [output_dir(stage, settings) for stage in ("sasrec", "finetune") for settings in recipe.get(stage, ())]
     for stage in only or ():
         if stage not in recipe or stage == "output_dir":
             raise ValueError(f"--only names '{stage}', which is no section of '{path}'; correct the name.")
@@ -221,6 +227,8 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
                         f"see `mmesid {stage} --help`."
                     )
             filled = {key: str(root / name) for key, name in INPUT_NAMES.items() if key in fields}
+            if stage == "evaluate":
+                filled["model_dirs"] = models
             if stage == "embed" and settings.get("modality") == "collaborative":
                 filled["model_name_or_path"] = str(root / OUTPUT_NAMES["sasrec"])
             filled |= settings

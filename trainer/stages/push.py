@@ -70,7 +70,7 @@ def published_files(directory: Path) -> tuple[str, list[str]]:
 
 
 def push(directory: Path, files: list[str], repo_type: str, arguments: PushArguments) -> str:
-    """Makes repository and branch where they are missing, sends the files in one commit, returns the commit's address."""
+    """Makes repository and branch where they are missing, sends the files in one commit, returns its address."""
     api = HfApi()
     api.create_repo(arguments.repo_id, repo_type=repo_type, private=arguments.private, exist_ok=True)
     if arguments.revision is not None:
@@ -90,8 +90,8 @@ def _explanation(error: HfHubHTTPError, repo_id: str) -> str:
     status = error.response.status_code
     if status in (401, 403):
         return (
-            f"The Hub does not let you write to '{repo_id}' ({status}); log in with `hf auth login`, or set HF_TOKEN to "
-            "a token that may write there."
+            f"The Hub does not let you write to '{repo_id}' ({status}); log in with `hf auth login`, or set HF_TOKEN "
+            "to a token that may write there."
         )
     return f"The Hub answered {status} when '{repo_id}' was pushed: {error.server_message or error}."
 

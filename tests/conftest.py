@@ -1,0 +1,33 @@
+"""What tests of several areas share. No test reaches a network: the only Hub is the one on loopback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def hub_environment(tmp_path_factory):
+    """The environment variables of a process that talks to a Hub on loopback, with a token that may write."""
+    server = subprocess.Popen(
+        [sys.executable, TESTS / "loopback_hub.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield os.environ | {
+        "HF_ENDPOINT": server.stdout.readline().strip(),
+        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
+        "HF_TOKEN": "hf_loopback",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    server.stdin.close()
+    server.wait(timeout=10)
+    server.stdout.close()

@@ -1,0 +1,287 @@
+import re
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from huggingface_hub import DatasetCard, ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from hub_cards import render_card, save_card
+from modeling_mmesid import (
+    MMESIDConfig,
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    MMRQVAEConfig,
+    MMRQVAEModel,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
+
+
+NUM_ITEMS = 30
+STAGES = ["prepare", "sasrec", "quantize", "finetune"]
+VALIDATION = {
+    "hr@5": 0.125,
+    "hr@10": 0.25,
+    "hr@20": 0.5,
+    "ndcg@5": 0.0625,
+    "ndcg@10": 0.09,
+    "ndcg@20": 0.1,
+    "mrr": 0.2,
+}
+CONFIGS = [
+    {
+        "config_name": "sequences",
+        "data_files": [
+            {"split": split, "path": f"sequences/{split}.parquet"} for split in ("train", "validation", "test")
+        ],
+        "default": True,
+    },
+    {"config_name": "items", "data_files": [{"split": "train", "path": "items.parquet"}]},
+]
+
+
+def make_record(stage, **changes):
+    record = {
+        "stage": stage,
+        "fingerprint": "0" * 64,
+        "arguments": {"num_train_epochs": 3.0, "learning_rate": 0.002},
+        "inputs": {"prepared_dir": "1" * 64},
+        "outputs": {"model.safetensors": "2" * 64},
+        "metrics": {"validation": dict(VALIDATION)},
+        "details": {
+            "data": {
+                "source": "Bicycle parts",
+                "licence": "CC-BY-4.0",
+                "synthetic": False,
+                "users": 41_234,
+                "items": NUM_ITEMS,
+                "interactions": 312_345,
+                "missing_text": 2,
+                "missing_image": NUM_ITEMS,
+            },
+            "configs": CONFIGS,
+            "modalities": ["collaborative", "text"] if stage == "finetune" else None,
+        },
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "hardware": "2 x x86_64",
+        "seconds": 3725.4,
+        "peak_memory_bytes": 3 * 2**29,
+        "finished_at": "2026-11-23T15:00:00+00:00",
+    }
+    return record | changes
+
+
+def snippet(card, replacements):
+    """The Python of a card's "How to load", on local files."""
+    code = re.search(r"## How to load.*?```python\n(.*?)```", card, re.DOTALL)[1]
+    for text, replacement in replacements.items():
+        assert text in code
+        code = code.replace(text, replacement)
+    return code
+
+
+def run_snippet(stage, directory, capsys):
+    wanted = 'snapshot_download("this/repository")' if stage == "quantize" else '"this/repository"'
+    path = save_card(directory, make_record(stage))
+    exec(snippet(path.read_text(encoding="utf-8"), {wanted: repr(str(directory))}), {})
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sasrec", "finetune"])
+def test_figures_survive_the_round_trip_through_the_front_matter(stage):
+    test = {name: value / 2 for name, value in VALIDATION.items()}
+    card = ModelCard(render_card(make_record(stage, metrics={"validation": VALIDATION, "test": test})))
+    figures = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
+    expected = {("validation", name): value for name, value in VALIDATION.items()}
+    assert figures == expected | {("test", name): value for name, value in test.items()}
+    assert card.data.library_name == "transformers"
+    assert {"mmesid", "sequential-recommendation"} <= set(card.data.tags)
+    assert card.data.license == "cc-by-4.0"
+    assert "| HR@10 | 0.2500 | 0.1250 |" in card.text
+    assert "| nDCG@5 | 0.0625 | 0.0312 |" in card.text
+
+
+@pytest.mark.parametrize("stage", ["sasrec", "finetune"])
+def test_a_missing_figure_reads_not_measured(stage):
+    card = ModelCard(render_card(make_record(stage)))
+    assert "| HR@5 | 0.1250 | not measured |" in card.text
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
+    without = ModelCard(render_card(make_record(stage, metrics={})))
+    assert without.text.count("| not measured | not measured |") == len(VALIDATION)
+    assert without.data.eval_results is None
+
+
+def test_a_quantizer_without_figures_says_so():
+    assert "Not measured." in render_card(make_record("quantize", metrics={}))
+    measured = render_card(make_record("quantize", metrics={"items": {"text": {"use": [1.0, 0.5], "collisions": 4}}}))
+    assert "| text use | 1, 0.5 |" in measured
+    assert "| text collisions | 4 |" in measured
+    assert "Not measured." not in measured
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_synthetic_data_are_called_synthetic_and_real_data_are_not(stage):
+    record = make_record(stage)
+    card = ModelCard(render_card(record))
+    assert "SYNTHETIC" not in card.text
+    assert "synthetic" not in card.data.tags
+    record["details"]["data"]["synthetic"] = True
+    card = ModelCard(render_card(record))
+    assert "SYNTHETIC data: the figures say nothing about real users." in card.text
+    assert "synthetic" in card.data.tags
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_reader_would_ask_is_there(stage):
+    text = render_card(make_record(stage))
+    for expected in (
+        "Bicycle parts",
+        "CC-BY-4.0",
+        "| users | 41,234 |",
+        "| `learning_rate` | 0.002 |",
+        "torch 2.13.0",
+        "2 x x86_64",
+        "1 h 2 min",
+        "1.50 GiB",
+        "arXiv:2509.02017",
+    ):
+        assert expected in text
+
+
+def test_terms_that_are_no_licence_of_the_hub_get_a_name():
+    record = make_record("sasrec")
+    record["details"]["data"]["licence"] = "Research use, no redistribution"
+    data = ModelCard(render_card(record)).data
+    assert (data.license, data.license_name) == ("other", "research-use-no-redistribution")
+    del record["details"]["data"]["licence"]
+    card = ModelCard(render_card(record))
+    assert card.data.license is None
+    assert "Terms: not stated." in card.text
+
+
+def test_the_base_model_is_named():
+    record = make_record("finetune")
+    record["details"]["base_model"] = "HuggingFaceTB/SmolLM2-135M"
+    assert ModelCard(render_card(record)).data.base_model == "HuggingFaceTB/SmolLM2-135M"
+    record["details"]["base_model"] = "/home/ada/models/llama"
+    card = ModelCard(render_card(record))
+    assert card.data.base_model is None
+    assert "Its backbone is llama." in card.text
+    record["details"]["base_model"] = None
+    assert "backbone" not in ModelCard(render_card(record)).text
+
+
+def test_a_baseline_without_content_is_not_called_multimodal():
+    record = make_record("finetune")
+    assert "(modalities: collaborative, text)" in render_card(record)
+    record["details"]["modalities"] = []
+    assert "knows nothing of an item but a free ID vector" in render_card(record)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tokens_and_the_builders_paths_stay_out(stage):
+    record = make_record(stage)
+    record["arguments"] |= {
+        "hub_token": "hf_secret",
+        "prepared_dir": "/home/ada/runs/prepared",
+        "embedding_files": ["../tables/text.safetensors", "C:\\Users\\Ada\\visual.safetensors"],
+        "model_name_or_path": "D:/models/llama",
+        "encoder": "openai/clip-vit-base-patch32",
+        "endpoint": "http://ada-laptop.local:8080/hub",
+    }
+    record["details"]["cache"] = "~/models/base"
+    record["details"]["data"]["folder"] = "/srv/data/parts"
+    text = render_card(record)
+    for secret in ("hf_secret", "/home", "runs/", "tables/", "Ada", "D:", "ada-laptop", "~", "/srv", "srv"):
+        assert secret not in text
+    assert "| `prepared_dir` | prepared |" in text
+    assert "| `embedding_files` | text.safetensors, visual.safetensors |" in text
+    assert "| `encoder` | openai/clip-vit-base-patch32 |" in text
+
+
+@given(st.lists(st.from_regex(r"[A-Za-z0-9_ .-]*[A-Za-z][A-Za-z0-9_ .-]*", fullmatch=True), min_size=2, max_size=5))
+def test_no_absolute_path_reaches_a_card(parts):
+    path = "/" + "/".join(parts)
+    record = make_record("finetune", arguments={"one": path, "many": [path, {"inner": path}]})
+    assert path not in render_card(record)
+
+
+def test_cells_cannot_break_the_table():
+    text = render_card(make_record("sasrec", arguments={"prompt": "a | b\nc", "nothing": None, "flag": True}))
+    assert "| `prompt` | a \\| b c |\n| `nothing` | none |\n| `flag` | yes |\n" in text
+
+
+def test_saving_again_replaces_the_card_and_leaves_nothing_else(tmp_path):
+    record = make_record("finetune")
+    path = save_card(tmp_path, record)
+    first = path.read_bytes()
+    assert save_card(tmp_path, record).read_bytes() == first
+    save_card(tmp_path, record | {"metrics": {"validation": VALIDATION, "test": {"hr@10": 0.375}}})
+    assert "| HR@10 | 0.2500 | 0.3750 |" in path.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_stage_without_a_card_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no card for the stage 'embed'"):
+        save_card(tmp_path, make_record("embed"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dataset_card_makes_the_folder_loadable(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    prepared = tmp_path / "prepared"
+    (prepared / "sequences").mkdir(parents=True)
+    for number, split in enumerate(("train", "validation", "test")):
+        table = pa.table({"user_id": ["u"], "history": [[1, 2]], "target": [3 + number]})
+        pq.write_table(table, prepared / "sequences" / f"{split}.parquet")
+    pq.write_table(pa.table({"row": [1], "title": ["Saddle"]}), prepared / "items.parquet")
+    printed = run_snippet("prepare", prepared, capsys)
+    assert printed == "{'user_id': 'u', 'history': [1, 2], 'target': 5} Saddle\n"
+    card = DatasetCard((prepared / "README.md").read_text(encoding="utf-8"))
+    assert card.data.configs == CONFIGS
+    assert card.data.size_categories == "10K<n<100K"
+    assert "pictures" not in card.text.split("## How to load")[0]
+
+
+def test_the_sasrec_card_shows_how_to_load(tmp_path, capsys):
+    model = SASRecForSequentialRecommendation(SASRecConfig(num_items=NUM_ITEMS, hidden_size=8, num_attention_heads=2))
+    model.save_pretrained(tmp_path)
+    assert run_snippet("sasrec", tmp_path, capsys) == f"{model.recommend([[1, 2, 3]], top_k=10).items}\n"
+
+
+def test_the_quantizer_card_shows_how_to_load(tmp_path, capsys):
+    config = MMRQVAEConfig(modalities=["text"], embedding_dims=[4], num_quantizers=2, codebook_size=8, codebook_dim=4)
+    MMRQVAEModel(config).save_pretrained(tmp_path)
+    pq.write_table(pa.table({"item_id": list("abcd"), "text": [[1, 2]] * 4}), tmp_path / "semantic_ids.parquet")
+    printed = run_snippet("quantize", tmp_path, capsys)
+    assert printed == f"{[{'item_id': item_id, 'text': [1, 2]} for item_id in 'abc']}\n"
+
+
+def test_the_recommender_card_shows_how_to_load(tmp_path, capsys):
+    backbone = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = MMESIDForSequentialRecommendation(MMESIDConfig(backbone_config=backbone, num_items=NUM_ITEMS)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    titles = [f"part {number}" for number in range(NUM_ITEMS)]
+    processor = MMESIDProcessor(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"),
+        item_ids=[f"id-{number}" for number in range(NUM_ITEMS)],
+        titles=titles,
+    )
+    processor.save_pretrained(tmp_path)
+    best = model.recommend([[1, 2, 3]], top_k=10)
+    expected = [
+        f"{score:8.3f}  {titles[row - 1]}"
+        for row, score in zip(best.items[0].tolist(), best.scores[0].tolist(), strict=True)
+    ]
+    assert run_snippet("finetune", tmp_path, capsys).splitlines() == expected

@@ -1,0 +1,253 @@
+"""
+A Hub on loopback for the tests: repositories in memory, the calls of pushing and loading, one token that may write.
+
+    python tests/loopback_hub.py      prints its address and serves until standard input closes
+"""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+TOKEN = "hf_loopback"
+REPOSITORY = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+# Outside the API the address of a model has no prefix.
+PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
+LFS_SUFFIXES = (".safetensors", ".parquet")
+
+
+class Repository:
+    """Branches of commits; a commit is the files it holds."""
+
+    def __init__(self, private: bool):
+        self.private = private
+        self.commits: dict[str, dict[str, bytes]] = {"0" * 40: {}}
+        self.branches = {"main": "0" * 40}
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit of a branch, or the commit itself; `None` if there is none."""
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
+
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        digest = hashlib.sha1(self.branches[branch].encode())
+        for name in sorted(files):
+            digest.update(name.encode() + b"\0" + files[name])
+        self.commits[digest.hexdigest()] = files
+        self.branches[branch] = digest.hexdigest()
+        return digest.hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.large_files: dict[str, bytes] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, format, *arguments):
+        """Requests are not worth a line each."""
+
+    def handle_request(self):
+        self.path = unquote(urlsplit(self.path).path)
+        self.body = self.read_body()
+        for methods, pattern, needs_token, answer in ROUTES:
+            match = re.fullmatch(pattern, self.path)
+            if match and self.command in methods.split():
+                token = self.headers.get("Authorization")
+                if needs_token and token is None:
+                    return self.error(401, "Unauthorized", "Invalid username or password.")
+                if needs_token and token != f"Bearer {TOKEN}":
+                    return self.error(403, "Forbidden", "This token may not write.")
+                return answer(self, **match.groupdict())
+        return self.error(404, "NotFound", f"The loopback Hub has no {self.command} {self.path}.")
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def answer(self, status: int, body=b"", content_type: str = "application/json", **headers: str):
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def error(self, status: int, code: str, message: str):
+        self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
+
+    def repository(self, kind: str, repo: str, revision: str = "main") -> tuple[Repository, str] | None:
+        """The repository and the commit of the revision; answers 404 itself and returns `None` where there is none."""
+        repository = self.server.repositories.get((kind, repo))
+        if repository is None:
+            return self.error(404, "RepoNotFound", "Repository not found")
+        commit = repository.resolve(revision)
+        if commit is None:
+            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, commit
+
+    def who_am_i(self):
+        token = {"type": "access_token", "accessToken": {"role": "write"}}
+        self.answer(200, {"name": "tester", "type": "user", "orgs": [], "auth": token})
+
+    def validate_card(self):
+        self.answer(200, {"errors": [], "warnings": []})
+
+    def create_repository(self):
+        wanted = json.loads(self.body)
+        repo = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        key = (wanted.get("type", "model") + "s", repo)
+        url = f"{self.server.url}/{'' if key[0] == 'models' else 'datasets/'}{repo}"
+        if key in self.server.repositories:
+            return self.answer(409, {"error": "You already created this repository", "url": url})
+        private = wanted.get("private", False) or wanted.get("visibility") == "private"
+        self.server.repositories[key] = Repository(private)
+        self.answer(200, {"url": url, "name": repo})
+
+    def create_branch(self, kind: str, repo: str, branch: str):
+        if (found := self.repository(kind, repo)) is None:
+            return
+        repository, commit = found
+        if branch in repository.branches:
+            return self.error(409, "Conflict", f"Reference already exists: {branch}")
+        repository.branches[branch] = commit
+        self.answer(200, {})
+
+    def preupload(self, kind: str, repo: str, revision: str):
+        files = json.loads(self.body)["files"]
+        modes = {file["path"]: "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular" for file in files}
+        self.answer(
+            200, {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
+        )
+
+    def commit(self, kind: str, repo: str, revision: str):
+        if (found := self.repository(kind, repo, revision)) is None:
+            return
+        repository, parent = found
+        files = dict(repository.commits[parent])
+        for line in self.body.decode().splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = self.server.large_files[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = repository.commit(revision, files)
+        url = f"{self.server.url}/{repo}/commit/{commit}"
+        self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+    def large_file_batch(self, kind: str | None, repo: str):
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            upload = {"upload": {"href": f"{self.server.url}/_lfs/{wanted['oid']}", "header": {}}}
+            known = wanted["oid"] in self.server.large_files
+            objects.append({"oid": wanted["oid"], "size": wanted["size"]} | ({} if known else {"actions": upload}))
+        self.answer(200, {"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
+
+    def receive_large_file(self, oid: str):
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            return self.error(400, "BadRequest", "The content does not have this digest.")
+        self.server.large_files[oid] = self.body
+        self.answer(200)
+
+    def describe(self, kind: str, repo: str, revision: str | None):
+        if (found := self.repository(kind, repo, revision or "main")) is None:
+            return
+        repository, commit = found
+        siblings = [{"rfilename": name} for name in repository.commits[commit]]
+        self.answer(
+            200,
+            {
+                "id": repo,
+                "sha": commit,
+                "private": repository.private,
+                "tags": [],
+                "siblings": siblings,
+                "gated": False,
+            },
+        )
+
+    def list_files(self, kind: str, repo: str, revision: str, wanted: list[str] | None = None):
+        if (found := self.repository(kind, repo, revision)) is None:
+            return
+        repository, commit = found
+        files = repository.commits[commit].items()
+        self.answer(
+            200,
+            [
+                {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
+                for name, content in files
+                if wanted is None or name in wanted
+            ],
+        )
+
+    def list_paths(self, kind: str, repo: str, revision: str):
+        self.list_files(kind, repo, revision, json.loads(self.body)["paths"])
+
+    def send_file(self, kind: str | None, repo: str, revision: str, name: str):
+        if (found := self.repository((kind or "models/").rstrip("/"), repo, revision)) is None:
+            return
+        repository, commit = found
+        content = repository.commits[commit].get(name)
+        if content is None:
+            return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        tag = f'"{git_digest(content)}"'
+        self.answer(200, content, "application/octet-stream", ETag=tag, X_Repo_Commit=commit)
+
+
+def git_digest(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+# Methods, path, whether the writer's token is needed, handler.
+ROUTES = [
+    ("GET", r"/api/whoami-v2", True, Handler.who_am_i),
+    ("POST", r"/api/validate-yaml", False, Handler.validate_card),
+    ("POST", r"/api/repos/create", True, Handler.create_repository),
+    ("POST", rf"/api/{REPOSITORY}/branch/(?P<branch>.+)", True, Handler.create_branch),
+    ("POST", rf"/api/{REPOSITORY}/preupload/(?P<revision>[^/]+)", True, Handler.preupload),
+    ("POST", rf"/api/{REPOSITORY}/commit/(?P<revision>[^/]+)", True, Handler.commit),
+    ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", True, Handler.large_file_batch),
+    ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})", False, Handler.receive_large_file),
+    ("GET", rf"/api/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", False, Handler.describe),
+    ("GET", rf"/api/{REPOSITORY}/tree/(?P<revision>[^/]+)", False, Handler.list_files),
+    ("POST", rf"/api/{REPOSITORY}/paths-info/(?P<revision>[^/]+)", False, Handler.list_paths),
+    ("GET HEAD", rf"/{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", False, Handler.send_file),
+]
+
+
+if __name__ == "__main__":
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    print(hub.url, flush=True)
+    sys.stdin.read()

@@ -1,0 +1,126 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainer.records import StageRecord
+from trainer.stages.push import main, published_files
+
+
+def write_stage(directory, stage, files):
+    """A directory as a stage leaves it: its files, a record with the builder's paths, checkpoints of the training."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    record = StageRecord(
+        stage=stage,
+        fingerprint="",
+        arguments={"prepared_dir": "/home/ada/prepared"},
+        inputs={},
+        outputs=dict.fromkeys(files, ""),
+        metrics={},
+        details={},
+        versions={},
+        hardware="",
+        seconds=0.0,
+        peak_memory_bytes=0,
+        finished_at="",
+    )
+    (directory / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
+    checkpoint = directory / "checkpoints" / "0123" / "checkpoint-7" / "optimizer.bin"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"large")
+    return directory
+
+
+FILES = {
+    "config.json": b'{"model_type": "sasrec"}',
+    "README.md": b"---\nlicense: mit\n---\n# Card\n",
+    "model.safetensors": bytes(range(256)) * 64,
+    "adapter/adapter_model.safetensors": b"adapter",
+    "odd [name].json": b"{}",
+}
+
+
+@pytest.fixture
+def recommender(tmp_path):
+    return write_stage(tmp_path / "recommender", "finetune", FILES)
+
+
+def downloaded(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    }
+
+
+def test_what_is_pushed_comes_back_and_a_refusal_is_one_sentence(recommender, tmp_path, hub_environment):
+    data = {"README.md": b"# Data\n", "sequences/train.parquet": b"PAR1" * 100}
+    write_stage(tmp_path / "prepared", "prepare", data)
+    # One process for all calls: the Hub's address is read when huggingface_hub is imported.
+    code = """
+import os
+from pathlib import Path
+from huggingface_hub import HfApi, snapshot_download
+from trainer.cli import main
+
+
+def push(directory, repo_id, *flags):
+    try:
+        main(["push", "--directory", directory, "--repo_id", repo_id, *flags])
+    except SystemExit as stop:
+        assert stop.code == 2
+
+
+push("recommender", "tester/model", "--private", "true")
+push("prepared", "tester/data")
+first = HfApi().model_info("tester/model")
+assert first.private and not HfApi().dataset_info("tester/data").private
+Path("recommender/README.md").write_text("# A better card")
+push("recommender", "tester/model", "--revision", "v2")
+assert HfApi().model_info("tester/model").sha == first.sha, "the branch v2 moved main"
+snapshot_download("tester/model", revision=first.sha, local_dir="first")
+snapshot_download("tester/model", revision="v2", local_dir="second")
+snapshot_download("tester/data", repo_type="dataset", local_dir="data")
+push("recommender", "not a name")
+os.environ["HF_TOKEN"] = "hf_reader"
+push("recommender", "tester/forbidden")
+del os.environ["HF_TOKEN"]
+push("recommender", "tester/unknown")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=hub_environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert process.returncode == 0, process.stderr
+    assert downloaded(tmp_path / "first") == FILES
+    assert downloaded(tmp_path / "second") == FILES | {"README.md": b"# A better card"}
+    assert downloaded(tmp_path / "data") == data
+    assert "Traceback" not in process.stderr
+    invalid, forbidden, unknown = (line for line in process.stderr.splitlines() if line.startswith("mmesid push:"))
+    assert "error:" in invalid and "not a name" in invalid
+    assert (
+        "error: The Hub does not let you write to 'tester/forbidden' (403); log in with `hf auth login`" in forbidden
+    )
+    assert "error: The Hub does not let you write to 'tester/unknown' (401); log in with `hf auth login`" in unknown
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(recommender, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    main(["--directory", str(recommender), "--repo_id", "tester/dry", "--dry_run", "true"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert {line.strip().split(" ", 1)[1] for line in lines} == set(FILES)
+    assert last == f"push: would send {len(FILES)} files to the model repository 'tester/dry'"
+
+
+def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_path):
+    assert published_files(recommender) == ("model", sorted(FILES))
+    with pytest.raises(FileNotFoundError, match=r"has no record\.json"):
+        published_files(tmp_path)
+    with pytest.raises(ValueError, match="written by the stage 'evaluate'"):
+        published_files(write_stage(tmp_path / "evaluation", "evaluate", {"results.md": b""}))
+    (recommender / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json' is gone; run `mmesid finetune` again"):
+        published_files(recommender)
