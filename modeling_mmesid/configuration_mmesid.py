@@ -24,13 +24,15 @@ class MMESIDConfig(PreTrainedConfig):
             backbone in full.
         num_items (`int`, *optional*, defaults to `1`):
             Number of items; rows 1 to `num_items` are items and row 0 is padding.
-        embedding_dims (`dict[str, int]`, *optional*, defaults to `{}`):
-            Width of the frozen embedding of each modality, in order. Empty for a recommender that knows nothing but item IDs.
-        num_code_levels (`int`, *optional*, defaults to `4`):
-            Codes in the semantic ID of a modality; 0 for no semantic IDs.
+        modalities (`list[str]`, *optional*, defaults to `[]`):
+            Names of the modalities, in order. Empty for a recommender that knows nothing but item IDs.
+        embedding_dims (`list[int]`, *optional*, defaults to `[]`):
+            Width of the frozen embedding of each modality.
+        num_quantizers (`int`, *optional*, defaults to `4`):
+            Codes in the semantic ID of a modality (residual levels); 0 for no semantic IDs.
         codebook_size (`int`, *optional*, defaults to `256`):
             Codes to choose from at each level.
-        code_dim (`int`, *optional*, defaults to `128`):
+        codebook_dim (`int`, *optional*, defaults to `128`):
             Width of a code vector. Where it differs from the backbone's hidden size a linear map follows the sum of code vectors.
         share_item_table (`bool`, *optional*, defaults to `True`):
             Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the token is an MLP over
@@ -41,6 +43,9 @@ class MMESIDConfig(PreTrainedConfig):
             Width of the hidden layer that turns an item's frequency into fusion weights.
         fusion_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the softmax over sources; the published 0.001 makes it a switch.
+        item_token_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on item vectors where they enter the backbone, not where they score. The square root of the hidden size suits a
+            backbone trained from scratch, as in SASRec and Gemma.
         token_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the item tokens that enter the backbone.
         output_dropout (`float`, *optional*, defaults to `0.0`):
@@ -63,14 +68,16 @@ class MMESIDConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     lora: dict[str, Any] | None = None
     num_items: int = 1
-    embedding_dims: dict[str, int] | None = None
-    num_code_levels: int = 4
+    modalities: list[str] | None = None
+    embedding_dims: list[int] | None = None
+    num_quantizers: int = 4
     codebook_size: int = 256
-    code_dim: int = 128
+    codebook_dim: int = 128
     share_item_table: bool = True
     use_item_ids: bool = True
     fusion_hidden_size: int = 16
     fusion_temperature: float = 1.0
+    item_token_scale: float = 1.0
     token_dropout: float = 0.0
     output_dropout: float = 0.0
     prompt_prefix_ids: list[int] | None = None
@@ -79,14 +86,11 @@ class MMESIDConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.embedding_dims = {} if self.embedding_dims is None else self.embedding_dims
+        self.modalities = [] if self.modalities is None else self.modalities
+        self.embedding_dims = [] if self.embedding_dims is None else self.embedding_dims
         self.prompt_prefix_ids = [] if self.prompt_prefix_ids is None else self.prompt_prefix_ids
         self.prompt_suffix_ids = [] if self.prompt_suffix_ids is None else self.prompt_suffix_ids
         super().__post_init__(**kwargs)
-
-    @property
-    def modalities(self) -> list[str]:
-        return list(self.embedding_dims)
 
     @property
     def hidden_size(self) -> int:
@@ -100,8 +104,14 @@ class MMESIDConfig(PreTrainedConfig):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""
         if self.num_items < 1:
             raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
-        if not self.embedding_dims and not self.use_item_ids:
-            raise ValueError("embedding_dims is empty and use_item_ids is false, which leaves nothing to tell items apart; set either.")
+        if len(self.modalities) != len(self.embedding_dims):
+            raise ValueError(
+                f"modalities are {self.modalities} but embedding_dims are {self.embedding_dims}; give one width each."
+            )
+        if not self.modalities and not self.use_item_ids:
+            raise ValueError(
+                "modalities is empty and use_item_ids is false, which leaves nothing to tell items apart; set either."
+            )
         if self.fusion_temperature <= 0:
             raise ValueError(f"fusion_temperature is {self.fusion_temperature}; it must be positive.")
         if self.max_history < 1:

@@ -38,7 +38,11 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table, targets, logits_per_tile):
         rows, num_items = hidden.shape[0], table.shape[0] - 1
-        items_step = num_items if num_items * MINIMUM_TILE_ROWS <= logits_per_tile else max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
+        items_step = (
+            num_items
+            if num_items * MINIMUM_TILE_ROWS <= logits_per_tile
+            else max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
+        )
         rows_step = max(logits_per_tile // items_step, 1)
         needs_gradient = any(ctx.needs_input_grad)
         items = table[1:]

@@ -29,18 +29,20 @@ class MMESIDModality(nn.Module):
     def __init__(self, config: MMESIDConfig, embedding_dim: int):
         super().__init__()
         rows, hidden_size = config.num_items + 1, config.hidden_size
-        self.num_levels, self.codebook_size = config.num_code_levels, config.codebook_size
+        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
         self.register_buffer("embeddings", torch.zeros(rows, embedding_dim))
         self.register_buffer("present", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("center", torch.zeros(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
         self.projection = nn.Linear(embedding_dim, hidden_size)
         self.absent_embedding = nn.Parameter(torch.zeros(hidden_size))
-        if self.num_levels:
-            self.register_buffer("codes", torch.zeros(rows, self.num_levels, dtype=torch.long))
-            self.code_vectors = nn.Parameter(torch.zeros(self.num_levels, self.codebook_size, config.code_dim))
+        if self.num_quantizers:
+            self.register_buffer("codes", torch.zeros(rows, self.num_quantizers, dtype=torch.long))
+            self.code_vectors = nn.Parameter(torch.zeros(self.num_quantizers, self.codebook_size, config.codebook_dim))
             self.code_projection = (
-                nn.Identity() if config.code_dim == hidden_size else nn.Linear(config.code_dim, hidden_size, bias=False)
+                nn.Identity()
+                if config.codebook_dim == hidden_size
+                else nn.Linear(config.codebook_dim, hidden_size, bias=False)
             )
             self.absent_code = nn.Parameter(torch.zeros(hidden_size))
 
@@ -51,7 +53,7 @@ class MMESIDModality(nn.Module):
 
     def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
         """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where missing."""
-        offsets = torch.arange(self.num_levels, device=items.device) * self.codebook_size
+        offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size
         summed = nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
         return torch.where(self.present[items, None], self.code_projection(summed), self.absent_code)
 
@@ -99,19 +101,24 @@ class MMESIDItems(nn.Module):
         super().__init__()
         self.config = config
         rows, hidden_size = config.num_items + 1, config.hidden_size
-        self.modalities = nn.ModuleDict({name: MMESIDModality(config, dim) for name, dim in config.embedding_dims.items()})
+        self.modalities = nn.ModuleDict(
+            {
+                name: MMESIDModality(config, dim)
+                for name, dim in zip(config.modalities, config.embedding_dims, strict=True)
+            }
+        )
         self.has_id_source = config.use_item_ids or not config.share_item_table
         self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
         self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
         if not config.share_item_table:
             self.token_id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if config.use_item_ids else None
-            parts = len(self.modalities) * (2 if config.num_code_levels else 1) + config.use_item_ids
+            parts = len(self.modalities) * (2 if config.num_quantizers else 1) + config.use_item_ids
             self.token_mlp = nn.Linear(parts * hidden_size, hidden_size)
 
     def sources(self, items: torch.Tensor) -> torch.Tensor:
         """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then every modality."""
         sources = [self.id_embeddings(items)] if self.has_id_source else []
-        with_codes = self.config.share_item_table and self.config.num_code_levels > 0
+        with_codes = self.config.share_item_table and self.config.num_quantizers > 0
         for modality in self.modalities.values():
             projected = modality.project(items)
             sources.append(projected + modality.embed_codes(items) if with_codes else projected)
@@ -137,7 +144,7 @@ class MMESIDItems(nn.Module):
         parts = []
         for modality in self.modalities.values():
             parts.append(modality.project(items))
-            if self.config.num_code_levels:
+            if self.config.num_quantizers:
                 parts.append(modality.embed_codes(items))
         if self.token_id_embeddings is not None:
             parts.append(self.token_id_embeddings(items))
@@ -174,10 +181,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.backbone = AutoModel.from_config(copy.deepcopy(config.backbone_config)) if backbone is None else backbone
-        if config.lora is not None:
-            # Freezes everything in the backbone but the adapter.
-            inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
         self.post_init()
+        if config.lora is not None:
+            # After `post_init`, which would draw the adapter anew and undo its start as a zero. Freezes the rest of the backbone.
+            inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
         if config.base_model_name_or_path is not None:
             frozen = {name for name, parameter in self.backbone.named_parameters() if not parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in frozen}
@@ -193,7 +200,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, MMESIDModality):
             init.normal_(module.absent_embedding, std=std)
-            if module.num_levels:
+            if module.num_quantizers:
                 init.normal_(module.code_vectors, std=std)
                 init.normal_(module.absent_code, std=std)
         if isinstance(module, MMESIDFusion):
@@ -220,10 +227,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the checkpoint names
                 it; without, it is trained in full and saved with the rest.
         """
-        backbone = AutoModel.from_pretrained(pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {}))
+        backbone = AutoModel.from_pretrained(
+            pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {})
+        )
         if config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
-            config_kwargs["base_model_revision"] = backbone.config._commit_hash or revision
+            # Only what came from a Hub has a commit.
+            config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal mask.
         config = MMESIDConfig(backbone_config=copy.deepcopy(backbone.config), **config_kwargs)
         return cls(config, backbone=backbone)
@@ -253,7 +263,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             )
             if name in kwargs
         }  # fmt: skip
-        backbone = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.base_model_revision, **backbone_kwargs)
+        backbone = AutoModel.from_pretrained(
+            config.base_model_name_or_path, revision=config.base_model_revision, **backbone_kwargs
+        )
         model = cls(config, backbone=backbone)
         weights = load_file(cached_file(pretrained_model_name_or_path, "model.safetensors", **hub_kwargs))
         keys = model.load_state_dict(weights, strict=False)
@@ -303,7 +315,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             present (`dict[str, torch.Tensor]`, each of shape `(items + 1,)`, *optional*): Which items have the modality; those with a
                 non-zero embedding by default.
             codes (`dict[str, torch.Tensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs.
-            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, code_dim)`, *optional*): The quantizer's
+            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`, *optional*): The quantizer's
                 *trained* code vectors to start from; left at their random initialisation by default.
 
         Raises:
@@ -312,9 +324,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         rows = self.config.num_items + 1
         tables = {"embeddings": embeddings or {}, "codes": codes or {}}
         for kind, given in tables.items():
-            wanted = self.config.modalities if kind == "embeddings" or self.config.num_code_levels else []
+            wanted = self.config.modalities if kind == "embeddings" or self.config.num_quantizers else []
             if sorted(given) != sorted(wanted):
-                raise ValueError(f"{kind} are given for {sorted(given)}, but the configuration has {sorted(wanted)}; give one table each.")
+                raise ValueError(
+                    f"{kind} are given for {sorted(given)}, but the configuration has {sorted(wanted)}; give one table each."
+                )
             for name, table in given.items():
                 if len(table) != rows:
                     raise ValueError(
@@ -322,9 +336,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                     )
                 if not torch.isfinite(table).all():
                     row = int((~torch.isfinite(table)).any(-1).nonzero()[0])
-                    raise ValueError(f"The {kind} of '{name}' hold NaN or infinity in row {row}; make the table again.")
+                    raise ValueError(
+                        f"The {kind} of '{name}' hold NaN or infinity in row {row}; make the table again."
+                    )
         if frequencies.shape != (rows,):
-            raise ValueError(f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; one a row, row 0 is padding.")
+            raise ValueError(
+                f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; one a row, row 0 is padding."
+            )
         self.items.fusion.frequencies.copy_(frequencies)
         for name, modality in self.items.modalities.items():
             table = embeddings[name].float()
@@ -334,7 +352,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             modality.present.copy_(has)
             modality.center.copy_(table[has].mean(0))
             modality.scale.copy_(1 / (table[has] - modality.center).norm(dim=-1).mean().clamp(min=1e-12))
-            if self.config.num_code_levels:
+            if self.config.num_quantizers:
                 modality.codes.copy_(codes[name].clamp(min=0))
             if code_vectors is not None:
                 modality.code_vectors.copy_(code_vectors[name])
@@ -377,7 +395,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
         word_embeddings = self.backbone.get_input_embeddings()(input_ids)
         is_item = (items != 0)[..., None]
-        inputs_embeds = torch.where(is_item, self.token_dropout(item_tokens).to(word_embeddings.dtype), word_embeddings)
+        inputs_embeds = torch.where(
+            is_item,
+            self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype),
+            word_embeddings,
+        )
         attention_mask = None
         if copy is not None:
             visible = packed_attention_mask(shared_length, copy)

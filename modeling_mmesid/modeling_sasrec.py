@@ -23,7 +23,8 @@ class SASRecAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch, length, width = hidden_states.shape
         query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in self.qkv_proj(hidden_states).chunk(3, dim=-1)
+            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            for part in self.qkv_proj(hidden_states).chunk(3, dim=-1)
         )
         # Padding is on the right, where a causal query never looks: no padding mask is needed.
         attended = nn.functional.scaled_dot_product_attention(
@@ -129,7 +130,9 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         hidden_states = self.model(items)
         if labels is None:
             last = (items != 0).sum(-1) - 1
-            return SequentialRecommendationOutput(user_embeddings=hidden_states[torch.arange(len(items), device=items.device), last])
+            return SequentialRecommendationOutput(
+                user_embeddings=hidden_states[torch.arange(len(items), device=items.device), last]
+            )
         wanted = labels != -100
         user_embeddings = hidden_states[wanted]
         loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels[wanted])

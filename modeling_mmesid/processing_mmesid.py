@@ -42,10 +42,14 @@ class MMESIDProcessor(ProcessorMixin):
         self.user_prompt = user_prompt
         self._rows = {item_id: row for row, item_id in enumerate(self.item_ids, start=1)}
         if len(self._rows) != len(self.item_ids):
-            repeated = next(item_id for row, item_id in enumerate(self.item_ids, start=1) if self._rows[item_id] != row)
+            repeated = next(
+                item_id for row, item_id in enumerate(self.item_ids, start=1) if self._rows[item_id] != row
+            )
             raise ValueError(f"Item id '{repeated}' occurs more than once; ids must be unique.")
         if user_prompt.count("{items}") != 1:
-            raise ValueError(f"user_prompt must hold {{items}} exactly once, where the items stand; it is '{user_prompt}'.")
+            raise ValueError(
+                f"user_prompt must hold {{items}} exactly once, where the items stand; it is '{user_prompt}'."
+            )
 
     def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
         """
@@ -101,7 +105,10 @@ class MMESIDProcessor(ProcessorMixin):
         if not before and not after:
             return [], []
         if self.tokenizer.chat_template is not None:
-            turns = [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": f"{before}{_SLOT}{after}"}]
+            turns = [
+                {"role": "system", "content": self.system_prompt},
+                {"role": "user", "content": f"{before}{_SLOT}{after}"},
+            ]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         else:
             text = f"{self.tokenizer.bos_token or ''}{self.system_prompt}\n{before}{_SLOT}{after}\n"
@@ -120,5 +127,6 @@ def _map_rows(rows, names: list[str]):
     if not 1 <= rows <= len(names):
         raise ValueError(f"Row {rows} is outside 1..{len(names)}; row 0 is padding and no item.")
     return names[rows - 1]
+
 
 __all__ = ["MMESIDProcessor"]

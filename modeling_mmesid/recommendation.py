@@ -81,7 +81,9 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
             raise ValueError(f"History {index} is empty; give at least one item, or leave the user out.")
         if min(history) < 1 or max(history) > num_items:
             wrong = next(row for row in history if not 1 <= row <= num_items)
-            raise ValueError(f"History {index} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows.")
+            raise ValueError(
+                f"History {index} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows."
+            )
 
 
 def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | None = None) -> torch.Tensor:
@@ -118,7 +120,9 @@ class RecommendationMixin:
         for index, history in enumerate(histories):
             left = num_items - len(set(history)) if exclude_history else num_items
             if not 1 <= top_k <= left:
-                raise ValueError(f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}.")
+                raise ValueError(
+                    f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}."
+                )
         was_training = self.training
         self.eval()
         item_table = self.item_table()

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,11 @@ class StageTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(
         default=True, metadata={"help": "Whether a larger `metric_for_best_model` is better."}
     )
+
+    def __post_init__(self):
+        # bf16 autocast works on the CPU, where TrainingArguments wants to hear that this is no mistake.
+        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
@@ -128,6 +136,100 @@ class QuantizeArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="tau",
         metadata={"help": "Metric on the held-out items that chooses the checkpoint: tau keeps the distances best."},
+    )
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(StageTrainingArguments):
+    """Fine-tune the language model that reads histories and ranks the whole catalogue."""
+
+    prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
+    embeddings_dir: str | None = field(
+        default=None, metadata={"help": "Directory of the embedding tables written by `mmesid embed`."}
+    )
+    quantizer_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory written by `mmesid quantize`; its modalities are the recommender's."},
+    )
+    use_content: bool = field(
+        default=True,
+        metadata={
+            "help": "Give items their embeddings and semantic IDs; without, only the free ID vector is left: the baseline."
+        },
+    )
+    backbone_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Pretrained decoder on the Hub or on disk; by default a new small Llama trained in full."},
+    )
+    backbone_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the pretrained decoder."}
+    )
+    hidden_size: int = field(default=128, metadata={"help": "New Llama: width."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "New Llama: layers."})
+    num_attention_heads: int = field(default=2, metadata={"help": "New Llama: attention heads."})
+    attention_dropout: float = field(default=0.2, metadata={"help": "New Llama: dropout on attention weights."})
+    vocab_size: int = field(
+        default=4096, metadata={"help": "New Llama: largest vocabulary of the tokenizer trained on the catalogue."}
+    )
+    lora_r: int = field(
+        default=8, metadata={"help": "Pretrained decoder: rank of LoRA; 0 trains the decoder in full."}
+    )
+    lora_alpha: int = field(default=16, metadata={"help": "Pretrained decoder: scale of LoRA."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Pretrained decoder: dropout of LoRA."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Pretrained decoder: linear layers that get an adapter."},
+    )
+    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "What the system turn of the prompt says."})
+    user_prompt: str = field(
+        default=USER_PROMPT,
+        metadata={"help": "What the user turn says around {items}; '{items}' alone is no prompt at all."},
+    )
+    share_item_table: bool = field(
+        default=True,
+        metadata={"help": "Items enter the model as the vectors that score them; false is the paper's token MLP."},
+    )
+    use_item_ids: bool = field(default=True, metadata={"help": "Give every item a free vector besides its content."})
+    code_initialization: Literal["trained", "random"] = field(
+        default="trained",
+        metadata={"help": "Start code embeddings from the quantizer's code vectors, or at random (ablation)."},
+    )
+    fusion_temperature: float = field(default=1.0, metadata={"help": "Temperature of the fusion weights."})
+    token_dropout: float = field(default=0.4, metadata={"help": "Dropout on item tokens."})
+    output_dropout: float = field(default=0.4, metadata={"help": "Dropout on user representations."})
+    max_history: int = field(
+        default=50, metadata={"help": "Longest history; of a longer one the latest items are read."}
+    )
+    num_train_epochs: float = field(
+        default=20, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(StageArguments):
+    """Rank the whole catalogue for every held-out user, with popularity, SASRec and the recommenders side by side."""
+
+    prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
+    model_dirs: list[str] = field(metadata={"help": "Directories written by `mmesid sasrec` and `mmesid finetune`."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users a device ranks at a time."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even if an accelerator is there."})
+
+
+@dataclass(kw_only=True)
+class RecommendArguments:
+    """Recommend items to users, named by the raw ids of the items in their histories."""
+
+    model_dir: str = field(
+        metadata={"help": "Recommender: a directory written by `mmesid finetune`, or a repository on the Hub."}
+    )
+    history: list[str] | None = field(default=None, metadata={"help": "Item ids of one user, oldest first."})
+    histories_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines file with one user a line: a list of item ids, oldest first."}
+    )
+    top_k: int = field(default=10, metadata={"help": "Items to recommend to a user."})
+    exclude_history: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON Lines file to write instead of printing a table."}
     )
 
 

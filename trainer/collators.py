@@ -36,7 +36,9 @@ class HistoryCollator:
                 self.suffix_ids,
                 [example["targets"] for example in examples],
             )
-        batch = pack_histories([example["history"][-self.max_history :] for example in examples], self.prefix_ids, self.suffix_ids)
+        batch = pack_histories(
+            [example["history"][-self.max_history :] for example in examples], self.prefix_ids, self.suffix_ids
+        )
         batch["seen"] = pad_histories([example["history"] for example in examples])
         batch["target"] = torch.tensor([int(example["target"]) for example in examples])
         return batch

@@ -27,7 +27,7 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 # Arguments that change where a stage writes or what it prints, never what it computes.
 _PRESENTATION_ARGUMENTS = {
     "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps", "logging_strategy",
-    "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "save_total_limit", "local_rank", "project", "trackio_space_id",
+    "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
 }  # fmt: skip
 
 
@@ -94,7 +94,9 @@ def input_digest(path: str | os.PathLike) -> str:
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
         return json_digest(StageRecord.load(path).outputs)
-    return json_digest({str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()})
+    return json_digest(
+        {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    )
 
 
 def changed_arguments(arguments) -> dict:
@@ -164,7 +166,9 @@ class StageRun:
             current = present and record.fingerprint == self.fingerprint
         PartialState().wait_for_everyone()
         if current and PartialState().is_main_process:
-            print(f"{self.stage}: '{self.record_path}' is up to date, skipped (--force true runs it again)", flush=True)
+            print(
+                f"{self.stage}: '{self.record_path}' is up to date, skipped (--force true runs it again)", flush=True
+            )
         return current
 
     def __enter__(self) -> Path:

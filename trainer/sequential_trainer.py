@@ -40,9 +40,13 @@ class SequentialRecommendationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        generator = torch.Generator().manual_seed(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        generator = torch.Generator().manual_seed(
+            self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
         return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=dataset.lengths, generator=generator
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=dataset.lengths,
+            generator=generator,
         )
 
     def evaluation_loop(self, *args, **kwargs):
@@ -68,5 +72,7 @@ class SequentialRecommendationTrainer(Trainer):
         """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of `evaluate`."""
         metrics = self.evaluate(dataset)
         return {
-            name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith(("eval_hr@", "eval_ndcg@", "eval_mrr"))
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if name.startswith(("eval_hr@", "eval_ndcg@", "eval_mrr"))
         }

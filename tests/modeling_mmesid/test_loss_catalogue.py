@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from modeling_mmesid.loss_catalogue import catalogue_cross_entropy
+
+
+def inputs(users=37, items=211, hidden=16, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    user_embeddings = torch.randn(users, hidden, generator=generator, dtype=dtype).requires_grad_()
+    table = torch.randn(items + 1, hidden, generator=generator, dtype=dtype).requires_grad_()
+    return user_embeddings, table, torch.randint(1, items + 1, (users,), generator=generator)
+
+
+# One tile, tiles of users, and tiles that cut the catalogue as well.
+@pytest.mark.parametrize("logits_per_tile", [2**22, 211 * 130, 3000, 200])
+def test_loss_and_gradients_equal_the_plain_cross_entropy(logits_per_tile):
+    users, table, targets = inputs(dtype=torch.float32)
+    expected = torch.nn.functional.cross_entropy((users.double() @ table[1:].double().T), targets - 1)
+    expected_gradients = torch.autograd.grad(expected, (users, table))
+
+    loss = catalogue_cross_entropy(users, table, targets, logits_per_tile)
+    gradients = torch.autograd.grad(3.0 * loss, (users, table))
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, 3.0 * wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_row_takes_no_part():
+    users, table, targets = inputs(dtype=torch.float32)
+    changed = table.detach().clone()
+    changed[0] = 1e4
+    assert catalogue_cross_entropy(users, table, targets) == catalogue_cross_entropy(users, changed, targets)
+    catalogue_cross_entropy(users, table, targets).backward()
+    assert table.grad[0].abs().max() == 0
+
+
+def test_no_targets_give_zero_loss_and_zero_gradients():
+    _, table, _ = inputs(dtype=torch.float32)
+    loss = catalogue_cross_entropy(table.new_zeros(0, 16, requires_grad=True), table, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert table.grad.abs().max() == 0
+
+
+def test_bf16_autocast_stays_near_the_exact_loss():
+    users, table, targets = inputs(dtype=torch.float32)
+    exact = catalogue_cross_entropy(users, table, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = catalogue_cross_entropy(users, table, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert table.grad.dtype == torch.float32
+
+
+def test_extreme_logits_do_not_overflow():
+    users, table, targets = inputs(dtype=torch.float32)
+    loss = catalogue_cross_entropy(users * 1e3, table, targets, logits_per_tile=300)
+    assert torch.isfinite(loss)

@@ -1,0 +1,100 @@
+"""The quantizer's losses against naive float64 computations."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_mmesid.loss_mmrqvae import info_nce, mmd
+
+
+def naive_mmd(source: np.ndarray, target: np.ndarray, kernels: int = 5, factor: float = 2.0) -> float:
+    """The definition, with an explicit difference for every pair of points."""
+    points = np.concatenate([source, target]).astype(np.float64)
+    squared = np.square(points[:, None] - points[None]).sum(-1)
+    bandwidth = squared.sum() / (len(points) * (len(points) - 1)) / factor ** (kernels // 2)
+    kernel = sum(np.exp(-squared / (bandwidth * factor**power)) for power in range(kernels))
+    n = len(source)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_mmd_equals_the_definition(shift):
+    generator = np.random.default_rng(0)
+    source, target = generator.normal(size=(37, 12)) + shift, 1.5 * generator.normal(size=(23, 12)) + shift + 0.3
+    expected = naive_mmd(source, target)
+    for block_size in (1024, 7):
+        value = mmd(torch.tensor(source).float(), torch.tensor(target).float(), block_size=block_size)
+        assert value.item() == pytest.approx(expected, abs=2e-6, rel=1e-4)
+
+
+def test_mmd_gradient_equals_finite_differences_of_the_definition():
+    generator = np.random.default_rng(1)
+    source, target = generator.normal(size=(6, 3)), generator.normal(size=(5, 3)) + 1
+    tensor = torch.tensor(source).float().requires_grad_()
+    mmd(tensor, torch.tensor(target).float(), block_size=4).backward()
+    points = np.concatenate([source, target])
+    squared = np.square(points[:, None] - points[None]).sum(-1)
+    bandwidth = squared.sum() / (len(points) * (len(points) - 1)) / 4
+
+    def at_fixed_bandwidth(values: np.ndarray) -> float:
+        points = np.concatenate([values, target])
+        kernel = sum(
+            np.exp(-np.square(points[:, None] - points[None]).sum(-1) / (bandwidth * 2**power)) for power in range(5)
+        )
+        return kernel[:6, :6].mean() + kernel[6:, 6:].mean() - 2 * kernel[:6, 6:].mean()
+
+    for row, column in [(0, 0), (3, 2), (5, 1)]:
+        step = np.zeros_like(source)
+        step[row, column] = 1e-5
+        difference = (at_fixed_bandwidth(source + step) - at_fixed_bandwidth(source - step)) / 2e-5
+        assert tensor.grad[row, column].item() == pytest.approx(difference, abs=1e-5, rel=1e-3)
+
+
+def test_mmd_of_identical_sets_is_zero_in_any_order():
+    points = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    assert mmd(points, points).abs() < 1e-6
+    assert mmd(points, points.flip(0)).abs() < 1e-6
+    assert mmd(points, points + 1) > 0.1
+
+
+def test_mmd_of_an_empty_set_is_zero_with_zero_gradients():
+    points = torch.randn(4, 3, requires_grad=True)
+    mmd(points, torch.zeros(0, 3)).backward()
+    assert points.grad.abs().sum() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak resident size in kilobytes")
+def test_mmd_of_4096_items_1280_wide_fits_in_little_memory():
+    script = """
+import resource, torch
+from modeling_mmesid.loss_mmrqvae import mmd
+source, target = torch.randn(4096, 1280, requires_grad=True), torch.randn(4096, 1280)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mmd(source, target).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # The points of both sets take 42 MB, a whole kernel matrix 268 MB; the tensor of all differences would take 344 GB.
+    assert int(result.stdout) * 1024 < 1.2e9
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_info_nce_equals_the_definition(temperature):
+    generator = np.random.default_rng(2)
+    anchor, other = generator.normal(size=(9, 5)), generator.normal(size=(9, 5))
+    left, right = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (anchor, other))
+    logits = left @ right.T / temperature
+    rows = np.log(np.exp(logits).sum(1)) - logits.diagonal()
+    columns = np.log(np.exp(logits).sum(0)) - logits.diagonal()
+    value = info_nce(torch.tensor(anchor), torch.tensor(other), temperature)
+    assert value.item() == pytest.approx((rows.mean() + columns.mean()) / 2, rel=1e-5)
+
+
+def test_info_nce_of_no_item_is_zero_with_zero_gradients():
+    anchor = torch.zeros(0, 4, requires_grad=True)
+    value = info_nce(anchor, torch.zeros(0, 4))
+    value.backward()
+    assert value == 0 and anchor.grad.shape == (0, 4)

@@ -1,0 +1,309 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, LlamaModel
+
+from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation
+from modeling_mmesid.packing import pack_histories
+
+from .conftest import NUM_ITEMS, item_tables, new_model, settings
+
+
+HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+
+
+def lora_model(base_model: str) -> MMESIDForSequentialRecommendation:
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, lora=LORA, **settings())
+    model.initialize_items(**item_tables())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("suffix", [[7, 8], [7], []])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_prefixes_equal_one_prefix_a_row(seed, suffix):
+    """Hidden states, loss and every gradient, in float32."""
+    random = np.random.default_rng(seed)
+    model = new_model(prompt_suffix_ids=suffix)
+    sequences = [random.integers(1, NUM_ITEMS + 1, size=random.integers(2, 9)) for _ in range(5)]
+    packed = pack_histories(
+        [sequence[:-1] for sequence in sequences], [5, 6], suffix, [sequence[1:] for sequence in sequences]
+    )
+    output = model(**packed)
+    output.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    prefixes = [(sequence[:end], sequence[end]) for sequence in sequences for end in range(1, len(sequence))]
+    states, targets = [], []
+    for prefix, target in prefixes:
+        inputs = pack_histories([prefix], [5, 6], suffix)
+        states.append(model(**inputs).user_embeddings[0])
+        targets.append(target)
+    states = torch.stack(states)
+    torch.testing.assert_close(output.user_embeddings, states, rtol=0, atol=1e-5)
+
+    model.zero_grad()
+    logits = states @ model.item_table()[1:].T
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(np.array(targets)) - 1)
+    loss.backward()
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_batching_and_padding_do_not_change_users():
+    model = new_model()
+    together = model.encode_histories(HISTORIES)
+    alone = torch.cat([model.encode_histories([history]) for history in HISTORIES])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_only_the_latest_items_are_read_but_all_are_masked():
+    model = new_model(max_history=3)
+    long = [11, 12, 13, 1, 2, 3]
+    torch.testing.assert_close(model.encode_histories([long]), model.encode_histories([[1, 2, 3]]))
+    everything = model.recommend([long], top_k=NUM_ITEMS - len(long)).items
+    assert not set(everything[0].tolist()) & set(long)
+
+
+@pytest.mark.parametrize("share_item_table", [True, False])
+@pytest.mark.parametrize("use_item_ids", [True, False])
+def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
+    """t_i = g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m]), computed item by item from the parameters."""
+    model = new_model(share_item_table=share_item_table, use_item_ids=use_item_ids)
+    table, items, fusion = model.item_table(), model.items, model.items.fusion
+    logs = torch.log1p(torch.arange(NUM_ITEMS + 1).float())
+    for item in range(1, NUM_ITEMS + 1):
+        norm = (logs[item] - logs[1]) / (logs[-1] - logs[1])
+        logits = fusion.output(torch.nn.functional.gelu(fusion.hidden(norm[None]))).tolist()
+        vectors, weights = [], []
+        if use_item_ids or not share_item_table:
+            vectors.append(items.id_embeddings.weight[item])
+            weights.append(np.exp(logits[0]))
+            logits = logits[1:]
+        for logit, modality in zip(logits, items.modalities.values(), strict=True):
+            if not modality.present[item]:
+                continue
+            x = (modality.embeddings[item] - modality.center) * modality.scale
+            vector = modality.projection.weight @ x + modality.projection.bias
+            if share_item_table:
+                vector = vector + sum(
+                    modality.code_vectors[level, code] for level, code in enumerate(modality.codes[item])
+                )
+            vectors.append(vector)
+            weights.append(np.exp(logit))
+        expected = (
+            sum(weight * vector for weight, vector in zip(weights, vectors, strict=True)) / sum(weights)
+            if weights
+            else 0
+        )
+        torch.testing.assert_close(table[item], torch.zeros_like(table[item]) + expected, rtol=1e-4, atol=1e-5)
+    assert table[0].abs().max() == 0
+
+
+def test_paper_token_is_an_mlp_over_projections_and_codes():
+    model = new_model(share_item_table=False, use_item_ids=False)
+    parts = []
+    for modality in model.items.modalities.values():
+        x = (modality.embeddings[10] - modality.center) * modality.scale
+        parts += [
+            modality.projection(x),
+            sum(modality.code_vectors[level, code] for level, code in enumerate(modality.codes[10])),
+        ]
+    expected = torch.nn.functional.gelu(model.items.token_mlp(torch.cat(parts)))
+    torch.testing.assert_close(model.items.tokens(torch.tensor([10]))[0], expected)
+
+
+@pytest.mark.parametrize("share_item_table", [True, False])
+def test_a_missing_embedding_is_a_mask_not_a_value(share_item_table):
+    model = new_model(share_item_table=share_item_table)
+    before = model.item_table(), model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
+    text = model.items.modalities["text"]
+    text.embeddings[3] = 100.0
+    text.codes[3] = 1
+    after = model.item_table(), model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_code_width_may_differ_from_the_backbone():
+    model = new_model(codebook_dim=4)
+    assert model.item_table().shape == (NUM_ITEMS + 1, 16)
+
+
+def test_code_vectors_start_trained_and_stay_trainable():
+    model = new_model()
+    start = item_tables()["code_vectors"]["text"]
+    assert torch.equal(model.items.modalities["text"].code_vectors.detach(), start)
+    model(**pack_histories([[1, 2]], [5], [7], [[2, 3]])).loss.backward()
+    assert model.items.modalities["text"].code_vectors.grad.abs().sum() > 0
+
+
+def test_id_only_model_needs_no_content():
+    model = new_model(modalities=[], embedding_dims=[])
+    torch.testing.assert_close(model.item_table(), model.items.id_embeddings.weight)
+    assert model.recommend([[1, 2]], top_k=3).items.shape == (1, 3)
+
+
+def test_recommend_agrees_with_scores_by_hand():
+    model = new_model()
+    output = model.recommend(HISTORIES, top_k=7)
+    scores = model.encode_histories(HISTORIES) @ model.item_table().T
+    scores[:, 0] = -torch.inf
+    for user, history in enumerate(HISTORIES):
+        scores[user, history] = -torch.inf
+    expected = scores.topk(7)
+    assert output.items.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(output.scores, expected.values)
+    seen = model.recommend(HISTORIES, top_k=NUM_ITEMS, exclude_history=False).items
+    assert all(sorted(row) == list(range(1, NUM_ITEMS + 1)) for row in seen.tolist())
+
+
+def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
+    model = new_model(token_dropout=0.5, output_dropout=0.5).train()
+    first, second = model.recommend(HISTORIES), model.recommend(HISTORIES, batch_size=1)
+    assert torch.equal(first.items, second.items)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("histories", "top_k", "words"),
+    [
+        ([[1], []], 5, "History 1 is empty"),
+        ([[1, 41]], 5, "row 41, outside 1..40"),
+        ([[0, 4]], 5, "row 0, outside 1..40"),
+        ([[1, 2]], 39, "38 items"),
+        ([[1, 2]], 0, "top_k is 0"),
+    ],
+)
+def test_recommend_names_what_is_wrong(histories, top_k, words):
+    with pytest.raises(ValueError, match=words):
+        new_model().recommend(histories, top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tables: tables["embeddings"].pop("text"), "embeddings are given for"),
+        (lambda tables: tables["codes"].update(text=tables["codes"]["text"][:-1]), "have 40 rows for 40 items"),
+        (lambda tables: tables["embeddings"]["text"][17].fill_(torch.nan), "'text' hold NaN or infinity in row 17"),
+        (lambda tables: tables.update(frequencies=torch.ones(7)), "frequencies have shape"),
+    ],
+)
+def test_initialize_items_names_what_is_wrong(change, words):
+    model, tables = new_model(), item_tables()
+    change(tables)
+    with pytest.raises(ValueError, match=words):
+        model.initialize_items(**tables)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"num_items": 0}, "num_items is 0"),
+        ({"modalities": [], "embedding_dims": [], "use_item_ids": False}, "nothing to tell items apart"),
+        ({"modalities": ["text"], "embedding_dims": [3, 4]}, "one width each"),
+        ({"fusion_temperature": 0.0}, "fusion_temperature"),
+        ({"max_history": 0}, "max_history"),
+    ],
+)
+def test_configuration_validates_itself(kwargs, words):
+    with pytest.raises(Exception, match=words):
+        MMESIDConfig(**kwargs)
+
+
+def test_self_contained_checkpoint_reloads_bit_equal(tmp_path):
+    model = new_model()
+    model.save_pretrained(tmp_path)
+    expected = model.recommend(HISTORIES)
+    for loaded in (MMESIDForSequentialRecommendation.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        output = loaded.recommend(HISTORIES)
+        assert torch.equal(output.items, expected.items)
+        assert torch.equal(output.scores, expected.scores)
+        for (name, old), (_, new) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+            assert torch.equal(old, new), name
+
+
+def test_lora_checkpoint_holds_only_what_was_trained(tmp_path, base_model):
+    model = lora_model(base_model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    backbone = [name for name in saved if name.startswith("backbone.")]
+    assert backbone and all("lora_" in name for name in backbone)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable <= set(saved)
+    assert not (tmp_path / "adapter_config.json").exists(), "AutoModel would follow it instead of config.json"
+
+
+def test_lora_checkpoint_reloads_bit_equal_in_a_new_process(tmp_path, base_model):
+    model = lora_model(base_model)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import json, sys, modeling_mmesid; from transformers import AutoModel;"
+        "output = AutoModel.from_pretrained(sys.argv[1]).recommend(json.loads(sys.argv[2]));"
+        "print(json.dumps([output.items.tolist(), output.scores.tolist()]))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, json.dumps(HISTORIES)], check=True, capture_output=True, text=True
+    ).stdout
+    items, scores = json.loads(printed.splitlines()[-1])
+    expected = model.recommend(HISTORIES)
+    assert items == expected.items.tolist()
+    assert scores == expected.scores.tolist()
+
+
+# peft reads a property that transformers has deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model):
+    model = lora_model(base_model)
+    model.save_pretrained(tmp_path)
+    peft_model = PeftModel.from_pretrained(LlamaModel.from_pretrained(base_model), tmp_path / "adapter").eval()
+    inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            peft_model(inputs_embeds=inputs).last_hidden_state, model.backbone(inputs_embeds=inputs).last_hidden_state
+        )
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, change):
+    lora_model(base_model).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del weights["items.id_embeddings.weight"]
+    else:
+        weights["items.surprise"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="items.id_embeddings.weight|items.surprise"):
+        MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+
+
+def test_lora_freezes_the_backbone_and_starts_as_the_base(base_model):
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, lora=LORA, **settings()).eval()
+    trainable = [name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    inputs = torch.randn(1, 4, 16)
+    with torch.no_grad():
+        expected = LlamaModel.from_pretrained(base_model)(inputs_embeds=inputs).last_hidden_state
+        torch.testing.assert_close(model.backbone(inputs_embeds=inputs).last_hidden_state, expected)
+
+
+def test_wrapped_backbone_stays_causal(base_model):
+    """Nesting a live configuration silently drops the causal mask: a later item must not change an earlier state."""
+    for model in (lora_model(base_model), new_model()):
+        states = [
+            model(**pack_histories([[1, 2, last]], [5], [], [[9, 9, 9]])).user_embeddings[:2].detach()
+            for last in (3, 30)
+        ]
+        torch.testing.assert_close(*states)

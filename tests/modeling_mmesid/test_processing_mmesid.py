@@ -1,0 +1,84 @@
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from modeling_mmesid import MMESIDProcessor
+from trainer.backbone import train_tokenizer
+
+
+IDS = ["b-7", "a-1", "c/3"]
+TITLES = ["Lipstick, red", "Nail polish", "Soap"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TITLES, vocab_size=400)
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return MMESIDProcessor(tokenizer, IDS, TITLES)
+
+
+def test_ids_to_rows_and_back(processor):
+    assert processor([["a-1", "b-7"], ["c/3"]]) == [[2, 1], [3]]
+    assert processor.convert_rows_to_item_ids(torch.tensor([[2, 1], [3, 3]])) == [["a-1", "b-7"], ["c/3", "c/3"]]
+    assert processor.convert_rows_to_titles([3, 1]) == ["Soap", "Lipstick, red"]
+
+
+@pytest.mark.parametrize(
+    ("histories", "words"),
+    [
+        ([["a-1"], []], "History 1 is empty"),
+        ([["a-1", "zzz"]], "'zzz' is not in this model's catalogue of 3 items"),
+        (["a-1"], "History 0 is the string 'a-1'"),
+    ],
+)
+def test_bad_histories_are_named(processor, histories, words):
+    with pytest.raises(ValueError, match=words):
+        processor(histories)
+
+
+def test_padding_row_has_no_id(processor):
+    with pytest.raises(ValueError, match="Row 0 is outside 1..3"):
+        processor.convert_rows_to_item_ids([0])
+
+
+def test_repeated_id_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'x' occurs more than once"):
+        MMESIDProcessor(tokenizer, ["x", "y", "x"])
+
+
+def test_round_trip_through_the_auto_class(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, MMESIDProcessor)
+    assert loaded.item_ids == IDS
+    assert loaded.titles == TITLES
+    assert loaded.prompt_ids() == processor.prompt_ids()
+
+
+def test_prompt_is_the_chat_template_around_the_items(processor, tokenizer):
+    prefix, suffix = processor.prompt_ids()
+    assert tokenizer.decode(prefix) == (
+        "<system>You are a helpful AI assistant for recommendations</system>"
+        "<user>Given the user's purchase history, predict next possible item to be purchased. "
+    )
+    assert tokenizer.decode(suffix) == "</user><assistant>"
+
+
+def test_tokenizer_without_chat_template_gets_plain_sentences(tokenizer):
+    plain = train_tokenizer(TITLES, vocab_size=400)
+    plain.chat_template = None
+    prefix, suffix = MMESIDProcessor(plain, IDS, system_prompt="S", user_prompt="Bought {items} next:").prompt_ids()
+    assert plain.decode(prefix) == "<s>S\nBought "
+    assert plain.decode(suffix) == " next:\n"
+
+
+def test_items_alone_are_no_prompt(tokenizer):
+    assert MMESIDProcessor(tokenizer, IDS, user_prompt="{items}").prompt_ids() == ([], [])
+
+
+def test_prompt_needs_a_place_for_items(tokenizer):
+    with pytest.raises(ValueError, match="exactly once"):
+        MMESIDProcessor(tokenizer, IDS, user_prompt="Recommend something")

@@ -1,0 +1,65 @@
+"""A small decoder and its tokenizer from scratch, for catalogues without a pretrained model at hand."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<system>", "</system>", "<user>", "</user>", "<assistant>")
+
+# The frame of the prompt in the paper: a system turn, a user turn, and the opening of the assistant's.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE tokenizer with a chat template.
+
+    Args:
+        texts (`Iterable[str]`): What to learn from: the catalogue's texts.
+        vocab_size (`int`): Largest vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def new_llama_config(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    attention_dropout: float,
+    max_position_embeddings: int,
+) -> LlamaConfig:
+    """The configuration of a Llama that fits `tokenizer`."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        attention_dropout=attention_dropout,
+        max_position_embeddings=max_position_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

@@ -1,0 +1,157 @@
+"""
+Fine-tunes the recommender on all prefixes of every training sequence and saves the checkpoint that ranks best on validation.
+
+    mmesid finetune --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
+        --quantizer_dir runs/quickstart/quantizer --output_dir runs/quickstart/recommender
+    accelerate launch -m trainer.stages.finetune --prepared_dir ... --backbone_name_or_path meta-llama/Llama-3.2-1B ...
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, set_seed
+
+from hub_cards import save_card
+from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
+
+from ..arguments import FinetuneArguments, parse
+from ..backbone import new_llama_config, train_tokenizer
+from ..data.prepared import PreparedDataset
+from ..data.windows import EvaluationHistories, TrainingWindows
+from ..encoders.tables import load_table
+from ..mmesid_trainer import MMESIDTrainer
+from ..mmrqvae_trainer import ItemTables, encode_items
+from ..records import StageRun
+from ..training import early_stopping, fit, trainer_arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(FinetuneArguments, argv)
+    run = StageRun("finetune", arguments, inputs=_inputs(arguments))
+    if run.is_up_to_date():
+        return
+    data = PreparedDataset.load(arguments.prepared_dir)
+    set_seed(arguments.seed)
+    settings, tables = load_content(arguments, data.num_items) if arguments.use_content else ({}, {})
+    processor, model = build(arguments, data, settings)
+    model.initialize_items(data.frequencies, **tables)
+    with run as staging:
+        trainer = MMESIDTrainer(
+            model,
+            trainer_arguments(arguments, run),
+            train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history),
+            eval_dataset=EvaluationHistories(data.sequences("validation")),
+            processing_class=processor,
+            callbacks=early_stopping(arguments),
+        )
+        fit(trainer)
+        run.metrics["validation"] = trainer.rank()
+        if PartialState().is_main_process:
+            model.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            run.details.update(
+                data=data.statistics,
+                parameters=model.num_parameters(),
+                trainable_parameters=model.num_parameters(only_trainable=True),
+                modalities=model.config.modalities,
+                base_model=arguments.backbone_name_or_path,
+            )
+            save_card(staging, dataclasses.asdict(run.draft_record()))
+
+
+def _inputs(arguments: FinetuneArguments) -> dict[str, str]:
+    inputs = {"prepared_dir": arguments.prepared_dir}
+    if not arguments.use_content:
+        return inputs
+    for name in ("embeddings_dir", "quantizer_dir"):
+        if getattr(arguments, name) is None:
+            raise ValueError(
+                f"--{name} is not set; give the directory, or --use_content false for the ID-only baseline."
+            )
+        inputs[name] = getattr(arguments, name)
+    return inputs
+
+
+def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+    """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and modality."""
+    quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
+    modalities = quantizer.config.modalities
+    loaded = {
+        modality: load_table(Path(arguments.embeddings_dir) / f"{modality}.safetensors", modality, num_items)
+        for modality in modalities
+    }
+    items = ItemTables(
+        {modality: table for modality, (table, _) in loaded.items()},
+        {modality: has for modality, (_, has) in loaded.items()},
+    )
+    codes, _ = encode_items(quantizer, items)
+    tables = {"embeddings": items.embeddings, "present": items.present, "codes": codes}
+    if arguments.code_initialization == "trained":
+        tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
+    settings = {
+        "modalities": modalities,
+        "embedding_dims": quantizer.config.embedding_dims,
+        "num_quantizers": quantizer.config.num_quantizers,
+        "codebook_size": quantizer.config.codebook_size,
+        "codebook_dim": quantizer.config.codebook_dim,
+    }
+    return settings, tables
+
+
+def build(
+    arguments: FinetuneArguments, data: PreparedDataset, content_settings: dict
+) -> tuple[MMESIDProcessor, MMESIDForSequentialRecommendation]:
+    """The processor and the untrained recommender around a pretrained decoder, or a new one; its items are still empty."""
+    if arguments.backbone_name_or_path is None:
+        tokenizer = train_tokenizer(data.texts[1:], arguments.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(
+            arguments.backbone_name_or_path, revision=arguments.backbone_revision
+        )
+    processor = MMESIDProcessor(
+        tokenizer, data.item_ids[1:], data.titles[1:], arguments.system_prompt, arguments.user_prompt
+    )
+    prefix_ids, suffix_ids = processor.prompt_ids()
+    settings = content_settings | {
+        "num_items": data.num_items,
+        "share_item_table": arguments.share_item_table,
+        "use_item_ids": arguments.use_item_ids,
+        "fusion_temperature": arguments.fusion_temperature,
+        "token_dropout": arguments.token_dropout,
+        "output_dropout": arguments.output_dropout,
+        "prompt_prefix_ids": prefix_ids,
+        "prompt_suffix_ids": suffix_ids,
+        "max_history": arguments.max_history,
+    }
+    if arguments.backbone_name_or_path is None:
+        backbone_config = new_llama_config(
+            tokenizer,
+            arguments.hidden_size,
+            arguments.num_hidden_layers,
+            arguments.num_attention_heads,
+            arguments.attention_dropout,
+            len(prefix_ids) + arguments.max_history + len(suffix_ids),
+        )
+        model = MMESIDForSequentialRecommendation(
+            MMESIDConfig(backbone_config=backbone_config, item_token_scale=arguments.hidden_size**0.5, **settings)
+        )
+    else:
+        lora = {
+            "r": arguments.lora_r,
+            "lora_alpha": arguments.lora_alpha,
+            "lora_dropout": arguments.lora_dropout,
+            "target_modules": arguments.lora_target_modules,
+        }
+        model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+            arguments.backbone_name_or_path,
+            revision=arguments.backbone_revision,
+            lora=lora if arguments.lora_r else None,
+            **settings,
+        )
+    return processor, model
+
+
+if __name__ == "__main__":
+    main()

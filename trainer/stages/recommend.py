@@ -1,0 +1,79 @@
+"""
+Recommends items to users from their histories of raw item ids.
+
+    mmesid recommend --model_dir runs/quickstart/recommender --history item-7 item-31 --top_k 5
+    mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file recommended.jsonl
+"""
+
+import json
+from pathlib import Path
+
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+
+from ..arguments import RecommendArguments, parse
+from ..records import write_text_atomic
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(RecommendArguments, argv)
+    histories = read_histories(arguments)
+    processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
+    rows = processor(histories)
+    model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
+    output = model.recommend(rows, top_k=arguments.top_k, exclude_history=arguments.exclude_history)
+    users = [
+        [
+            {"item_id": item_id, "title": title, "score": round(score, 6)}
+            for item_id, title, score in zip(item_ids, titles, scores, strict=True)
+        ]
+        for item_ids, titles, scores in zip(
+            processor.convert_rows_to_item_ids(output.items),
+            processor.convert_rows_to_titles(output.items),
+            output.scores.tolist(),
+            strict=True,
+        )
+    ]
+    if arguments.output_file is not None:
+        write_text_atomic(
+            arguments.output_file, "".join(json.dumps(user, ensure_ascii=False) + "\n" for user in users)
+        )
+        print(f"recommend: wrote {len(users)} users to '{arguments.output_file}'")
+        return
+    for history, user in zip(histories, users, strict=True):
+        print(
+            f"\nAfter {', '.join(processor.convert_rows_to_titles(processor.convert_item_ids_to_rows(history))[-3:])}:"
+        )
+        width = max(len(item["item_id"]) for item in user)
+        for place, item in enumerate(user, start=1):
+            print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}")
+
+
+def read_histories(arguments: RecommendArguments) -> list[list[str]]:
+    """
+    Raises:
+        ValueError: If neither or both of `history` and `histories_file` are given, or a line is not a list of item ids.
+        FileNotFoundError: If the file does not exist.
+    """
+    if (arguments.history is None) == (arguments.histories_file is None):
+        raise ValueError("Give either --history with item ids or --histories_file with one user a line.")
+    if arguments.history is not None:
+        return [arguments.history]
+    path = Path(arguments.histories_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist; give a JSON Lines file with a list of item ids a line.")
+    histories = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            history = json.loads(line)
+        except json.JSONDecodeError:
+            history = None
+        if not isinstance(history, list) or not history or not all(isinstance(item_id, str) for item_id in history):
+            raise ValueError(
+                f"'{path}', line {number}: expected a non-empty JSON list of item ids in quotes, found '{line[:80]}'."
+            )
+        histories.append(history)
+    return histories
+
+
+if __name__ == "__main__":
+    main()
