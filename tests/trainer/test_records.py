@@ -1,0 +1,197 @@
+import dataclasses
+import json
+import platform
+import re
+
+import pytest
+
+from trainer.arguments import SASRecArguments, StageArguments
+from trainer.records import (
+    StageRecord,
+    StageRun,
+    changed_arguments,
+    file_digest,
+    hardware,
+    input_digest,
+    write_text_atomic,
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ToyArguments(StageArguments):
+    source: str
+    size: int = 3
+
+
+class Toy:
+    """A stage that writes its settings and counts how often it ran."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.source = directory / "source.txt"
+        self.source.write_text("interactions")
+        self.output_dir = directory / "output"
+        self.runs = 0
+
+    def arguments(self, **settings):
+        return ToyArguments(output_dir=str(self.output_dir), source=str(self.source), **settings)
+
+    def stage_run(self, **settings):
+        arguments = self.arguments(**settings)
+        return StageRun("toy", arguments, inputs={"source": arguments.source})
+
+    def __call__(self, files=("result.txt",), **settings):
+        run = self.stage_run(**settings)
+        if run.is_up_to_date():
+            return
+        with run as staging:
+            self.runs += 1
+            for name in files:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).write_text(f"run {self.runs}")
+            run.metrics["validation"] = {"hr@5": 0.5}
+
+    def files(self):
+        return {
+            path.relative_to(self.output_dir).as_posix(): path.read_text()
+            for path in self.output_dir.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path)
+
+
+def test_a_stage_runs_once(toy, capsys):
+    toy()
+    assert toy.files().keys() == {"result.txt", "record.json"}
+    toy()
+    assert toy.runs == 1
+    assert "toy: " in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("settings", [{"size": 4}, {"force": True}])
+def test_other_settings_and_force_run_it_again(toy, settings):
+    toy()
+    toy(**settings)
+    assert toy.runs == 2
+    assert toy.files()["result.txt"] == "run 2"
+
+
+def test_other_inputs_run_it_again_and_equal_ones_elsewhere_do_not(toy, tmp_path):
+    toy()
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(toy.source.read_bytes())
+    toy.source = moved
+    toy()
+    assert toy.runs == 1
+    moved.write_text("other interactions")
+    toy()
+    assert toy.runs == 2
+
+
+def test_a_lost_output_runs_it_again(toy):
+    toy()
+    (toy.output_dir / "result.txt").unlink()
+    toy()
+    assert toy.runs == 2
+
+
+def test_a_failure_leaves_earlier_outputs_untouched(toy):
+    toy()
+    before = toy.files()
+    run = toy.stage_run(size=4)
+    with pytest.raises(RuntimeError, match="half-way"), run as staging:
+        (staging / "result.txt").write_text("half")
+        raise RuntimeError("half-way")
+    assert toy.files() == before
+    assert toy.stage_run().is_up_to_date()
+
+
+def test_outputs_of_an_earlier_run_that_are_no_longer_written_go(toy):
+    (toy.output_dir / "notes.txt").parent.mkdir()
+    (toy.output_dir / "notes.txt").write_text("the user's own")
+    toy(files=("result.txt", "shards/old.txt"))
+    toy(files=("result.txt", "shards/new.txt"), size=4)
+    assert toy.files().keys() == {"result.txt", "shards/new.txt", "record.json", "notes.txt"}
+
+
+def test_the_record_says_what_was_done(toy):
+    toy(size=4)
+    record = StageRecord.load(toy.output_dir)
+    assert record == StageRecord.load(toy.output_dir / "record.json")
+    assert record.arguments == {"size": 4}
+    assert record.inputs == {"source": file_digest(toy.source)}
+    assert record.outputs == {"result.txt": file_digest(toy.output_dir / "result.txt")}
+    assert record.metrics == {"validation": {"hr@5": 0.5}}
+    assert {"python", "torch", "transformers", "mmesid"} <= record.versions.keys()
+    assert record.peak_memory_bytes > 2**20
+    assert str(toy.directory) not in json.dumps(dataclasses.asdict(record))
+
+
+def test_the_hardware_does_not_name_the_machine():
+    assert not re.search(rf"\b{re.escape(platform.node())}\b", hardware())
+
+
+def test_the_digest_of_a_stage_is_that_of_its_outputs(toy):
+    toy()
+    before = input_digest(toy.output_dir)
+    (toy.output_dir / "checkpoints").mkdir()
+    (toy.output_dir / "checkpoints" / "state.bin").write_bytes(b"not an output")
+    assert input_digest(toy.output_dir) == before
+    toy(size=4)
+    assert input_digest(toy.output_dir) != before
+
+
+def test_the_digest_of_another_directory_is_that_of_all_its_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").write_text("1")
+    before = input_digest(tmp_path / "a")
+    assert input_digest(tmp_path / "a") == before
+    (tmp_path / "a" / "b" / "c.txt").rename(tmp_path / "a" / "c.txt")
+    assert input_digest(tmp_path / "a") != before
+
+
+def test_an_input_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing' does not exist; run the stage that writes it first"):
+        input_digest(tmp_path / "missing")
+
+
+def test_what_changes_nothing_computed_is_not_in_the_fingerprint(tmp_path):
+    def fingerprint(**settings):
+        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        return StageRun("sasrec", arguments, inputs={}).fingerprint
+
+    assert fingerprint(disable_tqdm=True, logging_steps=3, save_total_limit=4) == fingerprint()
+    assert len({fingerprint(), fingerprint(learning_rate=0.5), fingerprint(seed=7), fingerprint(hidden_size=8)}) == 4
+
+
+def test_runs_that_differ_in_epochs_alone_share_checkpoints(tmp_path):
+    def run(**settings):
+        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        return StageRun("sasrec", arguments, inputs={})
+
+    assert run(num_train_epochs=2).checkpoints_dir == run(num_train_epochs=9).checkpoints_dir
+    assert run(num_train_epochs=2).fingerprint != run(num_train_epochs=9).fingerprint
+    assert run(learning_rate=0.5).checkpoints_dir != run().checkpoints_dir
+
+
+def test_changed_arguments_are_json_values(tmp_path):
+    arguments = SASRecArguments(
+        output_dir=str(tmp_path), prepared_dir="prepared", lr_scheduler_type="cosine", seed=3, hub_token="hf_secret"
+    )
+    changed = changed_arguments(arguments)
+    assert changed["lr_scheduler_type"] == "cosine"
+    assert changed["seed"] == 3
+    assert "learning_rate" not in changed
+    assert "hf_secret" not in json.dumps(changed)
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "results.md"
+    write_text_atomic(path, "old")
+    write_text_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
