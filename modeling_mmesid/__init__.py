@@ -1,4 +1,5 @@
-"""MME-SID models for sequential recommendation; importing this package registers them with the Auto classes of transformers."""
+"""MME-SID models for sequential recommendation; importing this package registers them with the Auto classes of
+transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 

@@ -20,8 +20,8 @@ class MMESIDConfig(PreTrainedConfig):
         base_model_revision (`str`, *optional*):
             Revision (a commit hash, once loaded from the Hub) of the base model.
         lora (`dict`, *optional*):
-            Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8, "lora_alpha": 16}`. `None` trains the
-            backbone in full.
+            Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8, "lora_alpha": 16}`.
+            `None` trains the backbone in full.
         num_items (`int`, *optional*, defaults to `1`):
             Number of items; rows 1 to `num_items` are items and row 0 is padding.
         modalities (`list[str]`, *optional*, defaults to `[]`):
@@ -33,10 +33,11 @@ class MMESIDConfig(PreTrainedConfig):
         codebook_size (`int`, *optional*, defaults to `256`):
             Codes to choose from at each level.
         codebook_dim (`int`, *optional*, defaults to `128`):
-            Width of a code vector. Where it differs from the backbone's hidden size a linear map follows the sum of code vectors.
+            Width of a code vector. Where it differs from the backbone's hidden size a linear map follows the sum of
+            code vectors.
         share_item_table (`bool`, *optional*, defaults to `True`):
-            Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the token is an MLP over
-            projections and codes, and the table fuses a score head with the projections.
+            Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the
+            token is an MLP over projections and codes, and the table fuses a score head with the projections.
         use_item_ids (`bool`, *optional*, defaults to `True`):
             Whether a token holds a free vector an item besides its content.
         fusion_hidden_size (`int`, *optional*, defaults to `16`):
@@ -44,8 +45,8 @@ class MMESIDConfig(PreTrainedConfig):
         fusion_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the softmax over sources; the published 0.001 makes it a switch.
         item_token_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on item vectors where they enter the backbone, not where they score. The square root of the hidden size suits a
-            backbone trained from scratch, as in SASRec and Gemma.
+            Factor on item vectors where they enter the backbone, not where they score. The square root of the hidden
+            size suits a backbone trained from scratch, as in SASRec and Gemma.
         token_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the item tokens that enter the backbone.
         output_dropout (`float`, *optional*, defaults to `0.0`):

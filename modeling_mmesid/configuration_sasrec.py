@@ -55,7 +55,8 @@ class SASRecConfig(PreTrainedConfig):
             raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; change either."
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                "change either."
             )
 
 

@@ -3,9 +3,11 @@
 import torch
 
 
-# Logits held at a time: 4M float32 values are 16 MiB, which stay in the last-level cache of a server CPU; larger tiles are slower there.
+# Logits held at a time: 4M float32 values are 16 MiB, which stay in the last-level cache of a server CPU; larger tiles
+# are slower there.
 LOGITS_PER_TILE = 2**22
-# With fewer rows than this a matrix product is bound by reading the table, so a larger catalogue is cut along its items instead.
+# With fewer rows than this a matrix product is bound by reading the table, so a larger catalogue is cut along its
+# items instead.
 MINIMUM_TILE_ROWS = 128
 
 
@@ -13,11 +15,11 @@ def catalogue_cross_entropy(
     hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, logits_per_tile: int = LOGITS_PER_TILE
 ) -> torch.Tensor:
     r"""
-    Mean of \\(-\log \mathrm{softmax}_{i=1..N}(\langle u, t_i \rangle)_{target}\\) over the rows of `hidden` (equation 4 of stage 2 in the
-    method: full softmax, padding excluded).
+    Mean of \\(-\log \mathrm{softmax}_{i=1..N}(\langle u, t_i \rangle)_{target}\\) over the rows of `hidden` (equation
+    4 of stage 2 in the method: full softmax, padding excluded).
 
-    The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond the inputs and their
-    gradients is one tile of logits, whatever the size of the catalogue or of the batch.
+    The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond
+    the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch.
 
     Args:
         hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
@@ -92,7 +94,8 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
 
 
 def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """`users @ items.T` in float32, written over `buffer`: a fresh allocation of this size costs as much as the product itself on CPU."""
+    """`users @ items.T` in float32, written over `buffer`: a fresh allocation of this size costs as much as the
+    product itself on CPU."""
     logits = buffer[: users.shape[0] * items.shape[0]].view(users.shape[0], items.shape[0])
     if users.dtype == torch.float32:
         return torch.mm(users, items.T, out=logits)

@@ -1,4 +1,5 @@
-"""The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner product."""
+"""The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner
+product."""
 
 import copy
 import os
@@ -21,9 +22,11 @@ from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
 class MMESIDModality(nn.Module):
     """
-    One modality of every item: the frozen embedding, projected, and the semantic ID, embedded by trainable code vectors.
+    One modality of every item: the frozen embedding, projected, and the semantic ID, embedded by trainable code
+    vectors.
 
-    The frozen embeddings are centred and scaled to a mean norm of one, which a projection with bias could learn but would take long to.
+    The frozen embeddings are centred and scaled to a mean norm of one, which a projection with bias could learn but
+    would take long to.
     """
 
     def __init__(self, config: MMESIDConfig, embedding_dim: int):
@@ -47,12 +50,14 @@ class MMESIDModality(nn.Module):
             self.absent_code = nn.Parameter(torch.zeros(hidden_size))
 
     def project(self, items: torch.Tensor) -> torch.Tensor:
-        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; the learnt absent vector where the modality is missing."""
+        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; the learnt absent vector where the modality is
+        missing."""
         projected = self.projection((self.embeddings[items] - self.center) * self.scale)
         return torch.where(self.present[items, None], projected, self.absent_embedding)
 
     def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
-        """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where missing."""
+        """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where
+        missing."""
         offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size
         summed = nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
         return torch.where(self.present[items, None], self.code_projection(summed), self.absent_code)
@@ -77,7 +82,8 @@ class MMESIDFusion(nn.Module):
         """
         Args:
             items (`torch.LongTensor` of shape `(items,)`): Rows.
-            present (`torch.BoolTensor` of shape `(items, sources)`): Which sources an item has; the others get no weight.
+            present (`torch.BoolTensor` of shape `(items, sources)`): Which sources an item has; the others get no
+                weight.
 
         Returns:
             `torch.FloatTensor` of shape `(items, sources)`, each row summing to one.
@@ -93,8 +99,9 @@ class MMESIDItems(nn.Module):
     """
     What an item is, to the backbone (its token) and to the score (its row of the fused table).
 
-    Shared form: token and table row are the same vector, the fusion of a free ID vector and, per modality, projection plus codes.
-    Paper's form: the token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the projections.
+    Shared form: token and table row are the same vector, the fusion of a free ID vector and, per modality, projection
+    plus codes. Paper's form: the token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the
+    projections.
     """
 
     def __init__(self, config: MMESIDConfig):
@@ -116,7 +123,8 @@ class MMESIDItems(nn.Module):
             self.token_mlp = nn.Linear(parts * hidden_size, hidden_size)
 
     def sources(self, items: torch.Tensor) -> torch.Tensor:
-        """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then every modality."""
+        """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then
+        every modality."""
         sources = [self.id_embeddings(items)] if self.has_id_source else []
         with_codes = self.config.share_item_table and self.config.num_quantizers > 0
         for modality in self.modalities.values():
@@ -155,8 +163,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
     """
     Sequential recommendation with a language model over multimodal items and trained semantic IDs.
 
-    A checkpoint with a base model holds the small trained parts and the LoRA adapter (also in `adapter/`, in PEFT's own format); the
-    frozen backbone is fetched by name and revision on loading. Without a base model the checkpoint is self-contained.
+    A checkpoint with a base model holds the small trained parts and the LoRA adapter (also in `adapter/`, in PEFT's
+    own format); the frozen backbone is fetched by name and revision on loading. Without a base model the checkpoint is
+    self-contained.
 
     ```python
     >>> from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
@@ -183,7 +192,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         self.backbone = AutoModel.from_config(copy.deepcopy(config.backbone_config)) if backbone is None else backbone
         self.post_init()
         if config.lora is not None:
-            # After `post_init`, which would draw the adapter anew and undo its start as a zero. Freezes the rest of the backbone.
+            # After `post_init`, which would draw the adapter anew and undo its start as a zero. Freezes the rest of
+            # the backbone.
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
         if config.base_model_name_or_path is not None:
             frozen = {name for name, parameter in self.backbone.named_parameters() if not parameter.requires_grad}
@@ -217,15 +227,16 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         **config_kwargs,
     ) -> "MMESIDForSequentialRecommendation":
         """
-        A new recommender around a pretrained decoder. Give it the catalogue with [`~MMESIDForSequentialRecommendation.initialize_items`].
+        A new recommender around a pretrained decoder. Give it the catalogue with
+        [`~MMESIDForSequentialRecommendation.initialize_items`].
 
         Args:
             pretrained_backbone_name_or_path (`str` or `os.PathLike`): Anything that `AutoModel.from_pretrained` loads.
             revision (`str`, *optional*): Branch, tag or commit of the backbone.
             backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `dtype`,
                 `quantization_config`, `device_map` or `attn_implementation`.
-            **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the checkpoint names
-                it; without, it is trained in full and saved with the rest.
+            **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
+                checkpoint names it; without, it is trained in full and saved with the rest.
         """
         backbone = AutoModel.from_pretrained(
             pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {})
@@ -234,18 +245,20 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
             # Only what came from a Hub has a commit.
             config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
-        # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal mask.
+        # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
+        # mask.
         config = MMESIDConfig(backbone_config=copy.deepcopy(backbone.config), **config_kwargs)
         return cls(config, backbone=backbone)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """
-        Loads a checkpoint; the frozen backbone of one with a base model is loaded by name, with `dtype`, `quantization_config`,
-        `device_map` and `attn_implementation` passed on.
+        Loads a checkpoint; the frozen backbone of one with a base model is loaded by name, with `dtype`,
+        `quantization_config`, `device_map` and `attn_implementation` passed on.
 
         Raises:
-            ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model does not have.
+            ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model
+            does not have.
         """
         hub_kwargs = {
             name: kwargs[name]
@@ -259,10 +272,16 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         backbone_kwargs = {
             name: kwargs[name]
             for name in (
-                "dtype", "quantization_config", "device_map", "attn_implementation", "cache_dir", "local_files_only", "token",
+                "dtype",
+                "quantization_config",
+                "device_map",
+                "attn_implementation",
+                "cache_dir",
+                "local_files_only",
+                "token",
             )
             if name in kwargs
-        }  # fmt: skip
+        }
         backbone = AutoModel.from_pretrained(
             config.base_model_name_or_path, revision=config.base_model_revision, **backbone_kwargs
         )
@@ -272,13 +291,14 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save)
         if missing or keys.unexpected_keys:
             raise ValueError(
-                f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration (missing: {missing or 'nothing'}, "
-                f"unexpected: {keys.unexpected_keys or 'nothing'}); download or save it again."
+                f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration "
+                f"(missing: {missing or 'nothing'}, unexpected: {keys.unexpected_keys or 'nothing'}); download or save it again."
             )
         return model.to(backbone.device).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in PEFT's format."""
+        """Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in
+        PEFT's format."""
         super().save_pretrained(save_directory, **kwargs)
         if self.config.lora is None:
             return
@@ -311,12 +331,14 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
 
         Args:
             frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
-            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings by modality.
-            present (`dict[str, torch.Tensor]`, each of shape `(items + 1,)`, *optional*): Which items have the modality; those with a
-                non-zero embedding by default.
+            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings by
+                modality.
+            present (`dict[str, torch.Tensor]`, each of shape `(items + 1,)`, *optional*): Which items have the
+                modality; those with a non-zero embedding by default.
             codes (`dict[str, torch.Tensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs.
-            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`, *optional*): The quantizer's
-                *trained* code vectors to start from; left at their random initialisation by default.
+            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`,
+                *optional*): The quantizer's *trained* code vectors to start from; left at their random initialisation
+                by default.
 
         Raises:
             ValueError: If a table is missing, or its shape or values do not fit the configuration.
@@ -327,12 +349,14 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             wanted = self.config.modalities if kind == "embeddings" or self.config.num_quantizers else []
             if sorted(given) != sorted(wanted):
                 raise ValueError(
-                    f"{kind} are given for {sorted(given)}, but the configuration has {sorted(wanted)}; give one table each."
+                    f"{kind} are given for {sorted(given)}, but the configuration has {sorted(wanted)}; "
+                    "give one table each."
                 )
             for name, table in given.items():
                 if len(table) != rows:
                     raise ValueError(
-                        f"The {kind} of '{name}' have {len(table)} rows for {rows - 1} items; row r belongs to item r, row 0 is padding."
+                        f"The {kind} of '{name}' have {len(table)} rows for {rows - 1} items; "
+                        "row r belongs to item r, row 0 is padding."
                     )
                 if not torch.isfinite(table).all():
                     row = int((~torch.isfinite(table)).any(-1).nonzero()[0])
@@ -341,7 +365,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                     )
         if frequencies.shape != (rows,):
             raise ValueError(
-                f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; one a row, row 0 is padding."
+                f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; "
+                "give one a row, row 0 is padding."
             )
         self.items.fusion.frequencies.copy_(frequencies)
         for name, modality in self.items.modalities.items():
@@ -359,8 +384,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
 
     def item_table(self) -> torch.Tensor:
         """
-        The fused table t_i = g_{i,0} w_i + sum_m g_{i,m} (...), of shape `(items + 1, hidden)`: the score of item i is its inner product
-        with the user representation. Row 0 is padding and zero.
+        The fused table t_i = g_{i,0} w_i + sum_m g_{i,m} (...), of shape `(items + 1, hidden)`: the score of item i is
+        its inner product with the user representation. Row 0 is padding and zero.
         """
         return self.items.vectors(torch.arange(self.config.num_items + 1, device=self.items.fusion.frequencies.device))
 
@@ -375,17 +400,20 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         copy: torch.Tensor | None = None,
     ) -> SequentialRecommendationOutput:
         """
-        Takes what [`~modeling_mmesid.packing.pack_histories`] returns; all of shape `(batch, length)` unless said otherwise.
+        Takes what [`~modeling_mmesid.packing.pack_histories`] returns; all of shape `(batch, length)` unless said
+        otherwise.
 
         Args:
             input_ids (`torch.LongTensor`): Prompt tokens, 0 at items and padding.
             items (`torch.LongTensor`): Item rows, 0 at tokens and padding.
             labels (`torch.LongTensor`, *optional*): Target row where a user is read, -100 elsewhere.
-            lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): Without labels, positions of each sequence: the user is read
-                at the last.
+            lengths (`torch.LongTensor` of shape `(batch,)`, *optional*): Without labels, positions of each sequence:
+                the user is read at the last.
             position_ids (`torch.LongTensor`, *optional*): Positions of a packed sequence.
-            shared_length (`torch.LongTensor`, *optional*): How many leading positions each position of a packed sequence sees.
-            copy (`torch.LongTensor`, *optional*): Copy of the closing tokens that each position of a packed sequence belongs to.
+            shared_length (`torch.LongTensor`, *optional*): How many leading positions each position of a packed
+                sequence sees.
+            copy (`torch.LongTensor`, *optional*): Copy of the closing tokens that each position of a packed sequence
+                belongs to.
         """
         item_table = self.item_table() if labels is not None else None
         if item_table is not None and self.config.share_item_table:

@@ -124,8 +124,8 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         """
         Args:
             items (`torch.LongTensor` of shape `(batch, length)`): Item rows, oldest first, padded with 0 on the right.
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Row of the item that follows each position; -100 where
-                nothing is to be predicted.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Row of the item that follows each
+                position; -100 where nothing is to be predicted.
         """
         hidden_states = self.model(items)
         if labels is None:
@@ -139,7 +139,8 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """User representations of shape `(batch, hidden)`, each from the latest `max_position_embeddings` items of a history."""
+        """User representations of shape `(batch, hidden)`, each from the latest `max_position_embeddings` items of a
+        history."""
         latest = [history[-self.config.max_position_embeddings :] for history in histories]
         return self(items=pad_histories(latest, self.device)).user_embeddings
 

@@ -15,25 +15,28 @@ def pack_histories(
     r"""
     Lays each user out as `prefix tokens | items 1..T | closing tokens ...`, padded on the right.
 
-    Without `targets` the closing tokens follow the whole history once: the inference form. With `targets` (the item after each position)
-    one copy of the closing tokens is added for every position t; it sees the prefix tokens, items 1..t and itself, at the position ids
-    that it would have if the user had only those items. The hidden states are those of one sequence a prefix, at a fraction of the cost
-    (section 2.5 of the method). With no closing tokens the items themselves answer: the ordinary next-item objective.
+    Without `targets` the closing tokens follow the whole history once: the inference form. With `targets` (the item
+    after each position) one copy of the closing tokens is added for every position t; it sees the prefix tokens, items
+    1..t and itself, at the position ids that it would have if the user had only those items. The hidden states are
+    those of one sequence a prefix, at a fraction of the cost (section 2.5 of the method). With no closing tokens the
+    items themselves answer: the ordinary next-item objective.
 
     Args:
         histories (`list` of `batch` integer sequences): Item rows, oldest first, none empty.
         prefix_ids (`list[int]`): Prompt tokens before the items.
         suffix_ids (`list[int]`): Closing prompt tokens after the items; the last one's state represents the user.
-        targets (`list` of `batch` integer sequences, *optional*): Row of the item that follows each position, as long as the history;
-            -100 where nothing is to be predicted.
+        targets (`list` of `batch` integer sequences, *optional*): Row of the item that follows each position, as long
+            as the history; -100 where nothing is to be predicted.
 
     Returns:
         `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
             - **input_ids**: tokens, 0 where an item or padding stands.
             - **items**: item rows, 0 where a token or padding stands.
-            - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the user is read at the last of them.
+            - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the user is read at the
+              last of them.
             - **labels** (with `targets`): target row where a user is read, -100 elsewhere.
-            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them; otherwise they just count.
+            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them; otherwise they
+              just count.
             - **shared_length** (likewise): how many leading positions each position sees.
             - **copy** (likewise): the copy a position belongs to, 0 for what all copies share, -1 for padding.
     """
@@ -81,15 +84,16 @@ def _append(row: dict[str, np.ndarray], **parts: np.ndarray) -> None:
 
 def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     """
-    Who sees whom in a packed sequence: a query sees the first `shared_length` positions, and in its own copy what is not behind it.
+    Who sees whom in a packed sequence: a query sees the first `shared_length` positions, and in its own copy what is
+    not behind it.
 
     Args:
         shared_length (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
         copy (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, 1, length, length)`, true where a query (third axis) sees a key (fourth axis). Padding sees
-        itself, so that no row is empty.
+        `torch.BoolTensor` of shape `(batch, 1, length, length)`, true where a query (third axis) sees a key (fourth
+        axis). Padding sees itself, so that no row is empty.
     """
     index = torch.arange(copy.shape[1], device=copy.device)
     behind = index[None, :, None] >= index[None, None, :]

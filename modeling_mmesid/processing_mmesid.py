@@ -12,15 +12,17 @@ USER_PROMPT = "Given the user's purchase history, predict next possible item to 
 
 class MMESIDProcessor(ProcessorMixin):
     r"""
-    Turns histories of raw item ids into the rows that [`MMESIDForSequentialRecommendation`] reads, and rows back into ids and titles.
+    Turns histories of raw item ids into the rows that [`MMESIDForSequentialRecommendation`] reads, and rows back into
+    ids and titles.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): The backbone's tokenizer; its chat template, where it has one, frames the prompt.
+        tokenizer (`PreTrainedTokenizerBase`): The backbone's tokenizer; its chat template, where it has one, frames
+            the prompt.
         item_ids (`list[str]`): Raw id of every item, in the order of rows 1 to N.
         titles (`list[str]`, *optional*): Title of every item, in the same order.
         system_prompt (`str`, *optional*): What the system turn says; the paper's sentence by default.
-        user_prompt (`str`, *optional*): What the user turn says, with `{items}` where the items stand; the paper's sentence by default.
-            `"{items}"` is no prompt at all: not even the chat template's own tokens.
+        user_prompt (`str`, *optional*): What the user turn says, with `{items}` where the items stand; the paper's
+            sentence by default. `"{items}"` is no prompt at all: not even the chat template's own tokens.
 
     Raises:
         ValueError: If an item id occurs twice, or if `user_prompt` does not hold `{items}` exactly once.
@@ -75,7 +77,8 @@ class MMESIDProcessor(ProcessorMixin):
         unknown = [item_id for item_id in item_ids if item_id not in self._rows]
         if unknown:
             raise ValueError(
-                f"Item id '{unknown[0]}' is not in this model's catalogue of {len(self.item_ids)} items; leave it out of the history."
+                f"Item id '{unknown[0]}' is not in this model's catalogue of {len(self.item_ids)} items; "
+                "leave it out of the history."
             )
         return [self._rows[item_id] for item_id in item_ids]
 
@@ -96,10 +99,11 @@ class MMESIDProcessor(ProcessorMixin):
 
     def prompt_ids(self) -> tuple[list[int], list[int]]:
         """
-        Token ids of the prompt before and after the items: `prompt_prefix_ids` and `prompt_suffix_ids` of [`MMESIDConfig`].
+        Token ids of the prompt before and after the items: `prompt_prefix_ids` and `prompt_suffix_ids` of
+        [`MMESIDConfig`].
 
-        The tokenizer's own chat template frames system and user turn and opens the assistant's. A tokenizer without one gets the plain
-        sentences, opened by its beginning-of-sequence token.
+        The tokenizer's own chat template frames system and user turn and opens the assistant's. A tokenizer without
+        one gets the plain sentences, opened by its beginning-of-sequence token.
         """
         before, after = self.user_prompt.split("{items}")
         if not before and not after:

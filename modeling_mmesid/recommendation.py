@@ -14,7 +14,8 @@ class SequentialRecommendationOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
             Cross-entropy over the whole catalogue.
         user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`):
-            One vector a labelled position, in the order of the flattened `labels`; without labels one a sequence, at its end.
+            One vector a labelled position, in the order of the flattened `labels`; without labels one a sequence, at
+            its end.
     """
 
     loss: torch.FloatTensor | None = None
@@ -50,18 +51,21 @@ def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torc
 
 
 def mask_histories(scores: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-    """Sets the scores (`(batch, items + 1)`) of the items of each history (`(batch, length)`, padded with 0) to minus infinity, in place."""
+    """Sets the scores (`(batch, items + 1)`) of the items of each history (`(batch, length)`, padded with 0) to minus
+    infinity, in place."""
     return scores.scatter_(1, histories, -torch.inf)
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Rank of each target among all items, from 1, ties broken against the target: a model that scores all items alike ranks it last.
+    Rank of each target among all items, from 1, ties broken against the target: a model that scores all items alike
+    ranks it last.
 
     A target that was masked, or scored NaN, ranks behind everything.
 
     Args:
-        scores (`torch.Tensor` of shape `(batch, items + 1)`): Scores, minus infinity where an item may not be recommended.
+        scores (`torch.Tensor` of shape `(batch, items + 1)`): Scores, minus infinity where an item may not be
+            recommended.
         targets (`torch.LongTensor` of shape `(batch,)`): Rows of the targets.
 
     Returns:
@@ -74,7 +78,8 @@ def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
     """
     Raises:
-        ValueError: If a history is empty or holds a row outside 1..`num_items`; the sentence names the history and the row.
+        ValueError: If a history is empty or holds a row outside 1..`num_items`; the sentence names the history and the
+        row.
     """
     for index, history in enumerate(histories):
         if len(history) == 0:
@@ -82,7 +87,8 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
         if min(history) < 1 or max(history) > num_items:
             wrong = next(row for row in history if not 1 <= row <= num_items)
             raise ValueError(
-                f"History {index} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows."
+                f"History {index} holds row {wrong}, outside 1..{num_items}; "
+                "use the processor to turn item ids into rows."
             )
 
 
@@ -94,7 +100,8 @@ def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | Non
 
 
 class RecommendationMixin:
-    """`recommend` for models that have `encode_histories(histories) -> (batch, hidden)` and `item_table() -> (items + 1, hidden)`."""
+    """`recommend` for models that have `encode_histories(histories) -> (batch, hidden)` and `item_table() -> (items +
+    1, hidden)`."""
 
     @torch.no_grad()
     def recommend(
@@ -104,7 +111,8 @@ class RecommendationMixin:
         Ranks the whole catalogue for every user.
 
         Args:
-            histories (`list[list[int]]`): Item rows of each user, oldest first; `MMESIDProcessor` makes them from item ids.
+            histories (`list[list[int]]`): Item rows of each user, oldest first; `MMESIDProcessor` makes them from item
+                ids.
             top_k (`int`, *optional*, defaults to `10`): Items to return a user.
             exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
@@ -113,7 +121,8 @@ class RecommendationMixin:
             [`RecommendationOutput`] with `items` and `scores` of shape `(batch, top_k)`.
 
         Raises:
-            ValueError: If a history is empty or names a row outside the catalogue, or if fewer than `top_k` items are left to recommend.
+            ValueError: If a history is empty or names a row outside the catalogue, or if fewer than `top_k` items are
+            left to recommend.
         """
         num_items = self.config.num_items
         check_histories(histories, num_items)

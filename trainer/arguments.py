@@ -22,7 +22,8 @@ class StageArguments:
 
 @dataclass(kw_only=True)
 class StageTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of this project: evaluate every epoch, keep the epoch that is best on validation, stop early."""
+    """`TrainingArguments` with the defaults of this project: evaluate every epoch, keep the epoch that is best on
+    validation, stop early."""
 
     output_dir: str = field(metadata={"help": "Directory the stage writes to."})
     force: bool = field(default=False, metadata={"help": "Run the stage even if its outputs are up to date."})
@@ -106,13 +107,13 @@ class QuantizeArguments(StageTrainingArguments):
     encoder_hidden_dims: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Widths of the encoders' hidden layers; by default none for the objective `distance`, else 512 256."
+            "help": "Widths of the encoders' hidden layers; none by default for the objective `distance`, else 512 256."
         },
     )
     objective: Literal["distance", "paper", "mse", "mmd_mse"] = field(
         default="distance",
         metadata={
-            "help": "distance: keep the distances between items; paper: MMD of reconstructions; mse: squared error; mmd_mse: both."
+            "help": "distance: keep distances between items; paper: MMD of reconstructions; mse; mmd_mse: both."
         },
     )
     objective_weight: float = field(default=3.0, metadata={"help": "Weight of the objective."})
@@ -153,9 +154,7 @@ class FinetuneArguments(StageTrainingArguments):
     )
     use_content: bool = field(
         default=True,
-        metadata={
-            "help": "Give items their embeddings and semantic IDs; without, only the free ID vector is left: the baseline."
-        },
+        metadata={"help": "Give items their embeddings and semantic IDs; without, a free ID vector is all there is."},
     )
     backbone_name_or_path: str | None = field(
         default=None,
@@ -265,9 +264,7 @@ class PrepareArguments(StageArguments):
     """Turn interactions, item texts and item images into the prepared dataset that every other stage reads."""
 
     source: Literal["synthetic", "sequences"] = field(
-        metadata={
-            "help": "synthetic: a generated catalogue; sequences: a folder with sequences.txt, items.jsonl and pictures."
-        }
+        metadata={"help": "synthetic: a generated catalogue; sequences: a folder with sequences.txt and items.jsonl."}
     )
     source_dir: str | None = field(default=None, metadata={"help": "sequences: the folder."})
     source_name: str | None = field(
@@ -290,9 +287,7 @@ class PrepareArguments(StageArguments):
     )
     min_interactions: int = field(
         default=0,
-        metadata={
-            "help": "Keep users and items with this many interactions, repeated until nothing changes (k-core); 0 keeps every item."
-        },
+        metadata={"help": "Keep users and items with this many interactions, until nothing changes (k-core); 0: all."},
     )
     on_bad_image: Literal["error", "missing"] = field(
         default="error",

@@ -233,7 +233,7 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
                 filled["model_name_or_path"] = str(root / OUTPUT_NAMES["sasrec"])
             filled |= settings
             if stage in OUTPUT_NAMES:
-                filled["output_dir"] = str(root / settings.get("output_dir") or OUTPUT_NAMES[stage])
+                filled["output_dir"] = output_dir(stage, settings)
             yield stage, {key: value for key, value in filled.items() if value is not None}
 
 

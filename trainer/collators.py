@@ -14,9 +14,9 @@ class HistoryCollator:
     """
     Batches for models that read items and text.
 
-    Training examples (`history`, `targets`) become packed model inputs with labels. Evaluation examples (`history`, `target`) become the
-    inputs that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole history, to be masked) and `target`
-    (`(batch,)`).
+    Training examples (`history`, `targets`) become packed model inputs with labels. Evaluation examples (`history`,
+    `target`) become the inputs that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole
+    history, to be masked) and `target` (`(batch,)`).
 
     Args:
         max_history (`int`): Longest history that the model reads.

@@ -13,7 +13,8 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
     Trains [`MMESIDForSequentialRecommendation`] on all prefixes of every user, packed into one sequence a user.
 
     ```python
-    trainer = MMESIDTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
+    trainer = MMESIDTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"),
+    model.config.max_history),
                             eval_dataset=EvaluationHistories(data.sequences("validation")))
     ```
     """

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +26,9 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 
 # Arguments that change where a stage writes or what it prints, never what it computes.
 _PRESENTATION_ARGUMENTS = {
-    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps", "logging_strategy",
-    "logging_first_step", "report_to", "run_name", "dataloader_num_workers", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
+    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
+    "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
+    "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
 }  # fmt: skip
 
 
@@ -36,7 +37,8 @@ class StageRecord:
     """
     Args:
         stage (`str`): Name of the stage.
-        fingerprint (`str`): Digest of the stage's name, changed arguments and inputs; equal fingerprints mean equal work.
+        fingerprint (`str`): Digest of the stage's name, changed arguments and inputs; equal fingerprints mean equal
+            work.
         arguments (`dict`): The arguments that differ from their defaults.
         inputs (`dict[str, str]`): SHA-256 of every input, by argument name.
         outputs (`dict[str, str]`): SHA-256 of every file written, by path relative to the output directory.
@@ -45,7 +47,8 @@ class StageRecord:
         versions (`dict[str, str]`): Versions of Python and of the libraries.
         hardware (`str`): Processor and accelerator.
         seconds (`float`): Wall-clock time.
-        peak_memory_bytes (`int`): Largest resident size of the process so far (stages run by one `mmesid run` share a process).
+        peak_memory_bytes (`int`): Largest resident size of the process so far (stages run by one `mmesid run` share a
+            process).
         finished_at (`str`): UTC time in ISO format.
     """
 
@@ -82,7 +85,8 @@ def json_digest(value) -> str:
 
 def input_digest(path: str | os.PathLike) -> str:
     """
-    SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other directory.
+    SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other
+    directory.
 
     Raises:
         FileNotFoundError: If the input does not exist.
@@ -116,8 +120,9 @@ def changed_arguments(arguments) -> dict:
 
 class StageRun:
     """
-    One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and puts them in
-    place together with the record only if the stage succeeds, so that a failure leaves earlier outputs untouched.
+    One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and
+    puts them in place together with the record only if the stage succeeds, so that a failure leaves earlier outputs
+    untouched.
 
     ```python
     run = StageRun("sasrec", arguments, inputs={"prepared_dir": arguments.prepared_dir})
@@ -131,8 +136,10 @@ class StageRun:
     Args:
         stage (`str`): Name of the stage.
         arguments (dataclass): The stage's arguments, with fields `output_dir` and `force`.
-        inputs (`dict[str, str | os.PathLike]`): Files and directories the stage reads, named by the argument they come from.
-        record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a directory.
+        inputs (`dict[str, str | os.PathLike]`): Files and directories the stage reads, named by the argument they come
+            from.
+        record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a
+            directory.
     """
 
     def __init__(self, stage: str, arguments, inputs: dict[str, str | os.PathLike], record_name: str = RECORD_NAME):
@@ -153,12 +160,14 @@ class StageRun:
 
     @property
     def checkpoints_dir(self) -> Path:
-        """Where a Trainer keeps its checkpoints: shared by runs that differ in the number of epochs alone, so that a longer one resumes."""
+        """Where a Trainer keeps its checkpoints: shared by runs that differ in the number of epochs alone, so that a
+        longer one resumes."""
         arguments = {name: value for name, value in self.arguments.items() if name != "num_train_epochs"}
         return self.output_dir / "checkpoints" / json_digest([self.stage, arguments, self.inputs])[:16]
 
     def is_up_to_date(self) -> bool:
-        """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when they have."""
+        """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
+        they have."""
         current = False
         if not self.force and self.record_path.is_file():
             record = StageRecord.load(self.record_path)
@@ -203,7 +212,7 @@ class StageRun:
             hardware=hardware(),
             seconds=round(time.perf_counter() - self._start, 1),
             peak_memory_bytes=peak_memory_bytes(),
-            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def _publish(self) -> None:

@@ -10,7 +10,8 @@ from .sequential_trainer import SequentialRecommendationTrainer
 
 class SASRecTrainer(SequentialRecommendationTrainer):
     """
-    Trains [`SASRecForSequentialRecommendation`] to predict every next item of [`~trainer.data.windows.TrainingWindows`].
+    Trains [`SASRecForSequentialRecommendation`] to predict every next item of
+    [`~trainer.data.windows.TrainingWindows`].
 
     ```python
     trainer = SASRecTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"), 50),

@@ -13,7 +13,8 @@ from .metrics.ranking.ranking import Ranking
 
 
 def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
-    """A `compute_metrics` for `batch_eval_metrics=True`: collects ranks, and returns HR, nDCG and MRR after the last batch."""
+    """A `compute_metrics` for `batch_eval_metrics=True`: collects ranks, and returns HR, nDCG and MRR after the last
+    batch."""
     metric = Ranking(keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
@@ -27,8 +28,8 @@ class SequentialRecommendationTrainer(Trainer):
     """
     A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
 
-    Only the ranks leave the device. Evaluation batches are those of [`~trainer.collators.HistoryCollator`]; the model offers
-    `item_table()` and returns `user_embeddings`.
+    Only the ranks leave the device. Evaluation batches are those of [`~trainer.collators.HistoryCollator`]; the model
+    offers `item_table()` and returns `user_embeddings`.
     """
 
     def __init__(self, model, args: TrainingArguments, **kwargs):
@@ -69,7 +70,8 @@ class SequentialRecommendationTrainer(Trainer):
             return None, target_ranks(scores, target), target
 
     def rank(self, dataset: torch.utils.data.Dataset | None = None) -> dict[str, float]:
-        """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of `evaluate`."""
+        """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of
+        `evaluate`."""
         metrics = self.evaluate(dataset)
         return {
             name.removeprefix("eval_"): value

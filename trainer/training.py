@@ -11,7 +11,8 @@ from .records import StageRun
 
 
 def trainer_arguments(arguments: StageTrainingArguments, run: StageRun) -> StageTrainingArguments:
-    """The arguments as the `Trainer` needs them: its `output_dir` is where checkpoints go, not where the stage's result goes."""
+    """The arguments as the `Trainer` needs them: its `output_dir` is where checkpoints go, not where the stage's
+    result goes."""
     arguments = copy.copy(arguments)
     arguments.output_dir = str(run.checkpoints_dir)
     return arguments
@@ -25,7 +26,8 @@ def early_stopping(arguments: StageTrainingArguments) -> list[TrainerCallback]:
 
 
 def fit(trainer: Trainer) -> None:
-    """Trains to the end, from the last checkpoint of an interrupted run where there is one, and loads the best checkpoint."""
+    """Trains to the end, from the last checkpoint of an interrupted run where there is one, and loads the best
+    checkpoint."""
     checkpoints = Path(trainer.args.output_dir)
     last = get_last_checkpoint(checkpoints) if trainer.args.resume and checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

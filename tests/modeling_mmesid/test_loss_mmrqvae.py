@@ -77,7 +77,8 @@ mmd(source, target).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    # The points of both sets take 42 MB, a whole kernel matrix 268 MB; the tensor of all differences would take 344 GB.
+    # The points of both sets take 42 MB, a whole kernel matrix 268 MB; the tensor of all differences would take 344
+    # GB.
     assert int(result.stdout) * 1024 < 1.2e9
 
 

@@ -8,8 +8,8 @@ from .prepared import Sequences
 
 class TrainingWindows(torch.utils.data.Dataset):
     """
-    Training sequences cut into windows of at most `max_length` inputs, from the end backwards, so that every item but a user's first is
-    a target exactly once and the latest window is the full one.
+    Training sequences cut into windows of at most `max_length` inputs, from the end backwards, so that every item but
+    a user's first is a target exactly once and the latest window is the full one.
 
     Args:
         sequences (`Sequences`): The training split.
@@ -42,7 +42,8 @@ class TrainingWindows(torch.utils.data.Dataset):
 
 
 class EvaluationHistories(torch.utils.data.Dataset):
-    """A held-out split, longest history first: batches then hold histories of like length, and memory peaks in the first."""
+    """A held-out split, longest history first: batches then hold histories of like length, and memory peaks in the
+    first."""
 
     def __init__(self, sequences: Sequences):
         self.sequences = sequences

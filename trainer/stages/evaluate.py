@@ -1,7 +1,8 @@
 """
 Ranks the whole catalogue for every held-out user and writes one table: popularity, SASRec, the recommenders.
 
-    mmesid evaluate --prepared_dir runs/quickstart/prepared --model_dirs runs/quickstart/sasrec runs/quickstart/recommender \
+    mmesid evaluate --prepared_dir runs/quickstart/prepared --model_dirs runs/quickstart/sasrec
+    runs/quickstart/recommender \
         --output_dir runs/quickstart/evaluation
 """
 
@@ -67,8 +68,8 @@ def evaluate_model(
     model: PreTrainedModel = AutoModel.from_pretrained(directory)
     if model.config.num_items != data.num_items:
         raise ValueError(
-            f"'{directory}' knows {model.config.num_items} items, but '{data.path}' has {data.num_items}; evaluate it on the data it "
-            "was trained on."
+            f"'{directory}' knows {model.config.num_items} items, but '{data.path}' has {data.num_items}; "
+            "evaluate it on the data it was trained on."
         )
     trainer_class = SASRecTrainer if isinstance(model, SASRecForSequentialRecommendation) else MMESIDTrainer
     with tempfile.TemporaryDirectory() as unused:
@@ -83,7 +84,8 @@ def evaluate_model(
 
 
 def popularity_metrics(data: PreparedDataset, split: str, batch_size: int = 1024) -> dict[str, float]:
-    """Metrics of ranking by the number of training interactions, under the same masking and tie rule as every model."""
+    """Metrics of ranking by the number of training interactions, under the same masking and tie rule as every
+    model."""
     sequences: Sequences = data.sequences(split)
     popularity = data.frequencies.float()
     popularity[0] = -torch.inf

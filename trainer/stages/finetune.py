@@ -1,5 +1,6 @@
 """
-Fine-tunes the recommender on all prefixes of every training sequence and saves the checkpoint that ranks best on validation.
+Fine-tunes the recommender on all prefixes of every training sequence and saves the checkpoint that ranks best on
+validation.
 
     mmesid finetune --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
         --quantizer_dir runs/quickstart/quantizer --output_dir runs/quickstart/recommender
@@ -75,7 +76,8 @@ def _inputs(arguments: FinetuneArguments) -> dict[str, str]:
 
 
 def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and modality."""
+    """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and
+    modality."""
     quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
     modalities = quantizer.config.modalities
     loaded = {
@@ -103,7 +105,8 @@ def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, di
 def build(
     arguments: FinetuneArguments, data: PreparedDataset, content_settings: dict
 ) -> tuple[MMESIDProcessor, MMESIDForSequentialRecommendation]:
-    """The processor and the untrained recommender around a pretrained decoder, or a new one; its items are still empty."""
+    """The processor and the untrained recommender around a pretrained decoder, or a new one; its items are still
+    empty."""
     if arguments.backbone_name_or_path is None:
         tokenizer = train_tokenizer(data.texts[1:], arguments.vocab_size)
     else:

@@ -2,7 +2,8 @@
 Recommends items to users from their histories of raw item ids.
 
     mmesid recommend --model_dir runs/quickstart/recommender --history item-7 item-31 --top_k 5
-    mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file recommended.jsonl
+    mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file
+    recommended.jsonl
 """
 
 import json
@@ -51,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 def read_histories(arguments: RecommendArguments) -> list[list[str]]:
     """
     Raises:
-        ValueError: If neither or both of `history` and `histories_file` are given, or a line is not a list of item ids.
-        FileNotFoundError: If the file does not exist.
+        ValueError: If neither or both of `history` and `histories_file` are given, or a line is not a list of item
+        ids. FileNotFoundError: If the file does not exist.
     """
     if (arguments.history is None) == (arguments.histories_file is None):
         raise ValueError("Give either --history with item ids or --histories_file with one user a line.")

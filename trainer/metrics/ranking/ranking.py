@@ -6,8 +6,8 @@ import numpy as np
 
 
 _DESCRIPTION = """
-Hit rate and normalised discounted cumulative gain at several cut-offs and the mean reciprocal rank, for one target a user. With a single
-target HR@k equals Recall@k and nDCG@k is 1 / log2(1 + rank) for ranks up to k.
+Hit rate and normalised discounted cumulative gain at several cut-offs and the mean reciprocal rank, for one target a
+user. With a single target HR@k equals Recall@k and nDCG@k is 1 / log2(1 + rank) for ranks up to k.
 """
 
 _INPUTS = """
@@ -24,8 +24,8 @@ Examples:
 """
 
 _CITATION = """
-@article{jarvelin2002cumulated, title={Cumulated gain-based evaluation of {IR} techniques}, author={J{\\"a}rvelin, Kalervo and
-Kek{\\"a}l{\\"a}inen, Jaana}, journal={ACM Transactions on Information Systems}, year={2002}}
+@article{jarvelin2002cumulated, title={Cumulated gain-based evaluation of {IR} techniques}, author={J{\\"a}rvelin,
+Kalervo and Kek{\\"a}l{\\"a}inen, Jaana}, journal={ACM Transactions on Information Systems}, year={2002}}
 """
 
 
