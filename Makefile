@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "mmesid needs Python 3.11 or newer, and '$(PYTHON)' is not; name one with PYTHON=python3.11 make ..." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time)"
 	@$(PIP) install torch -c constraints.txt
 	@$(PIP) install -e '.[quickstart,test]' -c constraints.txt

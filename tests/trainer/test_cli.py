@@ -1,0 +1,289 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trainer import arguments as stage_arguments
+from trainer import cli
+from trainer.arguments import parse
+from trainer.cli import STAGES, main, plan, read_recipe, to_flags
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+CLASSES = {
+    "prepare": stage_arguments.PrepareArguments,
+    "sasrec": stage_arguments.SASRecArguments,
+    "embed": stage_arguments.EmbedArguments,
+    "quantize": stage_arguments.QuantizeArguments,
+    "finetune": stage_arguments.FinetuneArguments,
+    "evaluate": stage_arguments.EvaluateArguments,
+    "recommend": stage_arguments.RecommendArguments,
+    "push": stage_arguments.PushArguments,
+}
+RECIPE = """
+output_dir: runs/toy
+prepare: {source: synthetic, num_items: 60}
+sasrec:
+embed:
+  - {modality: collaborative}
+  - {modality: text, from_file: text.safetensors}
+quantize: {modalities: [collaborative, text]}
+finetune:
+  - {seed: 1}
+  - {use_content: false, embeddings_dir: null, quantizer_dir: null, output_dir: id_only}
+evaluate: {}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the stages: what each was called with, in order; `fail` makes one of them raise."""
+    recorded = []
+    fail = {}
+
+    def import_module(name, package):
+        stage = name.removeprefix(".stages.")
+
+        def stage_main(argv):
+            recorded.append((stage, argv))
+            if stage in fail:
+                raise fail[stage]
+
+        return SimpleNamespace(main=stage_main)
+
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    return SimpleNamespace(recorded=recorded, fail=fail)
+
+
+def planned(path, overrides=(), only=None):
+    return list(plan(path, read_recipe(path, overrides), only))
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, trainer.cli\ntry:\n    trainer.cli.main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    *lines, torch_imported = process.stdout.splitlines()
+    assert torch_imported == "False"
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*STAGES, "run"}
+
+
+def test_a_stage_gets_its_flags_untouched(calls):
+    main(["sasrec", "--seed", "3", "--help"])
+    assert calls.recorded == [("sasrec", ["--seed", "3", "--help"])]
+
+
+@pytest.mark.parametrize("error", [ValueError("Item 'x' is unknown."), FileNotFoundError("'y' does not exist.")])
+def test_a_users_error_is_one_sentence(calls, capsys, error):
+    calls.fail["sasrec"] = error
+    with pytest.raises(SystemExit, match="2"):
+        main(["sasrec"])
+    assert capsys.readouterr().err == f"mmesid sasrec: error: {error}\n"
+    with pytest.raises(type(error)):
+        main(["--traceback", "sasrec"])
+    with pytest.raises(type(error)):
+        main(["sasrec", "--traceback"])
+    assert calls.recorded == [("sasrec", [])] * 3
+
+
+def test_a_defect_of_ours_is_not_hidden(calls):
+    calls.fail["sasrec"] = KeyError("bug")
+    with pytest.raises(KeyError):
+        main(["sasrec"])
+
+
+def test_a_recipe_runs_its_sections_in_order(calls, recipe):
+    main(["run", str(recipe)])
+    stages = ["prepare", "sasrec", "embed", "embed", "quantize", "finetune", "finetune", "evaluate"]
+    assert [stage for stage, _ in calls.recorded] == stages
+
+
+def test_directories_are_filled_in(recipe):
+    runs = planned(recipe)
+    prepared = "runs/toy/prepared"
+    assert runs == [
+        ("prepare", {"source": "synthetic", "num_items": 60, "output_dir": prepared}),
+        ("sasrec", {"prepared_dir": prepared, "output_dir": "runs/toy/sasrec"}),
+        (
+            "embed",
+            {
+                "prepared_dir": prepared,
+                "model_name_or_path": "runs/toy/sasrec",
+                "modality": "collaborative",
+                "output_dir": "runs/toy/embeddings",
+            },
+        ),
+        (
+            "embed",
+            {
+                "prepared_dir": prepared,
+                "modality": "text",
+                "from_file": "text.safetensors",
+                "output_dir": "runs/toy/embeddings",
+            },
+        ),
+        (
+            "quantize",
+            {
+                "prepared_dir": prepared,
+                "embeddings_dir": "runs/toy/embeddings",
+                "modalities": ["collaborative", "text"],
+                "output_dir": "runs/toy/quantizer",
+            },
+        ),
+        (
+            "finetune",
+            {
+                "prepared_dir": prepared,
+                "embeddings_dir": "runs/toy/embeddings",
+                "quantizer_dir": "runs/toy/quantizer",
+                "seed": 1,
+                "output_dir": "runs/toy/recommender",
+            },
+        ),
+        ("finetune", {"prepared_dir": prepared, "use_content": False, "output_dir": "runs/toy/id_only"}),
+        (
+            "evaluate",
+            {
+                "prepared_dir": prepared,
+                "model_dirs": ["runs/toy/sasrec", "runs/toy/recommender", "runs/toy/id_only"],
+                "output_dir": "runs/toy/evaluation",
+            },
+        ),
+    ]
+
+
+def test_a_setting_wins_over_the_convention(recipe):
+    runs = planned(
+        recipe, ["embed.model_name_or_path=other/sasrec", "quantize.embeddings_dir=tables"], ["embed", "quantize"]
+    )
+    assert [settings.get("model_name_or_path") for _, settings in runs] == ["other/sasrec", "other/sasrec", None]
+    assert runs[-1][1]["embeddings_dir"] == "tables"
+
+
+def test_overrides_reach_every_run_of_a_stage_and_move_the_recipe(recipe):
+    runs = planned(recipe, ["finetune.num_train_epochs=2", "output_dir=elsewhere"], ["finetune"])
+    assert [settings["num_train_epochs"] for _, settings in runs] == [2, 2]
+    assert [settings["output_dir"] for _, settings in runs] == ["elsewhere/recommender", "elsewhere/id_only"]
+
+
+def test_only_and_set_may_be_repeated(calls, recipe):
+    main(
+        [
+            "run",
+            str(recipe),
+            "--only",
+            "sasrec",
+            "--only",
+            "prepare",
+            "--set",
+            "sasrec.seed=4",
+            "--set",
+            "prepare.seed=5",
+        ]
+    )
+    assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec"]
+    assert "--seed=5" in calls.recorded[0][1]
+    assert "--seed=4" in calls.recorded[1][1]
+
+
+def test_results_are_printed_at_the_end(calls, recipe, tmp_path, capsys):
+    results = tmp_path / "moved" / "evaluation" / "results.md"
+    results.parent.mkdir(parents=True)
+    results.write_text("| model | hr@5 |", encoding="utf-8")
+    flags = ["run", str(recipe), "--set", f"output_dir={tmp_path / 'moved'}"]
+    main(flags)
+    assert capsys.readouterr().out.splitlines()[-1] == "| model | hr@5 |"
+    main([*flags, "--only", "sasrec"])
+    assert "| model | hr@5 |" not in capsys.readouterr().out
+
+
+def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
+    calls.fail["embed"] = ValueError("The table does not fit.")
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", str(recipe)])
+    assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec", "embed"]
+    assert capsys.readouterr().err == "mmesid embed: error: The table does not fit.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("output_dir: o\nfinetun: {}", [], "section 'finetun', which is no stage"),
+        (
+            "output_dir: o\nsasrec: {sed: 1}",
+            [],
+            "sets 'sed', which the stage does not have; see `mmesid sasrec --help`",
+        ),
+        ("sasrec: {}", [], "does not say where to write"),
+        ("- sasrec", [], "is no recipe"),
+        ("output_dir: [", [], "is not YAML"),
+        ("output_dir: o\nsasrec: 3", [], "Section 'sasrec'"),
+        ("output_dir: o\nsasrec: {}", ["--only", "embed"], "--only names 'embed', which is no section"),
+        ("output_dir: o\nsasrec: {}", ["--set", "embed.seed=1"], "names 'embed', which is no section"),
+        ("output_dir: o\nsasrec: {}", ["--set", "sasrec.seed"], "does not have the form stage.key=value"),
+        ("output_dir: o\nsasrec: {}", ["--set", "sasrec.sed=1"], "sets 'sed', which the stage does not have"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_and_runs_nothing(calls, tmp_path, capsys, text, flags, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", str(path), *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mmesid run: error: ")
+    assert message in line
+    assert calls.recorded == []
+
+
+def test_a_missing_recipe_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "missing.yaml"])
+    assert capsys.readouterr().err == "mmesid run: error: There is no recipe 'missing.yaml'; correct the path.\n"
+
+
+def test_settings_become_the_arguments_they_say():
+    settings = {
+        "output_dir": "out",
+        "prepared_dir": "prepared",
+        "use_content": False,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "learning_rate": 1e-4,
+        "user_prompt": "-- {items}, please",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "seed": 7,
+    }
+    arguments = parse(stage_arguments.FinetuneArguments, to_flags(settings))
+    assert {name: getattr(arguments, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_we_ship_are_valid(path):
+    runs = planned(path)
+    assert [stage for stage, _ in runs][0] == "prepare"
+    for stage, settings in runs:
+        arguments = parse(CLASSES[stage], to_flags(settings))
+        assert arguments.output_dir.startswith(read_recipe(path)["output_dir"])
+
+
+def test_a_real_stage_runs_once_from_a_recipe(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: x\nprepare: {source: synthetic, num_items: 60, num_users: 40}\n", encoding="utf-8")
+    command = ["run", str(path), "--set", f"output_dir={tmp_path / 'runs'}"]
+    main(command)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*")}
+    assert tmp_path / "runs" / "prepared" / "items.parquet" in before
+    capsys.readouterr()
+    main(command)
+    assert "is up to date, skipped" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*")} == before
