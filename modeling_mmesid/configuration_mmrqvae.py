@@ -29,9 +29,12 @@ class MMRQVAEConfig(PreTrainedConfig):
         codebook_dim (`int`, *optional*, defaults to 128):
             Width of the quantized latent and of every code vector.
         encoder_hidden_dims (`list[int]`, *optional*):
-            Widths of the hidden layers of every encoder, and in reverse of every decoder. An empty list makes both
-            linear and keeps the encoder at a fixed orthogonal projection, which cannot collapse. Defaults to `[]` for
-            the objective `"distance"`, which needs no more, and to `[512, 256]` for the others.
+            Widths of the hidden layers of every encoder, and in reverse of every decoder. Defaults to `[512]` for the
+            objective `"distance"`, whose decoders are linear, and to `[512, 256]` for the others.
+        encoder_projection (`bool`, *optional*):
+            Whether an encoder adds its output to a fixed orthogonal projection of the embedding, which keeps items
+            apart when the quantizer is trained for distances; with an empty `encoder_hidden_dims` it is the projection
+            alone. Defaults to whether the objective is `"distance"`.
         objective (`str`, *optional*, defaults to `"distance"`):
             What the quantizer is trained for. `"distance"`: the distances between quantized items follow the distances
             between their embeddings. `"paper"`: the multi-kernel MMD between embeddings and reconstructions. `"mse"`:
@@ -61,6 +64,7 @@ class MMRQVAEConfig(PreTrainedConfig):
     codebook_size: int = 256
     codebook_dim: int = 128
     encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
+    encoder_projection: bool | None = None
     objective: str = "distance"
     objective_weight: float | int = 3.0
     codebook_loss_weight: float | int = 1.0
@@ -72,11 +76,14 @@ class MMRQVAEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.encoder_hidden_dims is None:
-            self.encoder_hidden_dims = [] if self.objective == "distance" else [512, 256]
+            self.encoder_hidden_dims = [512] if self.objective == "distance" else [512, 256]
+        if self.encoder_projection is None:
+            self.encoder_projection = self.objective == "distance"
+        self._check()
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
-        """Part of `@strict`-powered validation. Raises `ValueError` with the name of the setting that is wrong."""
+    def _check(self) -> None:
+        """Raises `ValueError` with the name of the wrong setting, which a class validator of `@strict` would wrap."""
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
                 f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}."

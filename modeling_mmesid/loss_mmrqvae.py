@@ -20,9 +20,13 @@ def _kernel_sums(
     kernels: int,
     factor: float,
 ):
-    distances = pairwise_squared_distances(block, points)
-    total = sum(torch.exp(-distances / (bandwidth * factor**kernel)) for kernel in range(kernels))
-    return total @ signs
+    kernel = torch.exp(pairwise_squared_distances(block, points) / (-bandwidth * factor ** (kernels - 1)))
+    total = kernel @ signs
+    for _ in range(kernels - 1):
+        # The next narrower kernel is a power of this one, which is cheaper than another exponential.
+        kernel = kernel.pow(factor)
+        total = total + kernel @ signs
+    return total
 
 
 def mmd(

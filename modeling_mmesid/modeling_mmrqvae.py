@@ -34,6 +34,9 @@ class MMRQVAEOutput(ModelOutput):
             The weighted sum of the losses below.
         objective_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             `config.objective`, summed over the modalities.
+        decoding_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
+            Mean squared error of reconstructions that train the decoder alone, for the objective `"distance"`; 0 for
+            the others.
         codebook_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities.
         commitment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
@@ -50,6 +53,7 @@ class MMRQVAEOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     objective_loss: torch.FloatTensor | None = None
+    decoding_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
     alignment_loss: torch.FloatTensor | None = None
@@ -100,11 +104,15 @@ class MMRQVAEBranch(nn.Module):
     def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
         super().__init__()
         widths = [embedding_dim, *config.encoder_hidden_dims, config.codebook_dim]
-        self.encoder = _mlp(widths)
+        self.has_network = bool(config.encoder_hidden_dims) or not config.encoder_projection
+        if self.has_network:
+            self.encoder = _mlp(widths)
+        self.projects = config.encoder_projection
+        if self.projects:
+            # A buffer, for `from_pretrained` would make a parameter trainable.
+            self.register_buffer("projection", torch.empty(config.codebook_dim, embedding_dim))
         self.quantizer = MMRQVAEResidualVectorQuantizer(config)
-        self.decoder = _mlp(widths[::-1])
-        if not config.encoder_hidden_dims:
-            self.encoder.requires_grad_(False)
+        self.decoder = _mlp([widths[-1], widths[0]] if config.encoder_projection else widths[::-1])
         # Embeddings are shifted and scaled as a whole, which keeps their distances in proportion.
         self.register_buffer("input_mean", torch.zeros(embedding_dim))
         self.register_buffer("input_scale", torch.ones(()))
@@ -112,9 +120,16 @@ class MMRQVAEBranch(nn.Module):
     def standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
         return (embeddings.to(self.input_mean.dtype) - self.input_mean) / self.input_scale
 
+    def latents(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What is quantized, `(batch_size, codebook_dim)`, of standardized embeddings."""
+        if not self.projects:
+            return self.encoder(inputs)
+        projected = nn.functional.linear(inputs, self.projection)
+        return projected + self.encoder(inputs) if self.has_network else projected
+
     def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Latents `(batch_size, codebook_dim)` before quantization."""
-        return self.encoder(self.standardize(embeddings))
+        return self.latents(self.standardize(embeddings))
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         return self.decoder(quantized) * self.input_scale + self.input_mean
@@ -145,6 +160,11 @@ class MMRQVAEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MMRQVAEBranch):
             init.zeros_(module.input_mean)
             init.ones_(module.input_scale)
+            if module.projects:
+                init.orthogonal_(module.projection)
+                if module.has_network:
+                    # Nothing is added to the projection until training finds what.
+                    init.zeros_(module.encoder[-1].weight)
 
 
 class MMRQVAEModel(MMRQVAEPreTrainedModel):
@@ -259,40 +279,45 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         """
         embeddings = self._checked(embeddings, present)
         codes, quantized, reconstructions, masks = {}, {}, {}, {}
-        objective, codebook, commitment = [], [], []
+        objective, decoding, codebook, commitment = [], [], [], []
         for modality, values in embeddings.items():
             branch = self.branches[modality]
             inputs = branch.standardize(values)
-            latents = branch.encoder(inputs)
+            latents = branch.latents(inputs)
             codes[modality] = branch.quantizer.encode(latents)
             quantized[modality] = branch.quantizer.decode(codes[modality])
             mask = present[modality].bool() if present is not None else torch.ones_like(values[:, 0], dtype=torch.bool)
             masks[modality] = mask
+            vectors = quantized[modality]
             if self.config.objective == "distance":
-                # The decoder only reads the quantized vectors: what they are is for the distances to decide.
-                outputs = branch.decoder(quantized[modality].detach())
+                # The gradient reaches the code vectors, and past them the encoder.
+                quantized[modality] = vectors + (latents - latents.detach())
+                # The decoder only reads: what the quantized vectors are is for the distances to decide.
+                outputs = branch.decoder(vectors.detach())
                 if return_loss:
                     objective.append(distance_correlation_loss(inputs[mask], quantized[modality][mask]))
-                    objective.append(_mean_squared_error(outputs[mask], inputs[mask]))
+                    decoding.append(_mean_squared_error(outputs[mask], inputs[mask]))
+                    commitment.append(_mean_squared_error(latents[mask], vectors[mask].detach()))
             else:
-                straight_through = latents + (quantized[modality] - latents).detach()
-                outputs = branch.decoder(straight_through)
+                quantized[modality] = latents + (vectors - latents).detach()
+                outputs = branch.decoder(quantized[modality])
                 if return_loss:
                     objective.append(self._reconstruction_loss(outputs[mask], inputs[mask]))
                     levels = self._level_losses(branch.quantizer, latents[mask], codes[modality][mask])
                     codebook.append(levels[0])
                     commitment.append(levels[1])
-                quantized[modality] = straight_through
             reconstructions[modality] = outputs * branch.input_scale + branch.input_mean
         output = MMRQVAEOutput(codes=codes, quantized=quantized, reconstructions=reconstructions)
         if return_loss:
             zero = self.branches[self.config.modalities[0]].input_scale.new_zeros(())
             output.objective_loss = sum(objective, zero)
+            output.decoding_loss = sum(decoding, zero)
             output.codebook_loss = sum(codebook, zero)
             output.commitment_loss = sum(commitment, zero)
             output.alignment_loss = self._alignment_loss(quantized, masks, zero)
             output.loss = (
                 self.config.objective_weight * output.objective_loss
+                + output.decoding_loss
                 + self.config.codebook_loss_weight * output.codebook_loss
                 + self.config.commitment_loss_weight * output.commitment_loss
                 + self.config.alignment_loss_weight * output.alignment_loss

@@ -118,7 +118,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         variance = sum((batch - mean).square().sum() for batch in batches) / mean.numel() / len(rows)
         branch.input_mean.copy_(mean)
         branch.input_scale.copy_(variance.sqrt().clamp_min(1e-12))
-        if not config.encoder_hidden_dims:
+        if config.encoder_projection:
             _project_on_principal_directions(branch, batches)
         latents = torch.cat([branch.encode(batch) for batch in batches])
         residual = latents.clone()
@@ -126,7 +126,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             layer.codebook.copy_(kmeans(residual, config.codebook_size, generator))
             for part in residual.split(ENCODING_BATCH):
                 part -= layer.decode(layer.encode(part))
-        if not config.encoder_hidden_dims:
+        if config.encoder_projection:
             fit_linear_decoder(branch, latents - residual, batches)
 
 
@@ -135,11 +135,9 @@ def _project_on_principal_directions(branch, batches: list[torch.Tensor]) -> Non
     go."""
     covariance = sum(branch.standardize(batch).T.double() @ branch.standardize(batch).double() for batch in batches)
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
-    projection = branch.encoder[0]
-    kept = min(projection.weight.shape)
-    projection.weight.zero_()
-    projection.weight[:kept] = directions[:kept].to(projection.weight.dtype)
-    projection.bias.zero_()
+    kept = min(branch.projection.shape)
+    branch.projection.zero_()
+    branch.projection[:kept] = directions[:kept].to(branch.projection.dtype)
 
 
 def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tensor]) -> None:
@@ -270,7 +268,7 @@ class MMRQVAETrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)
         if model.training:
-            for name in ("objective_loss", "codebook_loss", "commitment_loss", "alignment_loss"):
+            for name in ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss"):
                 self._losses[name] = self._losses.get(name, 0.0) + float(output[name].detach())
             for modality, codes in output.codes.items():
                 kept = codes[inputs["present"][modality]].cpu()

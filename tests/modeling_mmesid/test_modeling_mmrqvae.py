@@ -34,7 +34,7 @@ def batch(items: int = 20, seed: int = 0) -> dict[str, torch.Tensor]:
 def losses(output) -> list[float]:
     return [
         output[name].item()
-        for name in ("loss", "objective_loss", "codebook_loss", "commitment_loss", "alignment_loss")
+        for name in ("loss", "objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss")
     ]
 
 
@@ -104,7 +104,11 @@ def test_loss_is_the_weighted_sum_of_its_parts_and_trains_every_parameter(object
     )
     output = model.train()(batch())
     parts = (
-        3 * output.objective_loss + output.codebook_loss + 0.5 * output.commitment_loss + 0.2 * output.alignment_loss
+        3 * output.objective_loss
+        + output.decoding_loss
+        + output.codebook_loss
+        + 0.5 * output.commitment_loss
+        + 0.2 * output.alignment_loss
     )
     torch.testing.assert_close(output.loss, parts)
     output.loss.backward()
