@@ -61,7 +61,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, start=1):
             place = f"'{path}', line {number}"
             try:
-                yield place, line.decode("utf-8")
+                yield place, line.decode("utf-8").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{place} is not UTF-8 ({error.reason} at byte {error.start}); convert the file."

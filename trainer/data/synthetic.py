@@ -211,7 +211,7 @@ def draw_interactions(attributes: Attributes, num_users: int, rng: np.random.Gen
                 likings[attributes.style[last, None] == attributes.style] += SAME_STYLE_AS_LAST
                 np.put_along_axis(likings, purchases[users, :step], -np.inf, axis=1)
             # The largest liking after adding Gumbel noise is a draw from their softmax.
-            likings -= np.log(rng.standard_exponential(likings.shape, dtype=np.float32))
+            likings += rng.gumbel(size=likings.shape)
             purchases[users, step] = likings.argmax(axis=1)
 
     steps = np.broadcast_to(np.arange(LONGEST), purchases.shape)

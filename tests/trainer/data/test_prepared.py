@@ -1,0 +1,157 @@
+"""What is written is what is read: by this project's reader and by `datasets.load_dataset`."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+from PIL import Image
+
+from trainer.data import prepared
+from trainer.data.prepared import PreparedDataset, write_prepared
+from trainer.data.sequences import build_sequences
+from trainer.data.source import Catalogue, Interactions, Source
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+# Item "d" is in no sequence; user "x" is too short to be split.
+SEQUENCES = {"ann": "abcab", "x": "ab", "bea": "cba", "cy": "bbbbcc"}
+COLOURS = {"a": (250, 0, 0), "c": (0, 0, 250), "d": (9, 99, 9)}
+
+
+def make_source(images: list | None = None) -> Source:
+    users = list(SEQUENCES)
+    return Source(
+        name="Four items",
+        licence="CC0-1.0",
+        synthetic=False,
+        catalogue=Catalogue(list("abcd"), ["A", "B", "", "D"], ["A. one", "B", "", "D"], images),
+        interactions=Interactions(
+            user_ids=users,
+            users=np.concatenate([[users.index(user)] * len(items) for user, items in SEQUENCES.items()]),
+            items=np.array(["abcd".index(item) for items in SEQUENCES.values() for item in items], dtype=np.int32),
+            times=np.concatenate([np.arange(len(items)) for items in SEQUENCES.values()]),
+        ),
+    )
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(COLOURS["a"]))
+    return make_source([tmp_path / "a.png", None, png(COLOURS["c"]), png(COLOURS["d"])])
+
+
+def write(directory, source, **options):
+    directory.mkdir()
+    return write_prepared(directory, source, build_sequences(source.interactions, 4), **options)
+
+
+def test_the_reader_returns_rows_texts_and_frequencies(tmp_path, source):
+    statistics = write(tmp_path / "prepared", source)
+    data = PreparedDataset.load(tmp_path / "prepared")
+    assert data.num_items == 4 and data.item_ids == ["", "a", "b", "c", "d"]
+    assert data.titles == ["", "A", "B", "", "D"] and data.texts == ["", "A. one", "B", "", "D"]
+    # Training: ann "abc", bea "c", cy "bbbb".
+    assert data.frequencies.dtype == torch.int64 and data.frequencies.tolist() == [0, 1, 5, 2, 0]
+    assert data.statistics == statistics
+    expected = {
+        "users": 3, "items": 4, "interactions": 14, "training_interactions": 8, "dropped_short_users": 1,
+        "missing_text": 1, "missing_image": 1, "items_without_training_interactions": 1, "synthetic": False, "source": "Four items",
+    }  # fmt: skip
+    assert {name: statistics[name] for name in expected} == expected
+
+
+def test_test_history_is_training_sequence_and_validation_target(tmp_path, source):
+    write(tmp_path / "prepared", source)
+    data = PreparedDataset.load(tmp_path / "prepared")
+    train, validation, test = (data.sequences(split) for split in ("train", "validation", "test"))
+    assert train.user_ids == validation.user_ids == test.user_ids == ["ann", "bea", "cy"]
+    assert test.histories.dtype == test.targets.dtype == np.int32 and test.offsets.dtype == np.int64
+    for index, user in enumerate(test.user_ids):
+        rows = ["abcd".index(item) + 1 for item in SEQUENCES[user]]
+        assert [*train[index]["history"], train[index]["target"]] == rows[:-2]
+        assert (validation[index]["history"].tolist(), validation[index]["target"]) == (rows[:-2], rows[-2])
+        assert (test[index]["history"].tolist(), test[index]["target"]) == (rows[:-1], rows[-1])
+    assert len(train[1]["history"]) == 0, "a training sequence of one item leaves an empty history"
+
+
+def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
+    write(tmp_path / "whole", source)
+    for name in ("SEQUENCE_ROW_GROUP", "IMAGE_ROW_GROUP"):
+        monkeypatch.setattr(prepared, name, 2)
+    write(tmp_path / "parts", source)
+    assert pq.ParquetFile(tmp_path / "parts/items.parquet").num_row_groups == 2
+    for name in ("items.parquet", "sequences/train.parquet", "sequences/validation.parquet", "sequences/test.parquet"):
+        assert pq.read_table(tmp_path / "parts" / name).equals(pq.read_table(tmp_path / "whole" / name))
+    sequences = PreparedDataset.load(tmp_path / "parts").sequences("test")
+    assert sequences[2]["history"].tolist() == [2, 2, 2, 2, 3]
+
+
+def test_load_dataset_reads_the_directory_and_decodes_pictures(tmp_path, source):
+    from hub_cards import save_card
+    from trainer.records import StageRecord
+
+    statistics = write(tmp_path / "prepared", source)
+    details = {"data": statistics, "configs": prepared.CARD_CONFIGS}
+    record = StageRecord("prepare", "", {}, {}, {}, {}, details, {}, "", 0.0, 0, "")
+    save_card(tmp_path / "prepared", vars(record))
+    sequences = load_dataset(str(tmp_path / "prepared"), cache_dir=str(tmp_path / "cache"))
+    assert sequences["test"][0] == {"user_id": "ann", "history": [1, 2, 3, 1], "target": 2}
+    assert {split: len(rows) for split, rows in sequences.items()} == {"train": 3, "validation": 3, "test": 3}
+
+    loaded = load_dataset(str(tmp_path / "prepared"), "items", cache_dir=str(tmp_path / "cache"), split="train")
+    direct = PreparedDataset.load(tmp_path / "prepared").items()
+    assert loaded.features == direct.features
+    for items in (loaded, direct):
+        assert items["row"][:] == [1, 2, 3, 4]
+        for row, item_id in enumerate("abcd"):
+            image = items[row]["image"]
+            assert image is None if item_id == "b" else image.convert("RGB").getpixel((3, 3)) == COLOURS[item_id]
+
+
+def test_a_source_without_pictures_has_no_image_column(tmp_path):
+    statistics = write(tmp_path / "prepared", make_source(images=None))
+    assert "image" not in pq.read_schema(tmp_path / "prepared/items.parquet").names
+    assert statistics["missing_image"] == 4
+    assert PreparedDataset.load(tmp_path / "prepared").items()[0]["item_id"] == "a"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "absent"])
+def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source, damage):
+    path = tmp_path / "broken.png"
+    if damage != "absent":
+        noise = np.random.default_rng(0).integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:600] if damage == "truncated" else b"no picture")
+    source.catalogue.images[1] = path
+    with pytest.raises(ValueError, match=r"The image of item 'b' cannot be read \('.*broken.png'"):
+        write(tmp_path / "refused", source)
+    statistics = write(tmp_path / "prepared", source, on_bad_image="missing")
+    assert (statistics["bad_image"], statistics["missing_image"]) == (1, 1)
+    assert PreparedDataset.load(tmp_path / "prepared").items()[1]["image"] is None
+
+
+def test_a_directory_that_is_not_prepared_is_refused(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match=r"is no prepared dataset, it lacks 'items.parquet'"):
+        PreparedDataset.load(tmp_path)
+    write(tmp_path / "prepared", source)
+    data = PreparedDataset.load(tmp_path / "prepared")
+    with pytest.raises(ValueError, match="has no split 'dev'; choose one of train, validation, test"):
+        data.sequences("dev")
+    file = tmp_path / "prepared/sequences/test.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(2, "target", pa.array([1, 5, 2], pa.int32())), file)
+    with pytest.raises(ValueError, match=r"test.parquet' holds a row outside 1 to 4"):
+        data.sequences("test")
+    items = pq.read_table(tmp_path / "prepared/items.parquet")
+    pq.write_table(items.take([1, 0, 2, 3]), tmp_path / "prepared/items.parquet")
+    with pytest.raises(ValueError, match="does not hold rows 1 to 4 in order"):
+        PreparedDataset.load(tmp_path / "prepared")
