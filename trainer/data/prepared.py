@@ -246,6 +246,8 @@ def write_prepared(
         _write_sequences(directory / name, Sequences(user_ids, *sequences.split(split)))
 
     lengths = np.diff(sequences.offsets)
+    histories, offsets, targets = sequences.split("test")
+    owners = np.repeat(np.arange(len(targets)), np.diff(offsets))
     statistics = {
         "source": source.name,
         "licence": source.licence,
@@ -258,6 +260,8 @@ def write_prepared(
         "median_sequence": float(np.median(lengths)),
         "longest_sequence": int(lengths.max()),
         "items_without_training_interactions": int((frequencies == 0).sum()),
+        # A ranking that leaves out the history can never find these.
+        "repeated_test_targets": len(np.unique(owners[histories == targets[owners]])),
         "missing_text": sum(not catalogue.texts[position] for position in sequences.kept_items),
         "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
         "bad_image": bad_images,

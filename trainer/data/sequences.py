@@ -92,8 +92,10 @@ def build_sequences(interactions: Interactions, num_items: int, min_interactions
             fixed point. With 0 every item of the catalogue stays, those without interactions too.
 
     Raises:
-        ValueError: If nothing is left.
+        ValueError: If nothing is left, or if `min_interactions` is negative.
     """
+    if min_interactions < 0:
+        raise ValueError(f"min_interactions is a count, 0 or more, got {min_interactions}.")
     users, items = interactions.users, interactions.items
     num_users = len(interactions.user_ids)
     short_users = int((np.bincount(users, minlength=num_users) < SHORTEST_SEQUENCE).sum())

@@ -64,7 +64,8 @@ def test_the_reader_returns_rows_texts_and_frequencies(tmp_path, source):
     assert data.statistics == statistics
     expected = {
         "users": 3, "items": 4, "interactions": 14, "training_interactions": 8, "dropped_short_users": 1,
-        "missing_text": 1, "missing_image": 1, "items_without_training_interactions": 1, "synthetic": False, "source": "Four items",
+        "missing_text": 1, "missing_image": 1, "items_without_training_interactions": 1, "repeated_test_targets": 2,
+        "synthetic": False, "source": "Four items",
     }  # fmt: skip
     assert {name: statistics[name] for name in expected} == expected
 
@@ -81,6 +82,11 @@ def test_test_history_is_training_sequence_and_validation_target(tmp_path, sourc
         assert (validation[index]["history"].tolist(), validation[index]["target"]) == (rows[:-2], rows[-2])
         assert (test[index]["history"].tolist(), test[index]["target"]) == (rows[:-1], rows[-1])
     assert len(train[1]["history"]) == 0, "a training sequence of one item leaves an empty history"
+
+
+def test_a_negative_filter_is_refused(source):
+    with pytest.raises(ValueError, match="min_interactions is a count, 0 or more, got -1"):
+        build_sequences(source.interactions, 4, min_interactions=-1)
 
 
 def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
