@@ -41,6 +41,8 @@ class MMRQVAEConfig(PreTrainedConfig):
             their mean squared error. `"mmd_mse"`: the sum of both.
         objective_weight (`float`, *optional*, defaults to 3.0):
             Weight of the objective.
+        distance_focus (`float`, *optional*, defaults to 1.0):
+            How much more the distances to near items count in the objective `"distance"`; 0 weighs all alike.
         codebook_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the squared distance that pulls code vectors towards the residuals they stand for. Unused by the
             objective `"distance"`.
@@ -67,6 +69,7 @@ class MMRQVAEConfig(PreTrainedConfig):
     encoder_projection: bool | None = None
     objective: str = "distance"
     objective_weight: float | int = 3.0
+    distance_focus: float | int = 1.0
     codebook_loss_weight: float | int = 1.0
     commitment_loss_weight: float | int = 0.25
     alignment: str = "info_nce"
@@ -110,7 +113,13 @@ class MMRQVAEConfig(PreTrainedConfig):
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        for name in ("objective_weight", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"):
+        for name in (
+            "objective_weight",
+            "distance_focus",
+            "codebook_loss_weight",
+            "commitment_loss_weight",
+            "alignment_loss_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.objective not in OBJECTIVES:

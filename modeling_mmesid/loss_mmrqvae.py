@@ -97,14 +97,18 @@ def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1
         return (nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, answers)) / 2
 
 
-def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """
+def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:
+    r"""
     One minus the mean, over the items of a batch, of the correlation between an item's distances to the others before
     and after quantization. It does not change when the quantized space is scaled.
+
+    In the correlation of an item the others weigh \\(\exp(-focus \cdot z)\\), where z is the distance before in
+    standard deviations above its mean: near items, which a sequence is made of, count for more than the many far ones.
 
     Args:
         embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
         quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
+        focus (`float`, *optional*, defaults to 1.0): How fast weights fall with the distance; 0 weighs all alike.
 
     Returns:
         `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing
@@ -115,11 +119,19 @@ def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor)
         embeddings, quantized = embeddings.float(), quantized.float()
         if n < 3:
             return quantized.sum() * 0.0
-        others = ~torch.eye(n, dtype=torch.bool, device=embeddings.device)
-        rows = []
-        for vectors in (embeddings, quantized):
-            # The floor keeps the root differentiable for two items that share all their codes.
-            squared = pairwise_squared_distances(vectors, vectors)[others].view(n, n - 1)
-            distances = squared.clamp_min(1e-6 * squared.detach().mean() + 1e-12).sqrt()
-            rows.append(nn.functional.normalize(distances - distances.mean(1, keepdim=True), dim=1))
-        return 1 - (rows[0] * rows[1]).sum(1).mean()
+        with torch.no_grad():
+            others = 1 - torch.eye(n, device=embeddings.device)
+            before = pairwise_squared_distances(embeddings, embeddings).sqrt()
+            mean = (before * others).sum(1, keepdim=True) / (n - 1)
+            deviation = ((before - mean).square() * others).sum(1, keepdim=True).div(n - 1).sqrt().clamp_min(1e-12)
+            # Duplicates, many deviations below the mean, must not take the whole weight.
+            weights = torch.exp(-focus * ((before - mean) / deviation).clamp_min(-3)) * others
+            weights = weights / weights.sum(1, keepdim=True)
+            before = before - (weights * before).sum(1, keepdim=True)
+            before = before / (weights * before.square()).sum(1, keepdim=True).sqrt().clamp_min(1e-12)
+        squared = pairwise_squared_distances(quantized, quantized)
+        # The shift keeps the root differentiable for two items that share all their codes.
+        after = (squared + 1e-4 * squared.detach().mean() + 1e-12).sqrt()
+        after = after - (weights * after).sum(1, keepdim=True)
+        spread = (weights * after.square()).sum(1).clamp_min(1e-12).sqrt()
+        return 1 - ((weights * before * after).sum(1) / spread).mean()

@@ -295,7 +295,9 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                 # The decoder only reads: what the quantized vectors are is for the distances to decide.
                 outputs = branch.decoder(vectors.detach())
                 if return_loss:
-                    objective.append(distance_correlation_loss(inputs[mask], quantized[modality][mask]))
+                    objective.append(
+                        distance_correlation_loss(inputs[mask], quantized[modality][mask], self.config.distance_focus)
+                    )
                     decoding.append(_mean_squared_error(outputs[mask], inputs[mask]))
                     commitment.append(_mean_squared_error(latents[mask], vectors[mask].detach()))
             else:

@@ -17,13 +17,13 @@ def nearest(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor
 
 def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, iterations: int = 25) -> torch.Tensor:
     """
-    Centroids of Lloyd's algorithm, started from random points. A cluster that runs empty moves to one of the points
-    that are farthest from their centroids.
+    Centroids of Lloyd's algorithm, started as in k-means++. A cluster that runs empty moves to one of the points that
+    are farthest from their centroids.
 
     Args:
         points (`torch.Tensor` of shape `(n, d)`): The points.
         clusters (`int`): Number of centroids, at most n.
-        generator (`torch.Generator`): Chooses the first centroids; on the CPU.
+        generator (`torch.Generator`): Draws the first centroids; on the CPU.
         iterations (`int`, *optional*, defaults to 25): Passes over the points.
 
     Returns:
@@ -36,8 +36,7 @@ def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, iter
         raise ValueError(
             f"k-means needs at least as many points as clusters, got {len(points)} points for {clusters} clusters."
         )
-    start = torch.randperm(len(points), generator=generator)[:clusters].to(points.device)
-    centroids = points[start].clone()
+    centroids = _spread_points(points, clusters, generator)
     for _ in range(iterations):
         assignment, distances = nearest(points, centroids)
         counts = torch.bincount(assignment, minlength=clusters)
@@ -46,3 +45,17 @@ def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, iter
         empty = (counts == 0).nonzero()[:, 0]
         centroids[empty] = points[distances.topk(len(empty)).indices]
     return centroids
+
+
+def _spread_points(points: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
+    """Points drawn one by one, with a probability in proportion to the squared distance to those drawn before."""
+    chosen = [int(torch.randint(len(points), (), generator=generator))]
+    distances = torch.full_like(points[:, 0], torch.inf)
+    for _ in range(clusters - 1):
+        latest = points[chosen[-1]][None]
+        distances = torch.minimum(distances, nearest(points, latest)[1])
+        # On the CPU and in float64, so that the draw is the same everywhere and no sum of small numbers is lost.
+        cumulated = distances.double().cpu().cumsum(0)
+        draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulated[-1]
+        chosen.append(min(int(torch.searchsorted(cumulated, draw, right=True)), len(points) - 1))
+    return points[chosen].clone()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mmesid.loss_mmrqvae import info_nce, mmd
+from modeling_mmesid.loss_mmrqvae import distance_correlation_loss, info_nce, mmd
 
 
 def naive_mmd(source: np.ndarray, target: np.ndarray, kernels: int = 5, factor: float = 2.0) -> float:
@@ -99,3 +99,43 @@ def test_info_nce_of_no_item_is_zero_with_zero_gradients():
     value = info_nce(anchor, torch.zeros(0, 4))
     value.backward()
     assert value == 0 and anchor.grad.shape == (0, 4)
+
+
+def test_distance_correlation_without_focus_equals_the_mean_correlation_of_rows():
+    generator = np.random.default_rng(3)
+    embeddings, quantized = generator.normal(size=(12, 6)), generator.normal(size=(12, 4))
+    before, after = (np.linalg.norm(points[:, None] - points[None], axis=-1) for points in (embeddings, quantized))
+    expected = np.mean(
+        [np.corrcoef(np.delete(before[row], row), np.delete(after[row], row))[0, 1] for row in range(12)]
+    )
+    value = distance_correlation_loss(torch.tensor(embeddings), torch.tensor(quantized), focus=0.0)
+    assert value.item() == pytest.approx(1 - expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_distance_correlation_is_zero_for_a_scaled_rotation_and_larger_for_noise(focus):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(40, 5, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator)).Q
+    assert distance_correlation_loss(points, 7 * points @ rotation + 3, focus) < 1e-3
+    noise = torch.randn(40, 5, generator=generator)
+    assert distance_correlation_loss(points, points + noise, focus) > 0.05
+
+
+def test_focus_weighs_near_items_more():
+    points = torch.cat([torch.arange(10.0), torch.tensor([30.0, 40.0])])[:, None]
+    near_spoilt, far_spoilt = points.clone(), points.clone()
+    near_spoilt[:4] = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+    far_spoilt[-2:] = torch.tensor([[40.0], [30.0]])
+    ratio = [
+        distance_correlation_loss(points, near_spoilt, focus) / distance_correlation_loss(points, far_spoilt, focus)
+        for focus in (0.0, 2.0)
+    ]
+    assert ratio[1] > ratio[0]
+
+
+def test_distance_correlation_of_items_that_share_all_codes_has_finite_gradients():
+    quantized = torch.ones(6, 3, requires_grad=True)
+    distance_correlation_loss(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), quantized).backward()
+    assert quantized.grad.isfinite().all()
+    assert distance_correlation_loss(torch.randn(2, 4), torch.randn(2, 3)) == 0

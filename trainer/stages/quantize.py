@@ -62,6 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         alignment_loss_weight=arguments.alignment_loss_weight,
         alignment_temperature=arguments.alignment_temperature,
     )
+    if not 0 < arguments.validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction is {arguments.validation_fraction}; it must lie between 0 and 1, for "
+            "held-out items choose the checkpoint."
+        )
     set_seed(arguments.seed)
     model = MMRQVAEModel(config)
     training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))

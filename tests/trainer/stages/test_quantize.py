@@ -1,0 +1,115 @@
+"""The quantize stage from its flags to its files, and what it refuses."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_mmesid import MMRQVAEModel
+from trainer.encoders.tables import save_table
+from trainer.records import StageRecord, file_digest
+from trainer.stages.quantize import main
+
+
+ITEMS = 80
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    generator = torch.Generator().manual_seed(0)
+    prepared = directory / "prepared"
+    (prepared / "sequences").mkdir(parents=True)
+    rows = list(range(1, ITEMS + 1))
+    columns = {"row": pa.array(rows, pa.int32()), "item_id": [f"item-{row}" for row in rows]}
+    columns |= {"title": [f"Title {row}" for row in rows], "text": [f"Text {row}" for row in rows]}
+    pq.write_table(pa.table(columns | {"frequency": pa.array([1] * ITEMS, pa.int32())}), prepared / "items.parquet")
+    users = [torch.randperm(ITEMS, generator=generator)[:8].add(1).tolist() for _ in range(30)]
+    for split in ("train", "validation", "test"):
+        table = {
+            "user_id": [f"user-{number}" for number in range(30)],
+            "history": pa.array([user[:7] for user in users], pa.list_(pa.int32())),
+            "target": pa.array([user[7] for user in users], pa.int32()),
+        }
+        pq.write_table(pa.table(table), prepared / f"sequences/{split}.parquet")
+    statistics = {
+        "users": 30,
+        "items": ITEMS,
+        "interactions": 240,
+        "synthetic": True,
+        "source": "toy",
+        "licence": "cc0-1.0",
+    }
+    (prepared / "statistics.json").write_text(json.dumps(statistics))
+    embeddings = directory / "embeddings"
+    embeddings.mkdir()
+    factors = torch.randn(ITEMS + 1, 4, generator=generator)
+    for modality, width in {"collaborative": 8, "text": 12}.items():
+        present = torch.ones(ITEMS + 1, dtype=torch.bool)
+        present[0] = False
+        present[5] = modality != "text"
+        table = torch.tanh(factors @ torch.randn(4, width, generator=generator))
+        save_table(embeddings / f"{modality}.safetensors", modality, table, present)
+    return directory
+
+
+def quantize(inputs, output, *flags):
+    main(
+        ["--prepared_dir", str(inputs / "prepared"), "--embeddings_dir", str(inputs / "embeddings")]
+        + ["--output_dir", str(output), "--codebook_size", "8", "--num_quantizers", "3", "--codebook_dim", "8"]
+        + ["--encoder_hidden_dims", "16", "--num_train_epochs", "2", "--disable_tqdm", "true", *flags]
+    )
+
+
+def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current(inputs, tmp_path, capsys):
+    output = tmp_path / "quantizer"
+    quantize(inputs, output)
+    model = MMRQVAEModel.from_pretrained(output)
+    assert model.config.modalities == ["collaborative", "text"]
+    table = pq.read_table(output / "semantic_ids.parquet")
+    assert table["item_id"].to_pylist() == [f"item-{row}" for row in range(1, ITEMS + 1)]
+    assert table.schema.field("text").type == pa.list_(pa.int16())
+    assert table["text"][4].as_py() is None and table["collaborative"][4].as_py() is not None
+    for modality in model.config.modalities:
+        embeddings = load_file(inputs / f"embeddings/{modality}.safetensors")[modality]
+        expected = model.encode({modality: embeddings}).codes[modality].tolist()
+        for row, codes in enumerate(table[modality].to_pylist(), start=1):
+            assert codes is None or codes == expected[row]
+    record = StageRecord.load(output)
+    assert {"tau", "tau_text", "recall@1_text", "reconstruction_collaborative"} <= set(record.metrics["held_out"])
+    assert {"use@1_text", "perplexity@3_collaborative", "collisions", "collisions_text"} <= set(
+        record.metrics["items"]
+    )
+    assert set(record.metrics["histories"]["text"]) == {"tau", "tau_pooled"}
+    assert "toy" in (output / "README.md").read_text(encoding="utf-8")
+
+    digest = file_digest(output / "model.safetensors")
+    capsys.readouterr()
+    quantize(inputs, output)
+    assert "is up to date, skipped" in capsys.readouterr().out
+    assert file_digest(output / "model.safetensors") == digest
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--codebook_size", "128"], "76 items .*'collaborative'.*128 codes.*codebook_size to 16"),
+        (["--modalities", "collaborative", "visual"], "visual.safetensors"),
+        (["--validation_fraction", "0"], "validation_fraction"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(inputs, tmp_path, flags, named):
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        quantize(inputs, tmp_path / "quantizer", *flags)
+    assert not list((tmp_path / "quantizer").glob("*.safetensors"))
+
+
+def test_tables_of_another_catalogue_are_refused(inputs, tmp_path):
+    present = torch.ones(ITEMS, dtype=torch.bool)
+    present[0] = False
+    save_table(tmp_path / "text.safetensors", "text", torch.randn(ITEMS, 4), present)
+    with pytest.raises(ValueError, match="text.safetensors"):
+        quantize(inputs, tmp_path / "quantizer", "--embeddings_dir", str(tmp_path), "--modalities", "text")
