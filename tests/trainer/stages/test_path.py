@@ -1,0 +1,244 @@
+"""The stages behind the encoders, one after the other, on files and in real processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, LlamaConfig, LlamaModel
+
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
+from trainer.backbone import train_tokenizer
+from trainer.data.prepared import PreparedDataset
+from trainer.records import StageRecord
+from trainer.stages import evaluate, finetune, recommend
+
+from .conftest import TRAINING, finetune_flags
+
+
+def test_every_directory_holds_a_record_and_a_card(tiny_run):
+    for name in ("prepared", "sasrec", "quantizer", "recommender"):
+        record = StageRecord.load(tiny_run / name)
+        assert record.outputs and record.fingerprint
+        card = (tiny_run / name / "README.md").read_text()
+        assert "synthetic" in card.lower()
+        assert str(tiny_run) not in card
+    assert (tiny_run / "quantizer" / "semantic_ids.parquet").is_file()
+
+
+def test_code_embeddings_start_from_the_trained_code_vectors(tiny_run):
+    arguments = finetune.parse(finetune.FinetuneArguments, finetune_flags(tiny_run, "unused"))
+    settings, tables = finetune.load_content(arguments, 80)
+    quantizer = MMRQVAEModel.from_pretrained(tiny_run / "quantizer")
+    assert torch.equal(tables["code_vectors"]["text"], quantizer.code_vectors("text"))
+    assert settings["num_quantizers"] == 3
+    # Item 5 has no text: its code must never be read as a code.
+    assert not tables["present"]["text"][5]
+
+
+def test_results_agree_with_ranking_by_hand(tiny_run):
+    """nDCG@10 of the recommender on test, from `recommend` over the whole catalogue, one user at a time."""
+    data = PreparedDataset.load(tiny_run / "prepared")
+    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
+    test = data.sequences("test")
+    gains = []
+    for user in range(len(test)):
+        history, target = test[user]["history"].tolist(), test[user]["target"]
+        best = model.recommend([history], top_k=10).items[0].tolist()
+        gains.append(1 / np.log2(best.index(target) + 2) if target in best else 0.0)
+    results = json.loads((tiny_run / "evaluation" / "results.json").read_text())
+    assert results["recommender"]["test"]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)
+
+
+def test_results_table_names_every_model_and_the_synthetic_data(tiny_run):
+    table = (tiny_run / "evaluation" / "results.md").read_text()
+    assert "synthetic" in table
+    for name in ("popularity", "sasrec", "recommender"):
+        assert table.count(f"| {name} |") == 2
+
+
+def test_evaluate_adds_the_test_figures_to_the_cards(tiny_run):
+    results = json.loads((tiny_run / "evaluation" / "results.json").read_text())
+    for name in ("sasrec", "recommender"):
+        assert f"{results[name]['test']['ndcg@10']:.4f}" in (tiny_run / name / "README.md").read_text()
+
+
+def test_popularity_by_hand(tiny_run):
+    data = PreparedDataset.load(tiny_run / "prepared")
+    test, hits = data.sequences("test"), 0
+    for user in range(len(test)):
+        history, target = set(test[user]["history"].tolist()), test[user]["target"]
+        candidates = [row for row in range(1, data.num_items + 1) if row not in history]
+        rank = (
+            sum(data.frequencies[row] >= data.frequencies[target] for row in candidates)
+            if target not in history
+            else 999
+        )
+        hits += rank <= 10
+    assert evaluate.popularity_metrics(data, "test", batch_size=64)["hr@10"] == pytest.approx(hits / len(test))
+
+
+def test_checkpoint_recommends_the_same_in_a_new_process(tiny_run):
+    processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
+    histories = [processor.item_ids[3:7], processor.item_ids[20:21]]
+    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
+    expected = model.recommend(processor(histories))
+    code = (
+        "import json, sys\n"
+        "from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor\n"
+        "processor = MMESIDProcessor.from_pretrained(sys.argv[1])\n"
+        "model = MMESIDForSequentialRecommendation.from_pretrained(sys.argv[1])\n"
+        "output = model.recommend(processor(json.loads(sys.argv[2])))\n"
+        "print(json.dumps([processor.convert_rows_to_item_ids(output.items), output.scores.tolist()]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_run / "recommender"), json.dumps(histories)]
+    item_ids, scores = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
+    assert item_ids == processor.convert_rows_to_item_ids(expected.items)
+    np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-5)
+
+
+def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
+    processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
+    model_dir = str(tiny_run / "recommender")
+    recommend.main(["--model_dir", model_dir, "--history", *processor.item_ids[:3], "--top_k", "4"])
+    printed = capsys.readouterr().out
+    assert processor.titles[2] in printed and len(printed.strip().splitlines()) == 5
+
+    (tmp_path / "users.jsonl").write_text(f'["{processor.item_ids[0]}"]\n["{processor.item_ids[1]}"]\n')
+    flags = ["--histories_file", str(tmp_path / "users.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
+    recommend.main(["--model_dir", model_dir, *flags])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(line) for line in lines] == [10, 10]
+    assert lines[0][0].keys() == {"item_id", "title", "score"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('["no-such-item"]\n', "'no-such-item' is not in"), ("[]\n", "line 1"), ('["a"]\n{oops\n', "line 2")],
+)
+def test_recommend_names_the_bad_line_or_id(tiny_run, tmp_path, content, words):
+    (tmp_path / "users.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        recommend.main(
+            ["--model_dir", str(tiny_run / "recommender"), "--histories_file", str(tmp_path / "users.jsonl")]
+        )
+
+
+def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run, capsys, monkeypatch):
+    before = (tiny_run / "recommender" / "model.safetensors").stat().st_mtime_ns
+    finetune.main(finetune_flags(tiny_run, "recommender"))
+    assert "up to date" in capsys.readouterr().out
+
+    monkeypatch.setattr(finetune, "save_card", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune.main([*finetune_flags(tiny_run, "recommender"), "--seed", "7"])
+    assert (tiny_run / "recommender" / "model.safetensors").stat().st_mtime_ns == before
+    assert not list((tiny_run / "recommender").glob(".staging*"))
+
+
+def test_finetune_without_tables_says_which_flag(tiny_run):
+    with pytest.raises(ValueError, match="--embeddings_dir is not set"):
+        finetune.main(["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tiny_run / "nothing")])
+
+
+def test_evaluating_on_another_catalogue_is_refused(tiny_run, tmp_path):
+    from trainer.stages import prepare
+
+    prepare.main(
+        ["--source", "synthetic", "--num_items", "60", "--num_users", "60", "--output_dir", str(tmp_path / "other")]
+    )
+    with pytest.raises(ValueError, match="knows 80 items"):
+        evaluate.main(
+            ["--prepared_dir", str(tmp_path / "other"), "--model_dirs", str(tiny_run / "sasrec"),
+             "--output_dir", str(tmp_path / "evaluation")]
+        )  # fmt: skip
+
+
+def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, tmp_path):
+    data = PreparedDataset.load(tiny_run / "prepared")
+    tokenizer = train_tokenizer(data.texts[1:], 400)
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    flags = [*finetune_flags(tiny_run, "lora"), "--backbone_name_or_path", str(base), "--lora_r", "4", "--output_dir"]
+    finetune.main([*flags, str(tmp_path / "lora")])
+
+    record = StageRecord.load(tmp_path / "lora")
+    assert record.details["trainable_parameters"] < record.details["parameters"]
+    assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+    model = AutoModel.from_pretrained(tmp_path / "lora")
+    frozen = LlamaModel.from_pretrained(base).state_dict()
+    for name, value in model.backbone.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
+    assert any(value.abs().max() > 0 for name, value in model.backbone.state_dict().items() if "lora_B" in name)
+
+
+INTERRUPT = """
+import sys
+from transformers import Trainer
+from trainer.stages import finetune
+stop_after, argv = int(sys.argv[1]), sys.argv[2:]
+step = Trainer.training_step
+steps = 0
+def counted(self, *args, **kwargs):
+    global steps
+    steps += 1
+    if steps > stop_after:
+        sys.exit(9)
+    return step(self, *args, **kwargs)
+Trainer.training_step = counted
+finetune.main(argv)
+print("STEPS", steps)
+"""
+
+
+def test_killed_training_resumes_where_it_stopped(tiny_run, tmp_path):
+    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "resumed"), "--num_train_epochs", "3"]
+    killed = subprocess.run([sys.executable, "-c", INTERRUPT, "7", *flags], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert not (tmp_path / "resumed" / "record.json").exists()
+    again = subprocess.run(
+        [sys.executable, "-c", INTERRUPT, "1000", *flags], capture_output=True, text=True, check=True
+    )
+    # 3 epochs of 3 steps; two epochs had a checkpoint.
+    assert "STEPS 3" in again.stdout
+    assert (tmp_path / "resumed" / "record.json").is_file()
+
+
+def launch(*arguments: str) -> None:
+    """Two processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_two_processes_give_the_metrics_of_one(tiny_run, tmp_path):
+    """Exact: no user dropped, none counted twice, although 150 users do not divide by two batches of 32 a process."""
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--model_dirs", str(tiny_run / "sasrec"), "--use_cpu", "true"]
+    flags += ["--per_device_eval_batch_size", "32", "--output_dir", str(tmp_path / "two")]
+    launch("-m", "trainer.stages.evaluate", *flags)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    one = json.loads((tiny_run / "evaluation" / "results.json").read_text())
+    for split in ("validation", "test"):
+        assert two["sasrec"][split] == pytest.approx(one["sasrec"][split], abs=1e-9)
+
+
+def test_two_processes_train(tiny_run, tmp_path):
+    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
+    launch("-m", "trainer.stages.finetune", *flags)
+    record = StageRecord.load(tmp_path / "two")
+    assert record.metrics["validation"]["mrr"] > 0
+    model = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "two")
+    assert model.recommend([[1, 2, 3]]).items.shape == (1, 10)
