@@ -80,7 +80,7 @@ def render_card(record: dict) -> str:
         figures={name: _flat(values) for name, values in record["metrics"].items() if name not in SPLITS},
         paper=PAPER,
     )
-    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{body.strip()}\n"
+    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{re.sub(r'\n{3,}', '\n\n', body).strip()}\n"
 
 
 def _front_matter(record: dict) -> CardData:
@@ -173,7 +173,7 @@ def _flat(values, prefix: str = "") -> dict:
 def _label(name: str) -> str:
     """How a metric or an argument is called in prose: `ndcg@10` as nDCG@10, `missing_text` as "missing text"."""
     family, at, k = name.partition("@")
-    return METRIC_LABELS.get(family, family.replace("_", " ")) + at + k
+    return METRIC_LABELS.get(family, family.replace("_", " ")) + at + k.replace("_", " ")
 
 
 def _cell(value) -> str:

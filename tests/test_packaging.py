@@ -82,7 +82,6 @@ def test_the_packages_work_from_outside_the_checkout(tmp_path):
     code = """
 from importlib.metadata import entry_points
 import hub_cards, modeling_mmesid, trainer.cli
-import trainer.metrics.ranking.ranking
 from hub_cards.cards import _ENVIRONMENT
 
 (command,) = entry_points(group="console_scripts", name="mmesid")

@@ -119,8 +119,10 @@ def test_a_missing_figure_reads_not_measured(stage):
 
 def test_a_quantizer_without_figures_says_so():
     assert "Not measured." in render_card(make_record("quantize", metrics={}))
-    measured = render_card(make_record("quantize", metrics={"items": {"text": {"use": [1.0, 0.5], "collisions": 4}}}))
-    assert "| text use | 1, 0.5 |" in measured
+    measured = render_card(
+        make_record("quantize", metrics={"items": {"text": {"use@1_text": [1.0, 0.5], "collisions": 4}}})
+    )
+    assert "| text use@1 text | 1, 0.5 |" in measured
     assert "| text collisions | 4 |" in measured
     assert "Not measured." not in measured
 
