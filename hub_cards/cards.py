@@ -80,7 +80,8 @@ def render_card(record: dict) -> str:
         figures={name: _flat(values) for name, values in record["metrics"].items() if name not in SPLITS},
         paper=PAPER,
     )
-    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{re.sub(r'\n{3,}', '\n\n', body).strip()}\n"
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()
+    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{body}\n"
 
 
 def _front_matter(record: dict) -> CardData:
