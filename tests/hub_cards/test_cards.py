@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -265,7 +266,7 @@ def test_the_quantizer_card_shows_how_to_load(tmp_path, capsys):
     assert printed == f"{[{'item_id': item_id, 'text': [1, 2]} for item_id in 'abc']}\n"
 
 
-def test_the_recommender_card_shows_how_to_load(tmp_path, capsys):
+def test_the_recommender_card_and_the_readme_show_how_to_load(tmp_path, capsys):
     backbone = LlamaConfig(
         vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -287,3 +288,7 @@ def test_the_recommender_card_shows_how_to_load(tmp_path, capsys):
         for row, score in zip(best.items[0].tolist(), best.scores[0].tolist(), strict=True)
     ]
     assert run_snippet("finetune", tmp_path, capsys).splitlines() == expected
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    exec(code.replace('"runs/quickstart/recommender"', repr(str(tmp_path))), {})
+    assert capsys.readouterr().out.splitlines() == expected
