@@ -78,8 +78,8 @@ class StageTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # Before `TrainingArguments` derives values that nobody asked for.
         self.changed = changed_arguments(self)
-        # bf16 autocast works on the CPU, where TrainingArguments wants to hear that this is no mistake.
-        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+        # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain unless told that the CPU is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 
@@ -123,9 +123,7 @@ class QuantizeArguments(StageTrainingArguments):
     codebook_dim: int = field(default=128, metadata={"help": "Width of the code vectors."})
     encoder_hidden_dims: list[int] | None = field(
         default=None,
-        metadata={
-            "help": "Widths of the encoders' hidden layers; none by default for `distance`, else 512 256."
-        },
+        metadata={"help": "Widths of the encoders' hidden layers; none by default for `distance`, else 512 256."},
     )
     objective: Literal["distance", "paper", "mse", "mmd_mse"] = field(
         default="distance",
@@ -370,9 +368,7 @@ class EmbedArguments(StageTrainingArguments):
         default=None,
         metadata={"help": "What the encoder reads of an item; by default image for the modality visual, else text."},
     )
-    normalize: bool = field(
-        default=True, metadata={"help": "Scale what a text or picture encoder gives to length 1."}
-    )
+    normalize: bool = field(default=True, metadata={"help": "Scale what a text or picture encoder gives to length 1."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Precision of a named encoder; tables are float32 in any case."}
     )

@@ -109,9 +109,8 @@ def test_too_few_items_for_the_codebook_are_refused():
 def test_training_improves_on_held_out_items(tmp_path, objective, metric, better):
     items, model = toy_items(), toy_model(objective=objective)
     initialize(model, items)
-    trainer = toy_trainer(
-        tmp_path, model, items, metric_for_best_model=metric, greater_is_better=better > 0, learning_rate=3e-3
-    )
+    settings = {"metric_for_best_model": metric, "greater_is_better": better > 0, "learning_rate": 3e-3}
+    trainer = toy_trainer(tmp_path, model, items, per_device_train_batch_size=40, **settings)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

@@ -226,7 +226,14 @@ def launch(*arguments: str) -> None:
 
 def test_two_processes_give_the_metrics_of_one(tiny_run, tmp_path):
     """Exact: no user dropped, none counted twice, although 150 users do not divide by two batches of 32 a process."""
-    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--model_dirs", str(tiny_run / "sasrec"), "--use_cpu", "true"]
+    flags = [
+        "--prepared_dir",
+        str(tiny_run / "prepared"),
+        "--model_dirs",
+        str(tiny_run / "sasrec"),
+        "--use_cpu",
+        "true",
+    ]
     flags += ["--per_device_eval_batch_size", "32", "--output_dir", str(tmp_path / "two")]
     launch("-m", "trainer.stages.evaluate", *flags)
     two = json.loads((tmp_path / "two" / "results.json").read_text())

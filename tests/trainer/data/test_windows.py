@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from trainer.data.prepared import Sequences
+from trainer.data.windows import EvaluationHistories, TrainingWindows
+
+
+def sequences(histories, targets) -> Sequences:
+    offsets = np.cumsum([0] + [len(history) for history in histories]).astype(np.int64)
+    flat = np.array([row for history in histories for row in history], dtype=np.int32)
+    return Sequences([f"u{user}" for user in range(len(targets))], flat, offsets, np.array(targets, dtype=np.int32))
+
+
+def examples(dataset) -> list[tuple[list[int], list[int]]]:
+    return [(example["history"].tolist(), example["targets"].tolist()) for example in dataset]
+
+
+def test_a_short_sequence_is_one_window_of_next_items():
+    assert examples(TrainingWindows(sequences([[5, 6, 7]], [8]), 10)) == [([5, 6, 7], [6, 7, 8])]
+
+
+def test_the_latest_window_is_the_full_one():
+    windows = TrainingWindows(sequences([[1, 2, 3, 4, 5]], [6]), 2)
+    assert examples(windows) == [([4, 5], [5, 6]), ([2, 3], [3, 4]), ([1], [2])]
+    assert windows.lengths == [2, 2, 1]
+
+
+def test_a_user_with_one_training_item_gives_no_example():
+    assert examples(TrainingWindows(sequences([[], [3]], [9, 4]), 5)) == [([3], [4])]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_item_but_the_first_is_a_target_exactly_once(seed):
+    random = np.random.default_rng(seed)
+    histories = [random.integers(1, 9, size=random.integers(0, 12)).tolist() for _ in range(20)]
+    targets = random.integers(1, 9, size=20).tolist()
+    expected = sorted(
+        row for history, target in zip(histories, targets, strict=True) for row in [*history, target][1:]
+    )
+    seen = [row for _, following in examples(TrainingWindows(sequences(histories, targets), 3)) for row in following]
+    assert sorted(seen) == expected
+
+
+def test_evaluation_is_longest_first_and_loses_nobody():
+    split = sequences([[1], [1, 2, 3], [4, 5]], [7, 8, 9])
+    dataset = EvaluationHistories(split)
+    assert [(example["history"].tolist(), example["target"]) for example in dataset] == [
+        ([1, 2, 3], 8),
+        ([4, 5], 9),
+        ([1], 7),
+    ]

@@ -1,0 +1,115 @@
+"""What the trainers of both recommenders promise, on a world where the next item is known."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, TrainingArguments, set_seed
+
+from modeling_mmesid import (
+    MMESIDConfig,
+    MMESIDForSequentialRecommendation,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
+from trainer.collators import HistoryCollator, ItemCollator
+from trainer.data.prepared import Sequences
+from trainer.data.windows import EvaluationHistories, TrainingWindows
+from trainer.mmesid_trainer import MMESIDTrainer
+from trainer.sasrec_trainer import SASRecTrainer
+
+
+NUM_ITEMS = 30
+
+
+def cyclic(users: int, seed: int) -> Sequences:
+    """Every user walks the catalogue in order from a random start: item 7 is always followed by item 8."""
+    random = np.random.default_rng(seed)
+    starts, lengths = random.integers(0, NUM_ITEMS, size=users), random.integers(1, 8, size=users)
+    walks = [(start + np.arange(length + 1)) % NUM_ITEMS + 1 for start, length in zip(starts, lengths, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
+    targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
+    return Sequences([str(user) for user in range(users)], flat, offsets, targets)
+
+
+def sasrec_trainer(arguments):
+    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_position_embeddings=10, hidden_dropout=0.0)
+    return SASRecTrainer(
+        SASRecForSequentialRecommendation(config),
+        arguments,
+        train_dataset=TrainingWindows(cyclic(200, 0), 10),
+        eval_dataset=EvaluationHistories(cyclic(61, 1)),
+    )
+
+
+def mmesid_trainer(arguments):
+    backbone = LlamaConfig(
+        vocab_size=10, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = MMESIDConfig(
+        backbone_config=backbone,
+        num_items=NUM_ITEMS,
+        item_token_scale=5.0,
+        prompt_prefix_ids=[1, 2],
+        prompt_suffix_ids=[3],
+    )
+    model = MMESIDForSequentialRecommendation(config)
+    model.initialize_items(torch.ones(NUM_ITEMS + 1, dtype=torch.long))
+    return MMESIDTrainer(
+        model,
+        arguments,
+        train_dataset=TrainingWindows(cyclic(200, 0), 10),
+        eval_dataset=EvaluationHistories(cyclic(61, 1)),
+    )
+
+
+@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer])
+def test_training_learns_the_rule(make, tmp_path):
+    set_seed(0)
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=12, learning_rate=1e-2, per_device_train_batch_size=32, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no", per_device_eval_batch_size=16,
+    )  # fmt: skip
+    trainer = make(arguments)
+    before = trainer.rank()["hr@5"]
+    trainer.train()
+    assert before < 0.5
+    assert trainer.rank()["hr@5"] > 0.95
+
+
+def test_gradient_accumulation_makes_the_same_update(tmp_path):
+    """A mean loss that the Trainer took for a sum would update twice as far."""
+    weights = []
+    for batch_size, steps in ((64, 1), (32, 2)):
+        set_seed(0)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, learning_rate=0.1, optim="sgd", per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+            max_grad_norm=0.0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = mmesid_trainer(arguments)
+        # Equal lengths, so that the mean over users is the mean over targets.
+        lengths = np.full(64, 4)
+        walks = [(user + np.arange(5)) % NUM_ITEMS + 1 for user in range(64)]
+        flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
+        trainer.train_dataset = TrainingWindows(Sequences([""] * 64, flat, offsets, targets), 10)
+        trainer.train()
+        weights.append(trainer.model.items.id_embeddings.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_caller_s_arguments_are_left_alone(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    sasrec_trainer(arguments)
+    assert arguments.batch_eval_metrics is False
+
+
+def test_collators_keep_the_whole_history_for_masking():
+    example = {"history": np.array([4, 5, 6], dtype=np.int32), "target": 9}
+    batch = HistoryCollator(2, [1], [2])([example])
+    assert batch["items"].tolist() == [[0, 5, 6, 0]]
+    assert batch["seen"].tolist() == [[4, 5, 6]]
+    assert batch["target"].tolist() == [9]
+    assert set(ItemCollator(2)([example])) == {"items", "seen", "target"}
