@@ -11,6 +11,7 @@ def pack_histories(
     prefix_ids: Sequence[int],
     suffix_ids: Sequence[int],
     targets: Sequence[np.ndarray | Sequence[int]] | None = None,
+    pad_to_multiple_of: int = 1,
 ) -> dict[str, torch.Tensor]:
     r"""
     Lays each user out as `prefix tokens | items 1..T | closing tokens ...`, padded on the right.
@@ -27,6 +28,8 @@ def pack_histories(
         suffix_ids (`list[int]`): Closing prompt tokens after the items; the last one's state represents the user.
         targets (`list` of `batch` integer sequences, *optional*): Row of the item that follows each position, as long
             as the history; -100 where nothing is to be predicted.
+        pad_to_multiple_of (`int`, *optional*, defaults to `1`): Padded length is a multiple of this: fewer shapes mean
+            fewer kernels to build and less memory in pieces.
 
     Returns:
         `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
@@ -66,9 +69,10 @@ def pack_histories(
             _append(row, input_ids=np.tile(suffix, copies), items=np.zeros(copies * len(suffix), np.int64))
         rows.append(row)
     lengths = [len(row["input_ids"]) for row in rows]
+    padded = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
     batch = {}
     for name in rows[0]:
-        values = np.full((len(rows), max(lengths)), {"labels": -100, "copy": -1}.get(name, 0), dtype=np.int64)
+        values = np.full((len(rows), padded), {"labels": -100, "copy": -1}.get(name, 0), dtype=np.int64)
         for row, length, target_row in zip(rows, lengths, values, strict=True):
             target_row[:length] = row[name]
         batch[name] = torch.from_numpy(values)

@@ -78,7 +78,7 @@ class StageTrainingArguments(TrainingArguments):
     def __post_init__(self):
         # Before `TrainingArguments` derives values that nobody asked for.
         self.changed = changed_arguments(self)
-        # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain unless told that the CPU is meant.
+        # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain, unless told to use the CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 

@@ -22,23 +22,25 @@ class HistoryCollator:
         max_history (`int`): Longest history that the model reads.
         prefix_ids (`Sequence[int]`, *optional*, defaults to `()`): Prompt tokens before the items.
         suffix_ids (`Sequence[int]`, *optional*, defaults to `()`): Prompt tokens after the items.
+        pad_to_multiple_of (`int`, *optional*, defaults to `8`): Padded length is a multiple of this.
     """
 
     max_history: int
     prefix_ids: Sequence[int] = ()
     suffix_ids: Sequence[int] = ()
+    pad_to_multiple_of: int = 8
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        if "targets" in examples[0]:
-            return pack_histories(
-                [example["history"] for example in examples],
-                self.prefix_ids,
-                self.suffix_ids,
-                [example["targets"] for example in examples],
-            )
+        training = "targets" in examples[0]
         batch = pack_histories(
-            [example["history"][-self.max_history :] for example in examples], self.prefix_ids, self.suffix_ids
+            [example["history"] if training else example["history"][-self.max_history :] for example in examples],
+            self.prefix_ids,
+            self.suffix_ids,
+            [example["targets"] for example in examples] if training else None,
+            self.pad_to_multiple_of,
         )
+        if training:
+            return batch
         batch["seen"] = pad_histories([example["history"] for example in examples])
         batch["target"] = torch.tensor([int(example["target"]) for example in examples])
         return batch
@@ -50,5 +52,6 @@ class ItemCollator(HistoryCollator):
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = super().__call__(examples)
-        wanted = ("items", "labels") if "targets" in examples[0] else ("items", "seen", "target")
-        return {name: batch[name] for name in wanted}
+        # Positions are learnt up to `max_history`: padding must not reach beyond.
+        inputs = {name: batch[name][:, : self.max_history] for name in ("items", "labels") if name in batch}
+        return inputs | {name: batch[name] for name in ("seen", "target") if name in batch}

@@ -53,3 +53,12 @@ def test_mask_lets_a_copy_see_its_own_prefix_and_nothing_else(seed):
 def test_tensors_are_long():
     batch = pack_histories([np.array([3], dtype=np.int32)], [], [1], [np.array([2], dtype=np.int32)])
     assert all(tensor.dtype == torch.long for tensor in batch.values())
+
+
+def test_padding_to_a_multiple_adds_nothing_but_padding():
+    exact, padded = (pack_histories([[4, 5]], [1], [2, 3], [[5, 6]], pad_to_multiple_of=n) for n in (1, 16))
+    length = exact["items"].shape[1]
+    for name, tensor in padded.items():
+        assert tensor.shape == (1, 16)
+        assert torch.equal(tensor[:, :length], exact[name])
+    assert (padded["labels"][:, length:] == -100).all()

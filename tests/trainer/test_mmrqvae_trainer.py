@@ -12,12 +12,12 @@ from trainer.arguments import QuantizeArguments
 from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, initialize
 
 
-def toy_items(items: int = 300) -> ItemTables:
+def toy_items(items: int = 300, factors: int = 6) -> ItemTables:
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randn(items + 1, 6, generator=generator)
     widths = {"collaborative": 12, "text": 20}
+    factors = torch.randn(items + 1, factors, generator=generator)
     embeddings = {
-        name: 3 + torch.tanh(factors @ torch.randn(6, width, generator=generator)) for name, width in widths.items()
+        name: 3 + torch.tanh(factors @ torch.randn(factors.shape[1], width, generator=generator)) for name, width in widths.items()
     }
     present = {name: torch.rand(items + 1, generator=generator) > 0.1 for name in widths}
     for name in widths:

@@ -108,8 +108,14 @@ def test_the_caller_s_arguments_are_left_alone(tmp_path):
 
 def test_collators_keep_the_whole_history_for_masking():
     example = {"history": np.array([4, 5, 6], dtype=np.int32), "target": 9}
-    batch = HistoryCollator(2, [1], [2])([example])
+    batch = HistoryCollator(2, [1], [2], pad_to_multiple_of=1)([example])
     assert batch["items"].tolist() == [[0, 5, 6, 0]]
     assert batch["seen"].tolist() == [[4, 5, 6]]
     assert batch["target"].tolist() == [9]
     assert set(ItemCollator(2)([example])) == {"items", "seen", "target"}
+
+
+def test_padding_never_reaches_beyond_the_learnt_positions():
+    example = {"history": np.arange(1, 11), "targets": np.arange(2, 12)}
+    batch = ItemCollator(10)([example, {"history": np.array([3]), "targets": np.array([4])}])
+    assert batch["items"].shape == batch["labels"].shape == (2, 10)
