@@ -381,12 +381,23 @@ class EmbedArguments(StageTrainingArguments):
     image_size: int = field(
         default=64, metadata={"help": "From scratch: side in pixels of the square that pictures are resized to."}
     )
-    patch_size: int = field(default=16, metadata={"help": "From scratch: side of a patch in pixels."})
+    patch_size: int = field(
+        default=32,
+        metadata={"help": "From scratch: side of a patch in pixels; large ones learn shapes from few pictures."},
+    )
     hidden_size: int = field(default=128, metadata={"help": "From scratch: width of both transformers."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "From scratch: blocks of either transformer."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "From scratch: blocks of either transformer."})
     projection_dim: int = field(default=128, metadata={"help": "From scratch: width of the embeddings."})
     max_text_length: int = field(default=32, metadata={"help": "From scratch: tokens that a text is cut to."})
-    num_train_epochs: float = field(default=30, metadata={"help": "train_dual_encoder: epochs at most."})
+    num_train_epochs: float = field(default=40, metadata={"help": "train_dual_encoder: epochs at most."})
+    early_stopping_patience: int = field(
+        default=10,
+        metadata={"help": "train_dual_encoder: stop after this many evaluations that are no better; 0 never stops."},
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps, or share of all steps, in which the learning rate rises to its peak."}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "train_dual_encoder: weight decay."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "train_dual_encoder: pairs a device compares with each other in one step."}
     )

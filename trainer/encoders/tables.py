@@ -1,4 +1,4 @@
-"""Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have the modality."""
+"""Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have it."""
 
 import os
 from pathlib import Path
@@ -64,8 +64,7 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tupl
     present = tensors.pop(PRESENT_KEY, None)
     if modality not in tensors and len(tensors) != 1:
         raise ValueError(
-            f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or keep that table alone "
-            "in the file."
+            f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or leave the others out."
         )
     embeddings = tensors[modality] if modality in tensors else next(iter(tensors.values()))
     embeddings = _validated(path, modality, embeddings, num_items)

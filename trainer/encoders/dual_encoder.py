@@ -1,0 +1,382 @@
+"""Dual encoders (CLIP, SigLIP): texts and pictures in one space, by name or trained on the catalogue's own pairs."""
+
+import io
+import os
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BatchFeature,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Trainer,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+HEAD_WIDTH = 32
+# Augmentation of training pairs.
+DROPPED_WORDS = 0.3
+SMALLEST_CROP = 0.9
+
+
+class ItemPictures(Sequence):
+    """
+    The pictures of the items that have one, each decoded to RGB when it is asked for.
+
+    Args:
+        items (`datasets.Dataset`): `PreparedDataset.items()`.
+
+    Attributes:
+        rows (`torch.LongTensor`): `(num_pictures,)` rows of the items in the order of the pictures.
+
+    Raises:
+        ValueError: If the items have no column of pictures.
+    """
+
+    def __init__(self, items: datasets.Dataset):
+        if "image" not in items.column_names:
+            raise ValueError(
+                "The prepared dataset has no pictures; prepare it from a source that has, or embed another column."
+            )
+        has_picture = items.data.column("image").is_valid().to_numpy()
+        self.rows = torch.from_numpy(np.flatnonzero(has_picture) + 1)
+        self._items = items.select_columns(["item_id", "image"]).cast_column("image", datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        item = self._items[int(self.rows[index]) - 1]
+        return _decode(item["image"]["bytes"], item["item_id"])
+
+
+def _decode(data: bytes, item_id: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.has_transparency_data:
+                # What lies under a transparent pixel is arbitrary, and shops show their products on white.
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    # Pillow reports damage by any of these, depending on the format.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"The image of item '{item_id}' in the prepared dataset cannot be read ({error}); replace it and run "
+            "`mmesid prepare` again, which can also count it as missing."
+        ) from error
+
+
+class DualEncoder:
+    """
+    A model with `get_text_features` and `get_image_features`, and its processor.
+
+    Args:
+        model (`PreTrainedModel`): CLIP, SigLIP, SigLIP2 or a model with the same two methods.
+        processor (`ProcessorMixin`): The model's tokenizer and image processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        self.model = model.to(PartialState().device)
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "DualEncoder":
+        """
+        Args:
+            name_or_path (`str`): A repository on the Hub or a directory.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+
+        Raises:
+            ValueError: If the model is no dual encoder.
+        """
+        model = AutoModel.from_pretrained(name_or_path, revision=revision, dtype=dtype)
+        if not {"get_text_features", "get_image_features"} <= set(dir(type(model))):
+            raise ValueError(
+                f"'{name_or_path}' is a {type(model).__name__}, which is no dual encoder of texts and pictures; name "
+                "a CLIP or SigLIP model, or use --encoder sentence for texts."
+            )
+        return cls(model, AutoProcessor.from_pretrained(name_or_path, revision=revision))
+
+    @classmethod
+    def from_captions(
+        cls,
+        captions: list[str],
+        image_size: int = 64,
+        patch_size: int = 32,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 2,
+        projection_dim: int = 128,
+        max_text_length: int = 32,
+        vocab_size: int = 4096,
+    ) -> "DualEncoder":
+        """
+        A small untrained CLIP whose tokenizer is trained on the captions.
+
+        Args:
+            captions (`list[str]`): Texts that the tokenizer learns from.
+            image_size (`int`, *optional*, defaults to 64): Side in pixels of the square that pictures are resized to.
+            patch_size (`int`, *optional*, defaults to 32):
+                Side in pixels of a patch; divides `image_size`. With few pictures, large patches learn shapes where
+                small ones learn little but colours.
+            hidden_size (`int`, *optional*, defaults to 128): Width of both transformers, a multiple of 32.
+            num_hidden_layers (`int`, *optional*, defaults to 2): Blocks of either transformer.
+            projection_dim (`int`, *optional*, defaults to 128): Width of the common space.
+            max_text_length (`int`, *optional*, defaults to 32): Tokens a text is cut to, its two ends included.
+            vocab_size (`int`, *optional*, defaults to 4096): Largest vocabulary of the tokenizer.
+
+        Raises:
+            ValueError: If the sizes do not divide.
+        """
+        if image_size % patch_size or hidden_size % HEAD_WIDTH:
+            raise ValueError(
+                f"image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size "
+                f"{hidden_size} of {HEAD_WIDTH}."
+            )
+        tokenizer = train_tokenizer(captions, vocab_size, max_text_length)
+        transformer = {
+            "hidden_size": hidden_size,
+            "intermediate_size": 4 * hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": hidden_size // HEAD_WIDTH,
+        }
+        config = CLIPConfig(
+            text_config={
+                **transformer,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": max_text_length,
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            },
+            vision_config={**transformer, "image_size": image_size, "patch_size": patch_size},
+            projection_dim=projection_dim,
+        )
+        # The whole picture, squeezed into a square: a crop would cut off what tells one product from another.
+        image_processor = CLIPImageProcessorPil(size={"height": image_size, "width": image_size}, do_center_crop=False)
+        return cls(CLIPModel(config), CLIPProcessor(image_processor, tokenizer))
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes model and processor, which `AutoModel`, `AutoProcessor` and [`~DualEncoder.from_pretrained`] load."""
+        self.model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+
+    def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:
+        """Model inputs for texts, for pictures, or for pairs of both."""
+        text_config = self.model.config.text_config
+        # SigLIP reads the last position of a text, whatever it holds, and has learnt from texts padded to one length.
+        padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
+        text_settings = {"padding": padding, "truncation": True, "max_length": text_config.max_position_embeddings}
+        return self.processor(
+            text=texts, images=images, return_tensors="pt", **(text_settings if texts is not None else {})
+        )
+
+    def encode_texts(self, texts: list[str], batch_size: int = 64, disable_tqdm: bool = False) -> torch.Tensor:
+        """
+        Args:
+            texts (`list[str]`): `num_texts` texts; those longer than the model's limit are cut.
+            batch_size (`int`, *optional*, defaults to 64): Texts encoded at a time, which are of similar length.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+        Returns:
+            `torch.Tensor`: `(num_texts, dimension)` in float32, on the CPU.
+        """
+        longest_first = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+        return self._encode(
+            longest_first,
+            lambda indices: self.prepare(texts=[texts[index] for index in indices]),
+            self.model.get_text_features,
+            batch_size,
+            tqdm(total=len(texts), desc="texts", unit="text", disable=disable_tqdm),
+        )
+
+    def encode_images(
+        self, images: Sequence[Image.Image], batch_size: int = 64, disable_tqdm: bool = False
+    ) -> torch.Tensor:
+        """
+        Args:
+            images (`Sequence[PIL.Image.Image]`): `num_images` pictures, read one batch at a time.
+            batch_size (`int`, *optional*, defaults to 64): Pictures encoded at a time.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+        Returns:
+            `torch.Tensor`: `(num_images, dimension)` in float32, on the CPU.
+        """
+        return self._encode(
+            range(len(images)),
+            lambda indices: self.prepare(images=[images[index] for index in indices]),
+            self.model.get_image_features,
+            batch_size,
+            tqdm(total=len(images), desc="images", unit="image", disable=disable_tqdm),
+        )
+
+    @torch.inference_mode()
+    def _encode(self, order: Sequence[int], prepare, get_features, batch_size: int, progress: tqdm) -> torch.Tensor:
+        self.model.eval()
+        embeddings = None
+        with progress:
+            for start in range(0, len(order), batch_size):
+                indices = order[start : start + batch_size]
+                inputs = prepare(indices).to(self.model.device, self.model.dtype)
+                features = get_features(**inputs)
+                # Up to transformers 4, and in remote code, the features come as they are.
+                features = features if isinstance(features, torch.Tensor) else features.pooler_output
+                if embeddings is None:
+                    embeddings = torch.empty(len(order), features.shape[1])
+                embeddings[list(indices)] = features.float().cpu()
+                progress.update(len(indices))
+        return embeddings
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, in lower case, that puts every text between `<bos>` and `<eos>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        # Every byte, so that no script and no sign is unknown.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    ends = {name: (token, tokenizer.token_to_id(token)) for name, token in SPECIAL_TOKENS.items()}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL_TOKENS['bos_token']} $A {SPECIAL_TOKENS['eos_token']}",
+        special_tokens=[ends["bos_token"], ends["eos_token"]],
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL_TOKENS)
+
+
+class CaptionedPictures(torch.utils.data.Dataset):
+    """
+    Pairs of text and picture. With augmentation, a pair never looks the same twice: words are left out of the text,
+    and the picture is cropped and mirrored.
+
+    Args:
+        captions (`list[str]`): One text a picture.
+        pictures (`Sequence[PIL.Image.Image]`): The pictures.
+        indices (`list[int]`): The pairs of this set.
+        augment (`bool`, *optional*, defaults to `False`): Whether to augment.
+    """
+
+    def __init__(
+        self, captions: list[str], pictures: Sequence[Image.Image], indices: list[int], augment: bool = False
+    ):
+        self.captions = captions
+        self.pictures = pictures
+        self.indices = indices
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        caption, picture = self.captions[self.indices[index]], self.pictures[self.indices[index]]
+        if self.augment:
+            caption, picture = drop_words(caption), crop_and_mirror(picture)
+        return caption, picture
+
+
+def drop_words(caption: str) -> str:
+    words = caption.split()
+    kept = torch.rand(len(words)) >= DROPPED_WORDS
+    return " ".join(word for word, keep in zip(words, kept.tolist()) if keep)
+
+
+def crop_and_mirror(picture: Image.Image) -> Image.Image:
+    scale, x, y, mirror = torch.rand(4).tolist()
+    scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
+    width, height = scale * picture.width, scale * picture.height
+    left, top = x * (picture.width - width), y * (picture.height - height)
+    picture = picture.crop((round(left), round(top), round(left + width), round(top + height)))
+    return ImageOps.mirror(picture) if mirror < 0.5 else picture
+
+
+def shrink(pictures: Sequence[Image.Image], size: int, disable_tqdm: bool = False) -> list[Image.Image]:
+    """The pictures as squares of `size` pixels a side: small enough to be held in memory, and quick to crop."""
+    progress = tqdm(range(len(pictures)), desc="pictures", unit="image", delay=2, disable=disable_tqdm)
+    return [pictures[index].resize((size, size), Image.Resampling.BICUBIC) for index in progress]
+
+
+class DualEncoderTrainer(Trainer):
+    """
+    Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
+
+    Args:
+        encoder (`DualEncoder`): What to train.
+        args (`StageTrainingArguments`): The Trainer's arguments.
+        train_dataset (`CaptionedPictures`): The pairs to learn from.
+        eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
+    """
+
+    def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):
+        super().__init__(
+            encoder.model,
+            args,
+            data_collator=self.collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=encoder.processor,
+            compute_metrics=retrieval_metrics,
+            **kwargs,
+        )
+        self.encoder = encoder
+        # The loss is a mean over the batch, though forward takes keyword arguments.
+        self.model_accepts_loss_kwargs = False
+
+    def collate(self, pairs: list[tuple[str, Image.Image]]) -> BatchFeature:
+        captions, pictures = zip(*pairs)
+        return self.encoder.prepare(list(captions), list(pictures))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, return_loss=True)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        embeddings = torch.stack([outputs.text_embeds, outputs.image_embeds], dim=1).float()
+        # Metrics are only computed where there are labels; the right answer to a text is the picture beside it.
+        return loss, embeddings, torch.zeros(len(embeddings), device=embeddings.device)
+
+
+def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    How well pairs find each other, from texts to pictures and back, a tie counting against the right answer.
+
+    Args:
+        prediction (`EvalPrediction`): `predictions` of shape `(num_pairs, 2, dimension)`: texts, pictures.
+
+    Returns:
+        `dict[str, float]`: `recall@1`, `recall@10` and `mrr`, the mean reciprocal rank, over both directions.
+    """
+    texts, images = torch.from_numpy(prediction.predictions).unbind(dim=1)
+    scores = texts @ images.T
+    right = scores.diagonal()
+    ranks = torch.cat([(scores >= right[:, None]).sum(dim=1), (scores >= right[None, :]).sum(dim=0)])
+    return {
+        "recall@1": (ranks <= 1).float().mean().item(),
+        "recall@10": (ranks <= 10).float().mean().item(),
+        "mrr": (1 / ranks).mean().item(),
+    }

