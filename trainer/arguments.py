@@ -152,7 +152,11 @@ class QuantizeArguments(StageTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of encoders and decoders."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of encoders and decoders."})
+    early_stopping_patience: int = field(
+        default=10,
+        metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`; 0 never stops."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rates fall."})
     metric_for_best_model: str | None = field(
         default="tau",

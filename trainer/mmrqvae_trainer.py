@@ -6,16 +6,18 @@ import math
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
+from .arguments import QuantizeArguments
 from .kmeans import kmeans
-from .metrics.codes.codes import Codes
-from .metrics.forgetting.forgetting import Forgetting
+from .metrics.codes.codes import code_health
+from .metrics.forgetting.forgetting import mean_tau, pooled_tau
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +26,7 @@ ENCODING_BATCH = 8_192
 # Held-out items whose distances are compared, and to how many others each: evaluation takes a second, whatever the
 # catalogue.
 TAU_ITEMS = 512
-TAU_OTHERS = 256
+TAU_OTHERS = 128
 
 
 class ItemTables(Dataset):
@@ -119,7 +121,10 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         branch.input_mean.copy_(mean)
         branch.input_scale.copy_(variance.sqrt().clamp_min(1e-12))
         if config.encoder_projection:
-            _project_on_principal_directions(branch, batches)
+            _fit_projection(branch, batches)
+            if modality != config.modalities[0]:
+                anchor = model.branches[config.modalities[0]]
+                _rotate_projection(branch, anchor, dataset, modality, config.modalities[0])
         latents = torch.cat([branch.encode(batch) for batch in batches])
         residual = latents.clone()
         for layer in branch.quantizer.layers:
@@ -130,14 +135,32 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             fit_linear_decoder(branch, latents - residual, batches)
 
 
-def _project_on_principal_directions(branch, batches: list[torch.Tensor]) -> None:
-    """Distances survive a rotation; where the latent is narrower than the embedding, the directions of least variance
-    go."""
+def _fit_projection(branch, batches: list[torch.Tensor]) -> None:
+    """Principal directions: distances survive a rotation, and where the latent is narrower than the embedding, the
+    directions of least variance go."""
     covariance = sum(branch.standardize(batch).T.double() @ branch.standardize(batch).double() for batch in batches)
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
     kept = min(branch.projection.shape)
     branch.projection.zero_()
     branch.projection[:kept] = directions[:kept].to(branch.projection.dtype)
+
+
+def _rotate_projection(branch, anchor, dataset: ItemTables, modality: str, anchor_modality: str) -> None:
+    """Turns the latents of a modality towards the anchor's, which no distance within the modality notices."""
+    device = branch.input_mean.device
+    both = dataset.rows[dataset.present[modality][dataset.rows] & dataset.present[anchor_modality][dataset.rows]]
+    products = 0
+    for rows in both.split(ENCODING_BATCH):
+        left, right = (
+            nn.functional.linear(
+                part.standardize(dataset.embeddings[name][rows].to(device, torch.float32)), part.projection
+            )
+            for name, part in ((anchor_modality, anchor), (modality, branch))
+        )
+        products = products + left.double().T @ right.double()
+    if len(both):
+        left, _, right = torch.linalg.svd(products)
+        branch.projection.copy_((left @ right).to(branch.projection.dtype) @ branch.projection)
 
 
 def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tensor]) -> None:
@@ -173,13 +196,12 @@ def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, to
 
 
 def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str, float]:
-    """[`~trainer.metrics.codes.codes.Codes`] a modality, and the collisions of the concatenated ID of the items that
-    have any modality."""
+    """[`~trainer.metrics.codes.codes.code_health`] a modality, and the collisions of the concatenated ID of the items
+    that have any modality."""
     metrics = {}
     for modality, values in codes.items():
-        metric = Codes(keep_in_memory=True)
-        metric.add_batch(codes=values[values[:, 0] >= 0].numpy())
-        metrics |= {f"{name}_{modality}": value for name, value in metric.compute(codebook_size=codebook_size).items()}
+        health = code_health(values[values[:, 0] >= 0].numpy(), codebook_size)
+        metrics |= {f"{name}_{modality}": value for name, value in health.items()}
     joined = torch.cat(list(codes.values()), 1)
     joined = joined[(joined >= 0).any(1)]
     _, owners = torch.unique(joined, dim=0, return_counts=True)
@@ -211,16 +233,18 @@ def history_metrics(
         `dict[str, float]`: `tau`, the mean of the users' taus, and `tau_pooled`, over the pairs of all users.
     """
     sample = np.random.default_rng(seed).permutation(len(sequences))[:users]
-    metric = Forgetting(keep_in_memory=True)
+    groups, targets, histories = [], [], []
     for user in sample:
         example = sequences[int(user)]
-        history = torch.as_tensor(np.asarray(example["history"], dtype=np.int64))
-        target = int(example["target"])
-        history = history[present[history] & present[target]]
-        if len(history):
-            before, after = ((table[history] - table[target]).norm(dim=1).numpy() for table in (embeddings, quantized))
-            metric.add_batch(groups=np.full(len(history), user), before=before, after=after)
-    return metric.compute()
+        history = np.asarray(example["history"], dtype=np.int64)
+        groups.append(np.full(len(history), user))
+        targets.append(np.full(len(history), example["target"], dtype=np.int64))
+        histories.append(history)
+    groups, targets, histories = (torch.from_numpy(np.concatenate(parts)) for parts in (groups, targets, histories))
+    kept = present[targets] & present[histories]
+    groups, targets, histories = groups[kept], targets[kept], histories[kept]
+    before, after = ((table[targets] - table[histories]).norm(dim=1).numpy() for table in (embeddings, quantized))
+    return {"tau": mean_tau(groups.numpy(), before, after), "tau_pooled": pooled_tau(before, after)}
 
 
 class MMRQVAETrainer(Trainer):
@@ -235,7 +259,7 @@ class MMRQVAETrainer(Trainer):
 
     Args:
         model ([`MMRQVAEModel`]): Already initialised by [`initialize`].
-        args (`TrainingArguments`): As in [`~transformers.Trainer`].
+        args ([`~trainer.arguments.QuantizeArguments`]): As in [`~transformers.Trainer`].
         train_dataset ([`ItemTables`]): Items to learn from.
         eval_dataset ([`ItemTables`]): Held-out items.
         kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
@@ -244,7 +268,7 @@ class MMRQVAETrainer(Trainer):
     def __init__(
         self,
         model: MMRQVAEModel,
-        args: TrainingArguments,
+        args: QuantizeArguments,
         train_dataset: ItemTables,
         eval_dataset: ItemTables,
         **kwargs,
@@ -264,6 +288,23 @@ class MMRQVAETrainer(Trainer):
         self._counts = {name: torch.zeros(config.num_quantizers, config.codebook_size) for name in config.modalities}
         self._steps_counted = 0
         self._losses: dict[str, float] = {}
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One group for the code vectors, with a rate of their own and no decay, and one for encoders and decoders."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            codebooks = [parameter for name, parameter in trained.items() if name.endswith(".codebook")]
+            networks = [parameter for name, parameter in trained.items() if not name.endswith(".codebook")]
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": codebooks, "lr": self.args.codebook_learning_rate, "weight_decay": 0.0},
+                    {"params": networks, "weight_decay": self.args.weight_decay},
+                ],
+                **settings,
+            )
+        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)
@@ -359,14 +400,12 @@ class MMRQVAETrainer(Trainer):
 
 
 def _pairwise_tau(embeddings: np.ndarray, quantized: np.ndarray) -> float:
-    metric = Forgetting(keep_in_memory=True)
-    others = slice(1, 1 + TAU_OTHERS)
-    for item in range(min(len(embeddings), TAU_ITEMS)):
-        # Rolled so that every item meets others of its own, in an order that is the same at every evaluation.
-        before = np.linalg.norm(np.roll(embeddings, -item, 0)[others] - embeddings[item], axis=1)
-        after = np.linalg.norm(np.roll(quantized, -item, 0)[others] - quantized[item], axis=1)
-        metric.add_batch(groups=np.full(len(before), item), before=before, after=after)
-    return metric.compute()["tau"]
+    items = min(len(embeddings), TAU_ITEMS)
+    # Everyone meets those that follow, around the end: others of its own, and the same at every evaluation.
+    left = np.repeat(np.arange(items), min(len(embeddings) - 1, TAU_OTHERS))
+    right = (left + 1 + np.tile(np.arange(len(left) // items), items)) % len(embeddings)
+    before, after = (np.linalg.norm(table[left] - table[right], axis=1) for table in (embeddings, quantized))
+    return mean_tau(left, before, after)
 
 
 def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder_hidden_dims=arguments.encoder_hidden_dims,
         objective=arguments.objective,
         objective_weight=arguments.objective_weight,
+        distance_focus=arguments.distance_focus,
         commitment_loss_weight=arguments.commitment_loss_weight,
         alignment=arguments.alignment,
         alignment_loss_weight=arguments.alignment_loss_weight,

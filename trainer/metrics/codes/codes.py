@@ -31,6 +31,23 @@ Examples:
 _CITATION = ""
 
 
+def code_health(codes: np.ndarray, codebook_size: int) -> dict[str, float]:
+    """What the metric returns, for `(items, levels)` codes that are at hand whole."""
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        wrong = codes.min() if codes.min() < 0 else codes.max()
+        raise ValueError(f"A code is {wrong}; codes go from 0 to {codebook_size - 1}.")
+    metrics = {}
+    for level, column in enumerate(codes.T, start=1):
+        counts = np.bincount(column, minlength=codebook_size)
+        shares = counts[counts > 0] / len(column)
+        metrics[f"use@{level}"] = len(shares) / codebook_size
+        metrics[f"dead@{level}"] = codebook_size - len(shares)
+        metrics[f"perplexity@{level}"] = float(np.exp(-(shares * np.log(shares)).sum()))
+    _, owners = np.unique(codes, axis=0, return_counts=True)
+    metrics["collisions"] = float(owners[owners > 1].sum() / len(codes))
+    return metrics
+
+
 class Codes(evaluate.Metric):
     """Use `metric.add_batch(codes=...)` as often as needed, then `metric.compute(codebook_size=...)`."""
 
@@ -43,17 +60,4 @@ class Codes(evaluate.Metric):
         )
 
     def _compute(self, codes, codebook_size: int) -> dict[str, float]:
-        codes = np.asarray(codes, dtype=np.int64)
-        if codes.min() < 0 or codes.max() >= codebook_size:
-            wrong = codes.min() if codes.min() < 0 else codes.max()
-            raise ValueError(f"A code is {wrong}; codes go from 0 to {codebook_size - 1}.")
-        metrics = {}
-        for level, column in enumerate(codes.T, start=1):
-            counts = np.bincount(column, minlength=codebook_size)
-            shares = counts[counts > 0] / len(column)
-            metrics[f"use@{level}"] = len(shares) / codebook_size
-            metrics[f"dead@{level}"] = codebook_size - len(shares)
-            metrics[f"perplexity@{level}"] = float(np.exp(-(shares * np.log(shares)).sum()))
-        _, owners = np.unique(codes, axis=0, return_counts=True)
-        metrics["collisions"] = float(owners[owners > 1].sum() / len(codes))
-        return metrics
+        return code_health(np.asarray(codes, dtype=np.int64), codebook_size)

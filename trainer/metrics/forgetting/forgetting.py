@@ -51,6 +51,24 @@ def kendall_tau(before: np.ndarray, after: np.ndarray) -> float:
     return concordant / np.sqrt(before_ties * after_ties) if before_ties and after_ties else float("nan")
 
 
+def mean_tau(groups: np.ndarray, before: np.ndarray, after: np.ndarray) -> float:
+    """The metric's `tau`, for arrays that are at hand whole: feeding them to the metric costs more than the taus."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    taus = []
+    for members in np.split(order, starts):
+        if len(members) > 1 and np.ptp(before[members]) > 0:
+            tau = kendall_tau(before[members], after[members])
+            taus.append(0.0 if np.isnan(tau) else tau)
+    return float(np.mean(taus)) if taus else float("nan")
+
+
+def pooled_tau(before: np.ndarray, after: np.ndarray) -> float:
+    """The metric's `tau_pooled`."""
+    spaced = np.linspace(0, len(before) - 1, min(len(before), MAXIMUM_POOLED)).astype(np.int64)
+    return kendall_tau(before[spaced], after[spaced])
+
+
 class Forgetting(evaluate.Metric):
     """Use `metric.add_batch(groups=..., before=..., after=...)` as often as needed, then `metric.compute()`."""
 
@@ -70,15 +88,4 @@ class Forgetting(evaluate.Metric):
 
     def _compute(self, groups, before, after) -> dict[str, float]:
         groups, before, after = np.asarray(groups), np.asarray(before), np.asarray(after)
-        order = np.argsort(groups, kind="stable")
-        starts = np.flatnonzero(np.diff(groups[order])) + 1
-        taus = []
-        for members in np.split(order, starts):
-            if len(members) > 1 and np.ptp(before[members]) > 0:
-                tau = kendall_tau(before[members], after[members])
-                taus.append(0.0 if np.isnan(tau) else tau)
-        spaced = np.linspace(0, len(order) - 1, min(len(order), MAXIMUM_POOLED)).astype(np.int64)
-        return {
-            "tau": float(np.mean(taus)) if taus else float("nan"),
-            "tau_pooled": kendall_tau(before[spaced], after[spaced]),
-        }
+        return {"tau": mean_tau(groups, before, after), "tau_pooled": pooled_tau(before, after)}

@@ -1,0 +1,136 @@
+"""
+How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, the default.
+
+    python examples/benchmarks/quantizer.py                   # a Markdown table, about ten minutes on two cores
+    python examples/benchmarks/quantizer.py --seeds 0 1 2     # mean over seeds
+    python examples/benchmarks/quantizer.py --json            # one object: `tau` of the default setting, and the table
+
+The data are a folder with `sequences.txt` (a user and the rows of the user's items, oldest first, a line) and one
+safetensors table of embeddings a modality, row 0 padding, such as Amazon Beauty's with the paper's own SASRec vectors.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
+from trainer.arguments import QuantizeArguments
+from trainer.data.prepared import Sequences
+from trainer.encoders.tables import import_table
+from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_metrics, initialize
+from trainer.records import peak_memory_bytes
+from trainer.training import fit
+
+
+logging.set_verbosity_error()
+
+DEFAULT = "distance (default)"
+# Those trained on reconstructions have encoders without a projection, whose code vectors have to keep up with them.
+RECONSTRUCTION = {"learning_rate": 1e-3, "codebook_learning_rate": 1e-3, "per_device_train_batch_size": 1024}
+QUANTIZERS = {
+    "residual k-means": ({"objective": "distance", "encoder_hidden_dims": []}, None),
+    "MSE": ({"objective": "mse"}, RECONSTRUCTION),
+    "MMD (paper)": ({"objective": "paper"}, RECONSTRUCTION),
+    DEFAULT: ({"objective": "distance"}, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, default=Path("../shared/data/beauty"), help="The folder of the data.")
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        default=["collaborative=collaborative_sasrec.safetensors", "text=text_minilm.safetensors"],
+        help="modality=file in the folder, the anchor first.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds to average over.")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS), help="Rows of the table."
+    )
+    parser.add_argument("--epochs", type=int, help="Instead of the default number.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a Markdown table.")
+    arguments = parser.parse_args()
+    sequences = read_sequences(arguments.data_dir / "sequences.txt")
+    highest = int(max(sequences.histories.max(), sequences.targets.max()))
+    tables = dict(entry.split("=", 1) for entry in arguments.tables)
+    loaded = {name: import_table(arguments.data_dir / file, name, highest) for name, file in tables.items()}
+    items = ItemTables(
+        {name: pair[0] for name, pair in loaded.items()}, {name: pair[1] for name, pair in loaded.items()}
+    )
+    table = {}
+    for name in arguments.only:
+        runs = [measure(items, sequences, seed, *QUANTIZERS[name], arguments.epochs) for seed in arguments.seeds]
+        table[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
+    memory = peak_memory_bytes() / 2**30
+    if arguments.json:
+        tau = {modality: table[DEFAULT][f"tau_{modality}"] for modality in tables} if DEFAULT in table else {}
+        print(json.dumps({"tau": tau, "seeds": arguments.seeds, "peak_memory_gib": memory, "table": table}, indent=2))
+        return
+    columns = list(next(iter(table.values())))
+    print("| quantizer | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
+    for name, values in table.items():
+        print(f"| {name} | " + " | ".join(f"{values[column]:.4g}" for column in columns) + " |")
+    print(f"\nSeeds {arguments.seeds}, peak memory {memory:.2f} GiB, {torch.get_num_threads()} threads.")
+
+
+def read_sequences(path: Path) -> Sequences:
+    """Every user's last item as the target, and all before it as the history."""
+    users, rows = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        user, *items = line.split()
+        users.append(user)
+        rows.append(np.array(items, dtype=np.int32))
+    offsets = np.concatenate([[0], np.cumsum([len(items) - 1 for items in rows])])
+    targets = np.array([items[-1] for items in rows], dtype=np.int32)
+    return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets)
+
+
+def measure(
+    items: ItemTables, sequences: Sequences, seed: int, config: dict, training: dict | None, epochs: int | None
+) -> dict[str, float]:
+    """Makes one quantizer (by its initialisation alone if `training` is None) and measures it."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = QuantizeArguments(
+            output_dir=directory,
+            prepared_dir="",
+            embeddings_dir="",
+            seed=seed,
+            disable_tqdm=True,
+            **(training or {}) | ({"num_train_epochs": epochs} if epochs else {}),
+        )
+        set_seed(seed)
+        widths = [table.shape[1] for table in items.embeddings.values()]
+        model = MMRQVAEModel(MMRQVAEConfig(modalities=list(items.embeddings), embedding_dims=widths, **config))
+        learnt, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(seed))
+        initialize(model, learnt, seed)
+        trainer = MMRQVAETrainer(model, arguments, learnt, held_out)
+        if training is not None:
+            fit(trainer)
+        evaluated = trainer.evaluate()
+    codes, quantized = encode_items(model, items)
+    seconds = time.perf_counter() - start
+    health = code_metrics(codes, model.config.codebook_size)
+    row = {}
+    for modality, table in items.embeddings.items():
+        taus = history_metrics(table, items.present[modality], quantized[modality], sequences, seed=seed)
+        row |= {f"{name}_{modality}": value for name, value in taus.items()}
+    anchor = model.config.modalities[0]
+    row["least use"] = min(value for name, value in health.items() if name.startswith("use@"))
+    row[f"collisions_{anchor}"] = health[f"collisions_{anchor}"]
+    row["collisions"] = health["collisions"]
+    row |= {name.removeprefix("eval_"): value for name, value in evaluated.items() if name.startswith("eval_recall@1")}
+    row["seconds"] = seconds
+    return row
+
+
+if __name__ == "__main__":
+    main()
