@@ -148,7 +148,7 @@ class StageRun:
     @property
     def checkpoints_dir(self) -> Path:
         """Where a Trainer keeps its checkpoints until the stage succeeds; never those of other settings or inputs."""
-        return self.output_dir / "checkpoints" / self.fingerprint[:16]
+        return self.output_dir / "checkpoints" / f"{self.record_path.stem}-{self.fingerprint[:16]}"
 
     def is_up_to_date(self) -> bool:
         """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
@@ -214,7 +214,9 @@ class StageRun:
         for name in outdated:
             (self.output_dir / name).unlink(missing_ok=True)
         shutil.rmtree(self.staging)
-        shutil.rmtree(self.checkpoints_dir.parent, ignore_errors=True)
+        # Also those of earlier settings; not those of a stage that shares the directory.
+        for checkpoints in self.checkpoints_dir.parent.glob(f"{self.record_path.stem}-*"):
+            shutil.rmtree(checkpoints)
         write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
         print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
 
