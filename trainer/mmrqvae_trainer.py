@@ -352,20 +352,23 @@ class MMRQVAETrainer(Trainer):
         self.log(logs)
 
     def _revive(self, model: MMRQVAEModel, modality: str, dead: torch.Tensor, inputs: dict) -> None:
-        values = inputs["embeddings"][modality][inputs["present"][modality]]
-        if not dead.any() or len(values) == 0:
+        if not dead.any():
             return
+        values = inputs["embeddings"][modality][inputs["present"][modality]]
         branch = model.branches[modality]
         residual = branch.encode(values).float()
         for level, layer in enumerate(branch.quantizer.layers):
             codes = dead[level].nonzero()[:, 0]
             if len(codes):
-                chosen = torch.randint(len(residual), (len(codes),), device=residual.device)
-                vectors = residual[chosen].to(layer.codebook.dtype)
+                vectors = layer.codebook[codes]
+                if len(residual):
+                    chosen = torch.randint(len(residual), (len(codes),), device=residual.device)
+                    vectors = residual[chosen].to(vectors.dtype)
                 if self.args.world_size > 1:
+                    # All processes move a code to the same place, also one whose last batch lacks the modality.
                     torch.distributed.broadcast(vectors, 0)
                 layer.codebook[codes] = vectors
-                state = self.optimizer.optimizer.state.get(layer.codebook, {}) if self.optimizer is not None else {}
+                state = self.optimizer.state.get(layer.codebook, {})
                 for name in ("exp_avg", "exp_avg_sq"):
                     if name in state:
                         state[name][codes] = 0
