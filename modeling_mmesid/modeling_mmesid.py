@@ -133,13 +133,17 @@ class MMESIDItems(nn.Module):
         return torch.stack(sources, dim=1)
 
     def weights(self, items: torch.Tensor) -> torch.Tensor:
-        """Fusion weights of shape `(items, sources)`; a missing modality has weight 0 and the others share it."""
+        """
+        Fusion weights of shape `(items, sources)`, scaled to sum to the number of sources: a factor that no ranking sees,
+        without which every source would learn more slowly the more there are. A missing modality has weight 0 and the
+        others share it.
+        """
         present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
         present = torch.stack(present, dim=1)
         # An item with no source at all (padding) would make the softmax undefined; its vector is zero.
         any_present = present.any(-1, keepdim=True)
-        return self.fusion(items, present | ~any_present) * any_present
+        return self.fusion(items, present | ~any_present) * any_present * present.shape[1]
 
     def vectors(self, items: torch.Tensor) -> torch.Tensor:
         """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
@@ -381,11 +385,15 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 modality.codes.copy_(codes[name].clamp(min=0))
             if code_vectors is not None:
                 modality.code_vectors.copy_(code_vectors[name])
+                # As long as an ID vector, on average: one source must not drown the others before training. A factor
+                # leaves the distances that the quantizer kept in proportion.
+                length = modality.embed_codes(has.nonzero()[:, 0]).norm(dim=-1).mean()
+                modality.code_vectors.mul_(self.config.initializer_range * self.config.hidden_size**0.5 / length)
 
     def item_table(self) -> torch.Tensor:
         """
-        The fused table t_i = g_{i,0} w_i + sum_m g_{i,m} (...), of shape `(items + 1, hidden)`: the score of item i is
-        its inner product with the user representation. Row 0 is padding and zero.
+        The fused table of shape `(items + 1, hidden)`, t_i = S (g_{i,0} w_i + sum_m g_{i,m} (...)) over S sources: the
+        score of item i is its inner product with the user representation. Row 0 is padding and zero.
         """
         return self.items.vectors(torch.arange(self.config.num_items + 1, device=self.items.fusion.frequencies.device))
 

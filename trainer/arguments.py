@@ -174,7 +174,10 @@ class FinetuneArguments(StageTrainingArguments):
     )
     quantizer_dir: str | None = field(
         default=None,
-        metadata={"help": "Directory written by `mmesid quantize`; its modalities are the recommender's."},
+        metadata={"help": "Directory written by `mmesid quantize`."},
+    )
+    modalities: list[str] | None = field(
+        default=None, metadata={"help": "Modalities of the quantizer that items carry; all of them by default."}
     )
     use_content: bool = field(
         default=True,

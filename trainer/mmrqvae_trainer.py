@@ -179,13 +179,13 @@ def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tens
 @torch.no_grad()
 def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Codes `(items + 1, num_quantizers)` in int16 (in int32 for over 32,767 codes a level) and quantized vectors
-    `(items + 1, codebook_dim)` of all rows of the tables a modality, on the CPU; -1 and 0 where the modality is
+    `(items + 1, codebook_dim)` of all rows of the dataset's tables a modality, on the CPU; -1 and 0 where the modality is
     missing."""
     model.eval()
     dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
     codes, quantized = {}, {}
-    for modality in model.config.modalities:
-        table, mask = dataset.embeddings[modality], dataset.present[modality]
+    for modality, table in dataset.embeddings.items():
+        mask = dataset.present[modality]
         codes[modality] = torch.full((len(table), model.config.num_quantizers), -1, dtype=dtype)
         quantized[modality] = torch.zeros(len(table), model.config.codebook_dim)
         for rows in mask.nonzero()[:, 0].split(ENCODING_BATCH):

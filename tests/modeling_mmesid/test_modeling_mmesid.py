@@ -80,10 +80,13 @@ def test_only_the_latest_items_are_read_but_all_are_masked():
 @pytest.mark.parametrize("share_item_table", [True, False])
 @pytest.mark.parametrize("use_item_ids", [True, False])
 def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
-    """t_i = g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m]), computed item by item from the parameters."""
+    """
+    t_i = S (g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m])), computed item by item from the parameters; S sources.
+    """
     model = new_model(share_item_table=share_item_table, use_item_ids=use_item_ids)
     table, items, fusion = model.item_table(), model.items, model.items.fusion
     logs = torch.log1p(torch.arange(NUM_ITEMS + 1).float())
+    num_sources = 2 + (use_item_ids or not share_item_table)
     for item in range(1, NUM_ITEMS + 1):
         norm = (logs[item] - logs[1]) / (logs[-1] - logs[1])
         logits = fusion.output(torch.nn.functional.gelu(fusion.hidden(norm[None]))).tolist()
@@ -103,12 +106,11 @@ def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
                 )
             vectors.append(vector)
             weights.append(np.exp(logit))
-        expected = (
-            sum(weight * vector for weight, vector in zip(weights, vectors, strict=True)) / sum(weights)
-            if weights
-            else 0
-        )
-        torch.testing.assert_close(table[item], torch.zeros_like(table[item]) + expected, rtol=1e-4, atol=1e-5)
+        expected = torch.zeros(16)
+        if weights:
+            shares = num_sources * np.array(weights) / sum(weights)
+            expected = sum(share * vector for share, vector in zip(shares.tolist(), vectors, strict=True))
+        torch.testing.assert_close(table[item], expected, rtol=1e-4, atol=1e-5)
     assert table[0].abs().max() == 0
 
 
@@ -143,11 +145,16 @@ def test_code_width_may_differ_from_the_backbone():
 
 
 def test_code_vectors_start_trained_and_stay_trainable():
+    """Trained up to one factor a modality, which makes the sums of code vectors as long as ID vectors."""
     model = new_model()
-    start = item_tables()["code_vectors"]["text"]
-    assert torch.equal(model.items.modalities["text"].code_vectors.detach(), start)
+    text, start = model.items.modalities["text"], item_tables()["code_vectors"]["text"]
+    factor = (text.code_vectors / start).detach()
+    assert factor.min() > 0
+    torch.testing.assert_close(factor, factor.flatten()[0].expand_as(factor))
+    lengths = text.embed_codes(text.present.nonzero()[:, 0]).norm(dim=-1)
+    assert lengths.mean().item() == pytest.approx(0.02 * 16**0.5, rel=1e-5)
     model(**pack_histories([[1, 2]], [5], [7], [[2, 3]])).loss.backward()
-    assert model.items.modalities["text"].code_vectors.grad.abs().sum() > 0
+    assert text.code_vectors.grad.abs().sum() > 0
 
 
 def test_id_only_model_needs_no_content():

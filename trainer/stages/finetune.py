@@ -79,7 +79,13 @@ def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, di
     """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and
     modality."""
     quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
-    modalities = quantizer.config.modalities
+    modalities = arguments.modalities or quantizer.config.modalities
+    unknown = sorted(set(modalities) - set(quantizer.config.modalities))
+    if unknown:
+        raise ValueError(
+            f"'{arguments.quantizer_dir}' has no modality '{unknown[0]}', only {', '.join(quantizer.config.modalities)}; "
+            "correct --modalities or quantize that table too."
+        )
     loaded = {
         modality: load_table(Path(arguments.embeddings_dir) / f"{modality}.safetensors", modality, num_items)
         for modality in modalities
@@ -94,7 +100,7 @@ def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, di
         tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
     settings = {
         "modalities": modalities,
-        "embedding_dims": quantizer.config.embedding_dims,
+        "embedding_dims": [table.shape[1] for table in items.embeddings.values()],
         "num_quantizers": quantizer.config.num_quantizers,
         "codebook_size": quantizer.config.codebook_size,
         "codebook_dim": quantizer.config.codebook_dim,
