@@ -12,6 +12,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
+from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from .arguments import QuantizeArguments
@@ -27,6 +28,7 @@ ENCODING_BATCH = 8_192
 # catalogue.
 TAU_ITEMS = 512
 TAU_OTHERS = 128
+TAU_POOL = 4_096
 
 
 class ItemTables(Dataset):
@@ -179,8 +181,8 @@ def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tens
 @torch.no_grad()
 def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Codes `(items + 1, num_quantizers)` in int16 (in int32 for over 32,767 codes a level) and quantized vectors
-    `(items + 1, codebook_dim)` of all rows of the dataset's tables a modality, on the CPU; -1 and 0 where the modality is
-    missing."""
+    `(items + 1, codebook_dim)` of all rows of the dataset's tables a modality, on the CPU; -1 and 0 where the modality
+    is missing."""
     model.eval()
     dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
     codes, quantized = {}, {}
@@ -252,10 +254,10 @@ class MMRQVAETrainer(Trainer):
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 
     Once an epoch the codes that no item of the epoch chose are moved to random residuals of the last batch. Evaluation
-    on held-out items measures `tau` (Kendall's tau of the distances between them, mean over the modalities),
-    `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance), `recall@1_<modality>` (how often
-    an item's quantized anchor finds its own quantized vector of the modality among those of all held-out items) and
-    the loss.
+    on held-out items measures `tau` (Kendall's tau of their distances to near and random ones among them, mean over
+    the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance),
+    `recall@1_<modality>` (how often an item's quantized anchor finds its own quantized vector of the modality among
+    those of all held-out items) and the loss.
 
     Args:
         model ([`MMRQVAEModel`]): Already initialised by [`initialize`].
@@ -403,11 +405,18 @@ class MMRQVAETrainer(Trainer):
 
 
 def _pairwise_tau(embeddings: np.ndarray, quantized: np.ndarray) -> float:
+    embeddings, quantized = embeddings[:TAU_POOL], quantized[:TAU_POOL]
     items = min(len(embeddings), TAU_ITEMS)
-    # Everyone meets those that follow, around the end: others of its own, and the same at every evaluation.
-    left = np.repeat(np.arange(items), min(len(embeddings) - 1, TAU_OTHERS))
-    right = (left + 1 + np.tile(np.arange(len(left) // items), items)) % len(embeddings)
-    before, after = (np.linalg.norm(table[left] - table[right], axis=1) for table in (embeddings, quantized))
+    near = min((len(embeddings) - 1) // 2, TAU_OTHERS // 2)
+    distances = pairwise_squared_distances(torch.from_numpy(embeddings[:items]), torch.from_numpy(embeddings)).numpy()
+    distances[np.arange(items), np.arange(items)] = np.inf
+    # A history holds near and far items alike: half of the others are the nearest, half are those that follow in the
+    # order of the rows, around the end, which are the same at every evaluation.
+    nearest = np.argpartition(distances, near, axis=1)[:, :near]
+    following = (np.arange(items)[:, None] + 1 + np.arange(max(near, 1))) % len(embeddings)
+    right = np.concatenate([nearest, following], axis=1)
+    left = np.repeat(np.arange(items), right.shape[1])
+    before, after = (np.linalg.norm(table[left] - table[right.ravel()], axis=1) for table in (embeddings, quantized))
     return mean_tau(left, before, after)
 
 
