@@ -181,13 +181,15 @@ class DualEncoder:
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:
         """Model inputs for texts, for pictures, or for pairs of both."""
-        text_config = self.model.config.text_config
-        # SigLIP reads the last position of a text, whatever it holds, and has learnt from texts padded to one length.
-        padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
-        text_settings = {"padding": padding, "truncation": True, "max_length": text_config.max_position_embeddings}
-        return self.processor(
-            text=texts, images=images, return_tensors="pt", **(text_settings if texts is not None else {})
-        )
+        settings = {}
+        if texts is not None:
+            length = self.model.config.text_config.max_position_embeddings
+            settings = {"padding": "longest", "truncation": True, "max_length": length}
+            if self.model.config.model_type.startswith("siglip"):
+                # SigLIP reads the last position of a text, whatever it holds, and attends to the padding: it learnt
+                # from texts padded to one length, without a mask.
+                settings |= {"padding": "max_length", "return_attention_mask": False}
+        return self.processor(text=texts, images=images, return_tensors="pt", **settings)
 
     def encode_texts(self, texts: list[str], batch_size: int = 64, disable_tqdm: bool = False) -> torch.Tensor:
         """

@@ -1,0 +1,241 @@
+"""Dual encoders against an independent computation; pictures of every kind; retrieval and augmentation."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPModel,
+    EvalPrediction,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2Processor,
+    SiglipConfig,
+    SiglipModel,
+    SiglipProcessor,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from trainer.encoders.dual_encoder import (
+    CaptionedPictures,
+    DualEncoder,
+    ItemPictures,
+    retrieval_metrics,
+    shrink,
+    train_tokenizer,
+)
+
+
+CAPTIONS = ["a red shirt", "blue", "a tall green lamp of steel and paper", "赤いシャツ", "shoes"]
+
+
+def picture(seed: int, size=(50, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, format="PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **kwargs)
+    return buffer.getvalue()
+
+
+def items_with(images: list[bytes | None]) -> datasets.Dataset:
+    features = datasets.Features({"item_id": datasets.Value("string"), "image": datasets.Image()})
+    content = {
+        "item_id": [f"item-{number}" for number in range(1, len(images) + 1)],
+        "image": [None if image is None else {"bytes": image, "path": None} for image in images],
+    }
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+@pytest.fixture(scope="module")
+def clip() -> DualEncoder:
+    torch.manual_seed(0)
+    return DualEncoder.from_captions(
+        CAPTIONS, image_size=32, patch_size=16, hidden_size=32, projection_dim=8, max_text_length=12
+    )
+
+
+def test_texts_are_read_at_their_end_token_whatever_stands_beside_them(clip):
+    embeddings = clip.encode_texts(CAPTIONS, batch_size=2, disable_tqdm=True)
+    tokenizer, model = clip.processor.tokenizer, clip.model
+    for caption, embedding in zip(CAPTIONS, embeddings):
+        ids = tokenizer(caption, truncation=True, max_length=12)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.eos_token_id) == 1
+        assert ids[-1] == tokenizer.eos_token_id, "a text that is cut must still end"
+        with torch.inference_mode():
+            states = model.text_model(input_ids=torch.tensor([ids])).last_hidden_state
+            expected = model.text_projection(states[0, -1])
+        torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_squeezed_scaled_and_projected(clip):
+    pictures = [picture(seed) for seed in range(3)]
+    embeddings = clip.encode_images(pictures, batch_size=2, disable_tqdm=True)
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    for image, embedding in zip(pictures, embeddings):
+        pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+        pixels = torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1)).float()[None]
+        with torch.inference_mode():
+            expected = clip.model.visual_projection(clip.model.vision_model(pixels).pooler_output)[0]
+        torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_encoder_loads_by_the_auto_classes_and_encodes_alike(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin")) and (tmp_path / "model.safetensors").is_file()
+    assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer("red")["input_ids"][0] == 2
+    loaded = DualEncoder.from_pretrained(str(tmp_path))
+    for method, inputs in (("encode_texts", CAPTIONS), ("encode_images", [picture(0)])):
+        exact = getattr(clip, method)(inputs, disable_tqdm=True)
+        torch.testing.assert_close(getattr(loaded, method)(inputs, disable_tqdm=True), exact, rtol=1e-5, atol=1e-6)
+        half = DualEncoder.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+        assert half.model.dtype == torch.bfloat16
+        approximate = getattr(half, method)(inputs, disable_tqdm=True)
+        assert approximate.dtype == torch.float32 and 0 < (approximate - exact).abs().max() < 0.1
+
+
+def siglip(tmp_path, version: int) -> str:
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=300, max_length=16)
+    transformer = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformer | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
+    torch.manual_seed(0)
+    if version == 1:
+        vision = transformer | {"image_size": 32, "patch_size": 16}
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        processor = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+    else:
+        model = Siglip2Model(Siglip2Config(text_config=text, vision_config=transformer | {"num_patches": 16}))
+        processor = Siglip2Processor(Siglip2ImageProcessorPil(max_num_patches=16), tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_siglip_loads_by_name_and_reads_texts_padded_to_its_length(tmp_path, version):
+    encoder = DualEncoder.from_pretrained(siglip(tmp_path, version))
+    texts = encoder.encode_texts(CAPTIONS, batch_size=2, disable_tqdm=True)
+    ids = encoder.processor.tokenizer(
+        CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
+    )["input_ids"]
+    assert ids.shape == (5, 16)
+    with torch.inference_mode():
+        states = encoder.model.text_model(input_ids=ids).last_hidden_state
+        expected = encoder.model.text_model.head(states[:, -1])
+    torch.testing.assert_close(texts, expected, rtol=1e-4, atol=1e-5)
+
+    pictures = [picture(0), picture(1, size=(20, 60)), picture(2)]
+    images = encoder.encode_images(pictures, batch_size=2, disable_tqdm=True)
+    with torch.inference_mode():
+        alone = encoder.model.get_image_features(**encoder.processor(images=pictures[1], return_tensors="pt"))
+    assert images.shape == (3, 32)
+    torch.testing.assert_close(images[1], alone.pooler_output[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path):
+    config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a BertModel, which is no dual encoder"):
+        DualEncoder.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 40, "patch_size": 16}, {"hidden_size": 40}])
+def test_sizes_that_do_not_divide_are_refused(sizes):
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        DualEncoder.from_captions(CAPTIONS, **sizes)
+
+
+def test_pictures_of_every_mode_come_out_in_rgb():
+    transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    transparent.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    palette = picture(0).quantize(16)
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    turned = Image.new("RGB", (8, 4), "red")
+    turned.paste("blue", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera was turned: rotate by 90 degrees to the right when shown.
+    images = ItemPictures(
+        items_with(
+            [
+                encoded(transparent),
+                None,
+                encoded(palette),
+                encoded(cmyk, "TIFF"),
+                encoded(picture(1).convert("L")),
+                encoded(turned, exif=exif),
+            ]
+        )
+    )
+    assert images.rows.tolist() == [1, 3, 4, 5, 6] and len(images) == 5
+    assert {image.mode for image in images} == {"RGB"}
+    assert images[0].getpixel((0, 0)) == (0, 0, 255)
+    assert images[0].getpixel((7, 0)) == (255, 255, 255), "what is transparent is shown on white"
+    red, green, blue = images[2].getpixel((0, 0))
+    assert red > 200 > 60 > max(green, blue)
+    assert images[4].size == (4, 8) and images[4].getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"not a picture", lambda data: b""]
+)
+def test_an_unreadable_picture_names_its_item(damage):
+    pictures = ItemPictures(items_with([encoded(picture(0)), damage(encoded(picture(1), "JPEG"))]))
+    assert pictures[0].size == (50, 30)
+    with pytest.raises(ValueError, match="The image of item 'item-2' in the prepared dataset cannot be read") as error:
+        pictures[1]
+    assert "\n" not in str(error.value)
+
+
+def test_items_without_any_picture_are_refused():
+    with pytest.raises(ValueError, match="has no pictures"):
+        ItemPictures(datasets.Dataset.from_dict({"item_id": ["a"]}))
+
+
+def test_retrieval_ranks_both_ways_and_ties_count_against():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(30, 2, 4, generator=generator)
+    pairs[:20, 1] += 3 * pairs[:20, 0]
+    pairs[7] = pairs[8]
+    pairs = torch.nn.functional.normalize(pairs, dim=-1)
+    ranks = []
+    for this, other in ((0, 1), (1, 0)):
+        for index in range(30):
+            scores = [float(pairs[index, this] @ pairs[candidate, other]) for candidate in range(30)]
+            better = sum(score > scores[index] - 1e-6 for number, score in enumerate(scores) if number != index)
+            ranks.append(1 + better)
+    assert ranks[7] > 1 and ranks[8] > 1
+    metrics = retrieval_metrics(EvalPrediction(predictions=pairs.numpy(), label_ids=np.zeros(30)))
+    assert metrics["recall@1"] == pytest.approx(np.mean([rank <= 1 for rank in ranks]))
+    assert metrics["recall@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]))
+    assert metrics["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+    assert 0.2 < metrics["recall@1"] < 1
+
+
+def test_only_training_pairs_are_augmented():
+    caption = "one two three four five six seven eight nine ten"
+    image = Image.new("RGB", (40, 40), "white")
+    ImageDraw.Draw(image).rectangle((0, 0, 9, 39), fill="black")
+    pictures = shrink([image], 20)
+    assert pictures[0].size == (20, 20)
+    plain = CaptionedPictures(["unused", caption], [image, *pictures], indices=[1])
+    assert len(plain) == 1 and plain[0] == (caption, pictures[0])
+    torch.manual_seed(0)
+    augmented = CaptionedPictures([caption], pictures, indices=[0], augment=True)
+    samples = [augmented[0] for _ in range(50)]
+    kept = [words.split() for words, _ in samples]
+    assert all(word in caption.split() for words in kept for word in words)
+    assert 5 < np.mean([len(words) for words in kept]) < 9
+    assert {18, 19, 20} >= {image.width for _, image in samples} > {20}
+    dark_left = [image.getpixel((0, 5))[0] < image.getpixel((image.width - 1, 5))[0] for _, image in samples]
+    assert 10 < sum(dark_left) < 40, "about half of the pictures are mirrored"

