@@ -396,7 +396,7 @@ class EmbedArguments(StageTrainingArguments):
     num_hidden_layers: int = field(default=2, metadata={"help": "From scratch: blocks of either transformer."})
     projection_dim: int = field(default=128, metadata={"help": "From scratch: width of the embeddings."})
     max_text_length: int = field(default=32, metadata={"help": "From scratch: tokens that a text is cut to."})
-    num_train_epochs: float = field(default=40, metadata={"help": "train_dual_encoder: epochs at most."})
+    num_train_epochs: float = field(default=25, metadata={"help": "train_dual_encoder: epochs at most."})
     early_stopping_patience: int = field(
         default=10,
         metadata={"help": "train_dual_encoder: stop after this many evaluations that are no better; 0 never stops."},
