@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 from hub_cards import save_card
@@ -90,7 +91,7 @@ def popularity_metrics(data: PreparedDataset, split: str, batch_size: int = 1024
     popularity = data.frequencies.float()
     popularity[0] = -torch.inf
     metric = Ranking(keep_in_memory=True)
-    for start in range(0, len(sequences), batch_size):
+    for start in tqdm(range(0, len(sequences), batch_size), desc=f"Popularity on {split}", leave=False):
         users = [sequences[index] for index in range(start, min(start + batch_size, len(sequences)))]
         scores = popularity.repeat(len(users), 1)
         mask_histories(scores, pad_histories([user["history"] for user in users]))

@@ -9,10 +9,15 @@ Recommends items to users from their histories of raw item ids.
 import json
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
 from ..arguments import RecommendArguments, parse
 from ..records import write_text_atomic
+
+
+BATCH_SIZE = 1024
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,19 +26,21 @@ def main(argv: list[str] | None = None) -> None:
     processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
     rows = processor(histories)
     model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
-    output = model.recommend(rows, top_k=arguments.top_k, exclude_history=arguments.exclude_history)
-    users = [
-        [
-            {"item_id": item_id, "title": title, "score": round(score, 6)}
-            for item_id, title, score in zip(item_ids, titles, scores, strict=True)
-        ]
-        for item_ids, titles, scores in zip(
+    users = []
+    for start in tqdm(
+        range(0, len(rows), BATCH_SIZE), desc="Recommending", unit="batch", disable=len(rows) <= BATCH_SIZE
+    ):
+        output = model.recommend(
+            rows[start : start + BATCH_SIZE], arguments.top_k, arguments.exclude_history, batch_size=BATCH_SIZE
+        )
+        item_ids, titles = (
             processor.convert_rows_to_item_ids(output.items),
             processor.convert_rows_to_titles(output.items),
-            output.scores.tolist(),
-            strict=True,
         )
-    ]
+        users += [
+            [{"item_id": item_id, "title": title, "score": round(score, 6)} for item_id, title, score in zip(*user)]
+            for user in zip(item_ids, titles, output.scores.tolist(), strict=True)
+        ]
     if arguments.output_file is not None:
         write_text_atomic(
             arguments.output_file, "".join(json.dumps(user, ensure_ascii=False) + "\n" for user in users)
