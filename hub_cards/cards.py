@@ -18,10 +18,17 @@ METRIC_LABELS = {"hr": "HR", "ndcg": "nDCG", "mrr": "MRR"}
 _SUBJECTS = {
     "prepare": ("Sequential recommendation dataset", "dataset"),
     "sasrec": ("SASRec", "sasrec"),
+    "embed": ("Dual encoder of texts and pictures", "clip"),
     "quantize": ("MM-RQ-VAE semantic IDs", "semantic-ids"),
     "finetune": ("MME-SID recommender", "recommender"),
 }
-_TEMPLATES = {"prepare": "dataset", "sasrec": "sasrec", "quantize": "quantizer", "finetune": "recommender"}
+_TEMPLATES = {
+    "prepare": "dataset",
+    "sasrec": "sasrec",
+    "embed": "encoder",
+    "quantize": "quantizer",
+    "finetune": "recommender",
+}
 
 # Licences by the identifier under which the Hub knows them; any other text becomes `license: other` with a name.
 _HUB_LICENCES = set(

@@ -25,7 +25,7 @@ from modeling_mmesid import (
 
 
 NUM_ITEMS = 30
-STAGES = ["prepare", "sasrec", "quantize", "finetune"]
+STAGES = ["prepare", "sasrec", "embed", "quantize", "finetune"]
 VALIDATION = {
     "hr@5": 0.125,
     "hr@10": 0.25,
@@ -231,8 +231,8 @@ def test_saving_again_replaces_the_card_and_leaves_nothing_else(tmp_path):
 
 
 def test_a_stage_without_a_card_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no card for the stage 'embed'"):
-        save_card(tmp_path, make_record("embed"))
+    with pytest.raises(ValueError, match="no card for the stage 'evaluate'"):
+        save_card(tmp_path, make_record("evaluate"))
     assert list(tmp_path.iterdir()) == []
 
 

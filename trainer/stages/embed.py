@@ -15,6 +15,7 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
 `accelerate launch -m trainer.stages.embed ...` trains a dual encoder on several devices.
 """
 
+import dataclasses
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import set_seed
 
+from hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..arguments import EmbedArguments, parse
@@ -92,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if PartialState().is_main_process:
             save_table(staging / f"{arguments.modality}.safetensors", arguments.modality, embeddings, present)
+            if encoder == "train_dual_encoder":
+                save_card(staging / f"{arguments.modality}_encoder", dataclasses.asdict(run.draft_record()))
 
 
 def choose_encoder(arguments: EmbedArguments) -> str:

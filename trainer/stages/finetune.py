@@ -83,7 +83,8 @@ def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, di
     unknown = sorted(set(modalities) - set(quantizer.config.modalities))
     if unknown:
         raise ValueError(
-            f"'{arguments.quantizer_dir}' has no modality '{unknown[0]}', only {', '.join(quantizer.config.modalities)}; "
+            f"'{arguments.quantizer_dir}' has no modality '{unknown[0]}', "
+            f"only {', '.join(quantizer.config.modalities)}; "
             "correct --modalities or quantize that table too."
         )
     loaded = {
