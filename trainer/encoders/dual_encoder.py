@@ -45,16 +45,16 @@ class ItemPictures(Sequence):
         rows (`torch.LongTensor`): `(num_pictures,)` rows of the items in the order of the pictures.
 
     Raises:
-        ValueError: If the items have no column of pictures.
+        ValueError: If no item has a picture.
     """
 
     def __init__(self, items: datasets.Dataset):
-        if "image" not in items.column_names:
+        has_picture = items.data.column("image").is_valid().to_numpy() if "image" in items.column_names else []
+        self.rows = torch.from_numpy(np.flatnonzero(has_picture) + 1)
+        if len(self.rows) == 0:
             raise ValueError(
                 "The prepared dataset has no pictures; prepare it from a source that has, or embed another column."
             )
-        has_picture = items.data.column("image").is_valid().to_numpy()
-        self.rows = torch.from_numpy(np.flatnonzero(has_picture) + 1)
         self._items = items.select_columns(["item_id", "image"]).cast_column("image", datasets.Image(decode=False))
 
     def __len__(self) -> int:

@@ -196,6 +196,8 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
             f"'{arguments.prepared_dir}' has {len(pairs)} items with both {arguments.caption_column} and picture, "
             f"fewer than the {FEWEST_PAIRS} that training takes; name a trained model with --encoder dual_encoder."
         )
+    if not 0 < arguments.held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction {arguments.held_out_fraction} is no share; choose it between 0 and 1.")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
     num_held_out = min(max(round(arguments.held_out_fraction * len(pairs)), 2), MOST_HELD_OUT_PAIRS)
     held_out, training = ([pairs[index] for index in part] for part in (order[:num_held_out], order[num_held_out:]))

@@ -198,8 +198,9 @@ def test_an_unreadable_picture_names_its_item(damage):
 
 
 def test_items_without_any_picture_are_refused():
-    with pytest.raises(ValueError, match="has no pictures"):
-        ItemPictures(datasets.Dataset.from_dict({"item_id": ["a"]}))
+    for items in (datasets.Dataset.from_dict({"item_id": ["a"]}), items_with([None, None])):
+        with pytest.raises(ValueError, match="has no pictures"):
+            ItemPictures(items)
 
 
 def test_retrieval_ranks_both_ways_and_ties_count_against():

@@ -241,6 +241,11 @@ def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepare
         ("text", ["--model_name_or_path", "x", "--from_file", "y"], "leave out --from_file, or"),
         ("text", ["--model_name_or_path", "x", "--column", "image"], "encoder sentence reads no pictures"),
         ("../text", ["--from_file", "y"], "cannot name a modality"),
+        (
+            "visual",
+            ["--encoder", "train_dual_encoder", "--held_out_fraction", "1"],
+            "held_out_fraction 1.0 is no share",
+        ),
         ("present", ["--from_file", "y"], "cannot name a modality"),
     ],
 )
