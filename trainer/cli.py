@@ -47,8 +47,6 @@ INPUT_NAMES = {
     "model_dir": "recommender",
 }
 
-RESULTS_NAME = "results.md"
-
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's error ends in one sentence and exit status 2, a traceback after `--traceback`."""
@@ -115,10 +113,6 @@ def _run(argv: list[str], show_traceback: bool) -> None:
         if is_main_process:
             print(f"[{number}/{len(runs)}] {stage}", flush=True)
         _run_stage(stage, to_flags(settings), show_traceback)
-    for stage, settings in runs:
-        results = Path(settings["output_dir"]) / RESULTS_NAME if stage == "evaluate" else None
-        if is_main_process and results is not None and results.is_file():
-            print("\n" + results.read_text(encoding="utf-8"))
 
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict:

@@ -81,7 +81,7 @@ def test_only_the_latest_items_are_read_but_all_are_masked():
 @pytest.mark.parametrize("use_item_ids", [True, False])
 def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
     """
-    t_i = S (g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m])), computed item by item from the parameters; S sources.
+    t_i = S (g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m])) over S sources, item by item from the parameters.
     """
     model = new_model(share_item_table=share_item_table, use_item_ids=use_item_ids)
     table, items, fusion = model.item_table(), model.items, model.items.fusion

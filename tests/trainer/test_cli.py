@@ -197,17 +197,6 @@ def test_only_and_set_may_be_repeated(calls, recipe):
     assert "--seed=4" in calls.recorded[1][1]
 
 
-def test_results_are_printed_at_the_end(calls, recipe, tmp_path, capsys):
-    results = tmp_path / "moved" / "evaluation" / "results.md"
-    results.parent.mkdir(parents=True)
-    results.write_text("| model | hr@5 |", encoding="utf-8")
-    flags = ["run", str(recipe), "--set", f"output_dir={tmp_path / 'moved'}"]
-    main(flags)
-    assert capsys.readouterr().out.splitlines()[-1] == "| model | hr@5 |"
-    main([*flags, "--only", "sasrec"])
-    assert "| model | hr@5 |" not in capsys.readouterr().out
-
-
 def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
     calls.fail["embed"] = ValueError("The table does not fit.")
     with pytest.raises(SystemExit, match="2"):

@@ -37,24 +37,38 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(EvaluateArguments, argv)
     inputs = {"prepared_dir": arguments.prepared_dir} | {f"model_dirs[{path}]": path for path in arguments.model_dirs}
     run = StageRun("evaluate", arguments, inputs=inputs)
-    if run.is_up_to_date():
-        return
+    if not run.is_up_to_date():
+        evaluate_models(arguments, run)
+    if PartialState().is_main_process:
+        print("\n" + (Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"), flush=True)
+
+
+def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
+    """
+    Writes `results.json` and `results.md`, and the figures into the cards of the checkpoints.
+
+    Raises:
+        ValueError: If two checkpoints have the same directory name, which names them in the results.
+    """
+    directories = [Path(path) for path in arguments.model_dirs]
+    names = [directory.name for directory in directories]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"Two of --model_dirs are called '{repeated}'; evaluate them apart, or rename one.")
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
         results = {"popularity": {split: popularity_metrics(data, split) for split in SPLITS}}
-        for directory in map(Path, arguments.model_dirs):
+        for directory in directories:
             results[directory.name] = evaluate_model(directory, data, arguments)
         run.metrics.update(results)
         run.details.update(data=data.statistics)
         if PartialState().is_main_process:
             (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
             (staging / "results.md").write_text(results_table(results, data.statistics), encoding="utf-8")
-            for directory in map(Path, arguments.model_dirs):
+            for directory in directories:
                 record = StageRecord.load(directory)
                 record.metrics |= results[directory.name]
                 save_card(directory, dataclasses.asdict(record))
-    if PartialState().is_main_process:
-        print((Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"))
 
 
 def evaluate_model(

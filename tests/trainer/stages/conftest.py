@@ -53,7 +53,8 @@ def tiny_run(tmp_path_factory) -> Path:
     quantize.main(
         [
             *prepared, "--embeddings_dir", str(root / "embeddings"), "--output_dir", str(root / "quantizer"),
-            "--num_quantizers", "3", "--codebook_size", "8", "--codebook_dim", "16", "--num_train_epochs", "2", *TRAINING,
+            "--num_quantizers", "3", "--codebook_size", "8", "--codebook_dim", "16", "--num_train_epochs", "2",
+            *TRAINING,
         ]
     )  # fmt: skip
     finetune.main(finetune_flags(root, "recommender"))

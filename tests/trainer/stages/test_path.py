@@ -16,7 +16,7 @@ from trainer.data.prepared import PreparedDataset
 from trainer.records import StageRecord
 from trainer.stages import evaluate, finetune, recommend
 
-from .conftest import TRAINING, finetune_flags
+from .conftest import finetune_flags
 
 
 def test_every_directory_holds_a_record_and_a_card(tiny_run):
@@ -58,6 +58,23 @@ def test_results_table_names_every_model_and_the_synthetic_data(tiny_run):
     assert "synthetic" in table
     for name in ("popularity", "sasrec", "recommender"):
         assert table.count(f"| {name} |") == 2
+
+
+def test_evaluating_again_prints_the_table_without_ranking_again(tiny_run, capsys):
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tiny_run / "evaluation")]
+    flags += ["--use_cpu", "true", "--model_dirs", str(tiny_run / "sasrec"), str(tiny_run / "recommender")]
+    evaluate.main(flags)
+    printed = capsys.readouterr().out
+    assert "up to date" in printed
+    assert (tiny_run / "evaluation" / "results.md").read_text() in printed
+
+
+def test_models_of_one_name_are_refused(tiny_run, tmp_path):
+    directories = [str(tiny_run / "sasrec"), str(tiny_run / "sasrec") + "/"]
+    with pytest.raises(ValueError, match="are called 'sasrec'"):
+        evaluate.main(
+            ["--prepared_dir", str(tiny_run / "prepared"), "--model_dirs", *directories, "--output_dir", str(tmp_path)]
+        )
 
 
 def test_evaluate_adds_the_test_figures_to_the_cards(tiny_run):
