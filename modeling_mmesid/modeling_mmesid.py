@@ -134,9 +134,9 @@ class MMESIDItems(nn.Module):
 
     def weights(self, items: torch.Tensor) -> torch.Tensor:
         """
-        Fusion weights of shape `(items, sources)`, scaled to sum to the number of sources: a factor that no ranking sees,
-        without which every source would learn more slowly the more there are. A missing modality has weight 0 and the
-        others share it.
+        Fusion weights of shape `(items, sources)`, scaled to sum to the number of sources: a factor that no ranking
+        sees, without which every source would learn more slowly the more there are. A missing modality has weight 0 and
+        the others share it.
         """
         present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
@@ -296,7 +296,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         if missing or keys.unexpected_keys:
             raise ValueError(
                 f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration "
-                f"(missing: {missing or 'nothing'}, unexpected: {keys.unexpected_keys or 'nothing'}); download or save it again."
+                f"(missing: {missing or 'nothing'}, unexpected: {keys.unexpected_keys or 'nothing'}); "
+                "download or save it again."
             )
         return model.to(backbone.device).eval()
 
