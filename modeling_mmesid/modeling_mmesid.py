@@ -135,8 +135,8 @@ class MMESIDItems(nn.Module):
     def weights(self, items: torch.Tensor) -> torch.Tensor:
         """
         Fusion weights of shape `(items, sources)`, scaled to sum to the number of sources: a factor that no ranking
-        sees, without which every source would learn more slowly the more there are. A missing modality has weight 0 and
-        the others share it.
+        sees, without which every source would learn more slowly the more there are. A missing modality has weight 0,
+        and the others share its part.
         """
         present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
