@@ -314,3 +314,17 @@ def test_wrapped_backbone_stays_causal(base_model):
             for last in (3, 30)
         ]
         torch.testing.assert_close(*states)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    inputs = pack_histories([[1, 2, 3], [9, 8]], [5, 6], [7], [[2, 3, 4], [8, 7]])
+    gradients = []
+    for checkpointing in (False, True):
+        model = new_model().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        assert model.is_activation_checkpointing == checkpointing
+        model(**inputs).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, n=name: f"{n}: {text}")
