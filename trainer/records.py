@@ -22,8 +22,8 @@ logger = logging.get_logger(__name__)
 RECORD_NAME = "record.json"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
 
-# Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments that
-# the parser hands over in another type than their default has.
+# Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
+# that the parser hands over in another type than their default has.
 _PRESENTATION_ARGUMENTS = {
     "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
     "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
