@@ -271,7 +271,15 @@ def parse(arguments_class: type, argv: list[str] | None = None):
         ValueError: If the YAML file holds a key that the stage does not have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(arguments_class)
+    stage = arguments_class.__name__.removesuffix("Arguments").lower()
+    parser = HfArgumentParser(
+        arguments_class,
+        prog=f"mmesid {stage}",
+        # The generated usage lists the hundred settings of TrainingArguments, also under every error.
+        usage=f"mmesid {stage} [settings.yaml] [--flag value ...]",
+        description=arguments_class.__doc__,
+        allow_abbrev=False,
+    )
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = Path(argv.pop(0))
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
