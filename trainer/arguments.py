@@ -388,7 +388,7 @@ class EmbedArguments(StageTrainingArguments):
         default="float32", metadata={"help": "Precision of a named encoder; tables are float32 in any case."}
     )
     caption_column: Literal["title", "text"] = field(
-        default="title", metadata={"help": "train_dual_encoder: the text that goes with a picture."}
+        default="text", metadata={"help": "train_dual_encoder: the text that goes with a picture."}
     )
     held_out_fraction: float = field(
         default=0.1, metadata={"help": "train_dual_encoder: share of the pairs that training does not see."}
@@ -404,6 +404,9 @@ class EmbedArguments(StageTrainingArguments):
     num_hidden_layers: int = field(default=2, metadata={"help": "From scratch: blocks of either transformer."})
     projection_dim: int = field(default=128, metadata={"help": "From scratch: width of the embeddings."})
     max_text_length: int = field(default=32, metadata={"help": "From scratch: tokens that a text is cut to."})
+    min_word_frequency: int = field(
+        default=5, metadata={"help": "From scratch: occurrences of a word in the texts below which it is unknown."}
+    )
     num_train_epochs: float = field(default=25, metadata={"help": "train_dual_encoder: epochs at most."})
     early_stopping_patience: int = field(
         default=10,

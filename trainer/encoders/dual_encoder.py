@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image, ImageOps
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import (
     AutoModel,
@@ -29,6 +29,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 HEAD_WIDTH = 32
+LARGEST_VOCABULARY = 16384
 # Augmentation of training pairs.
 DROPPED_WORDS = 0.3
 SMALLEST_CROP = 0.9
@@ -126,7 +127,7 @@ class DualEncoder:
         num_hidden_layers: int = 2,
         projection_dim: int = 128,
         max_text_length: int = 32,
-        vocab_size: int = 4096,
+        min_word_frequency: int = 5,
     ) -> "DualEncoder":
         """
         A small untrained CLIP whose tokenizer is trained on the captions.
@@ -141,7 +142,9 @@ class DualEncoder:
             num_hidden_layers (`int`, *optional*, defaults to 2): Blocks of either transformer.
             projection_dim (`int`, *optional*, defaults to 128): Width of the common space.
             max_text_length (`int`, *optional*, defaults to 32): Tokens a text is cut to, its two ends included.
-            vocab_size (`int`, *optional*, defaults to 4096): Largest vocabulary of the tokenizer.
+            min_word_frequency (`int`, *optional*, defaults to 5):
+                Occurrences in the captions below which a word is unknown. Rare words name single items: learning them
+                by heart teaches nothing that holds for other items.
 
         Raises:
             ValueError: If the sizes do not divide.
@@ -151,7 +154,7 @@ class DualEncoder:
                 f"image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size "
                 f"{hidden_size} of {HEAD_WIDTH}."
             )
-        tokenizer = train_tokenizer(captions, vocab_size, max_text_length)
+        tokenizer = train_tokenizer(captions, max_text_length, min_word_frequency)
         transformer = {
             "hidden_size": hidden_size,
             "intermediate_size": 4 * hidden_size,
@@ -248,24 +251,29 @@ class DualEncoder:
         return embeddings
 
 
-def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, in lower case, that puts every text between `<bos>` and `<eos>`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer that knows the frequent words of the captions, in lower case and without accents, Chinese characters
+    being words of their own; it puts every text between `<bos>` and `<eos>`.
+
+    Args:
+        captions (`list[str]`): The texts to learn from.
+        max_length (`int`): Tokens a text is cut to, its two ends included.
+        min_word_frequency (`int`, *optional*, defaults to 5): A word that is rarer becomes `<unk>`.
+    """
+    tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.BertNormalizer(lowercase=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=LARGEST_VOCABULARY,
+        min_frequency=min_word_frequency,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        # Every byte, so that no script and no sign is unknown.
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    ends = {name: (token, tokenizer.token_to_id(token)) for name, token in SPECIAL_TOKENS.items()}
+    bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL_TOKENS['bos_token']} $A {SPECIAL_TOKENS['eos_token']}",
-        special_tokens=[ends["bos_token"], ends["eos_token"]],
+        single=f"{bos} $A {eos}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL_TOKENS)
 

@@ -210,6 +210,7 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
             num_hidden_layers=arguments.num_hidden_layers,
             projection_dim=arguments.projection_dim,
             max_text_length=arguments.max_text_length,
+            min_word_frequency=arguments.min_word_frequency,
         )
         run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
         # Larger than the model reads, so that a crop is not blurred.

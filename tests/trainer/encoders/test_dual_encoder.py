@@ -61,7 +61,13 @@ def items_with(images: list[bytes | None]) -> datasets.Dataset:
 def clip() -> DualEncoder:
     torch.manual_seed(0)
     return DualEncoder.from_captions(
-        CAPTIONS, image_size=32, patch_size=16, hidden_size=32, projection_dim=8, max_text_length=12
+        CAPTIONS,
+        image_size=32,
+        patch_size=16,
+        hidden_size=32,
+        projection_dim=8,
+        max_text_length=8,
+        min_word_frequency=1,
     )
 
 
@@ -69,13 +75,20 @@ def test_texts_are_read_at_their_end_token_whatever_stands_beside_them(clip):
     embeddings = clip.encode_texts(CAPTIONS, batch_size=2, disable_tqdm=True)
     tokenizer, model = clip.processor.tokenizer, clip.model
     for caption, embedding in zip(CAPTIONS, embeddings):
-        ids = tokenizer(caption, truncation=True, max_length=12)["input_ids"]
+        ids = tokenizer(caption, truncation=True, max_length=8)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.eos_token_id) == 1
         assert ids[-1] == tokenizer.eos_token_id, "a text that is cut must still end"
         with torch.inference_mode():
             states = model.text_model(input_ids=torch.tensor([ids])).last_hidden_state
             expected = model.text_projection(states[0, -1])
         torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokenizer_knows_frequent_words_of_any_script():
+    tokenizer = train_tokenizer([*CAPTIONS, "Red lamps", "É red Shirt 赤"], max_length=16, min_word_frequency=2)
+    words = [tokenizer.decode([token]) for token in tokenizer("a RED shirt, 赤 e rare-word")["input_ids"]]
+    assert words == ["<bos>", "a", "red", "shirt", "<unk>", "赤", "<unk>", "<unk>", "<unk>", "<unk>", "<eos>"]
+    assert len(tokenizer) == len(tokenizer.get_vocab()) and tokenizer.pad_token_id == 0
 
 
 def test_pictures_are_squeezed_scaled_and_projected(clip):
@@ -106,7 +119,7 @@ def test_saved_encoder_loads_by_the_auto_classes_and_encodes_alike(clip, tmp_pat
 
 
 def siglip(tmp_path, version: int) -> str:
-    tokenizer = train_tokenizer(CAPTIONS, vocab_size=300, max_length=16)
+    tokenizer = train_tokenizer(CAPTIONS, max_length=16, min_word_frequency=1)
     transformer = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = transformer | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
     torch.manual_seed(0)

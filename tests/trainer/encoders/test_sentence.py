@@ -19,7 +19,7 @@ TEXTS = ["a red shirt of cotton", "blue", "", "a green lamp for the table, made 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentence")
-    tokenizer = train_tokenizer(TEXTS, vocab_size=300, max_length=64)
+    tokenizer = train_tokenizer(TEXTS, max_length=64, min_word_frequency=1)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

@@ -54,7 +54,9 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sentence_model(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentence_model")
-    tokenizer = train_tokenizer([f"flag of {colour} and {colour}" for colour in COLOURS], 300, 32)
+    tokenizer = train_tokenizer(
+        [f"flag of {colour} and {colour}" for colour in COLOURS], max_length=32, min_word_frequency=1
+    )
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
