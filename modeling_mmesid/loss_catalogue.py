@@ -56,7 +56,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
             block = slice(start, min(start + rows_step, rows))
             users, answers = hidden[block], targets[block] - 1
             tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
-            target_logits = (users * items[answers]).sum(-1, dtype=torch.float32)
+            target_logits = (users.float() * items[answers].float()).sum(-1)
             log_normaliser = torch.full_like(target_logits, -torch.inf)
             for tile in tiles:
                 logits = _logits(users, items[tile], buffer)

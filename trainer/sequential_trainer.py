@@ -53,7 +53,7 @@ class SequentialRecommendationTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         # The table is the same for all batches: built once an evaluation.
         self.model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             self._item_table = self.model.item_table()
         try:
             return super().evaluation_loop(*args, **kwargs)
@@ -64,8 +64,10 @@ class SequentialRecommendationTrainer(Trainer):
         """Returns no loss, the ranks of the targets (`(batch,)`) and the targets."""
         inputs = self._prepare_inputs(inputs)
         seen, target = inputs.pop("seen"), inputs.pop("target")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            user_embeddings = model(**inputs).user_embeddings
+        with torch.no_grad():
+            with self.compute_loss_context_manager():
+                user_embeddings = model(**inputs).user_embeddings
+            # Outside of autocast: scores rounded to bf16 tie, and ties count against the target.
             scores = mask_histories(score_items(user_embeddings, self._item_table), seen)
             return None, target_ranks(scores, target), target
 

@@ -119,3 +119,17 @@ def test_padding_never_reaches_beyond_the_learnt_positions():
     example = {"history": np.arange(1, 11), "targets": np.arange(2, 12)}
     batch = ItemCollator(10)([example, {"history": np.array([3]), "targets": np.array([4])}])
     assert batch["items"].shape == batch["labels"].shape == (2, 10)
+
+
+def test_ranks_under_bf16_do_not_suffer_from_ties(tmp_path):
+    """Scores that differ by less than bf16 resolves: rounded, they would tie and rank every target last."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True)
+    trainer = sasrec_trainer(arguments)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.zero_()
+        trainer.model.model.norm.bias.copy_(torch.eye(32)[0])
+        table = trainer.model.item_table()
+        table.zero_()
+        table[1:, 0] = 1 + torch.arange(NUM_ITEMS) * 1e-5
+    example = {"history": np.array([1]), "target": NUM_ITEMS}
+    assert trainer.rank([example])["mrr"] == 1.0
