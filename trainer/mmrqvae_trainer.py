@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
@@ -129,7 +130,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
                 _rotate_projection(branch, anchor, dataset, modality, config.modalities[0])
         latents = torch.cat([branch.encode(batch) for batch in batches])
         residual = latents.clone()
-        for layer in branch.quantizer.layers:
+        for layer in tqdm(branch.quantizer.layers, desc=f"k-means of {modality}", unit="level", delay=2):
             layer.codebook.copy_(kmeans(residual, config.codebook_size, generator))
             for part in residual.split(ENCODING_BATCH):
                 part -= layer.decode(layer.encode(part))
@@ -190,7 +191,8 @@ def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, to
         mask = dataset.present[modality]
         codes[modality] = torch.full((len(table), model.config.num_quantizers), -1, dtype=dtype)
         quantized[modality] = torch.zeros(len(table), model.config.codebook_dim)
-        for rows in mask.nonzero()[:, 0].split(ENCODING_BATCH):
+        batches = mask.nonzero()[:, 0].split(ENCODING_BATCH)
+        for rows in tqdm(batches, desc=f"semantic IDs of {modality}", unit="batch", delay=2):
             output = model.encode({modality: table[rows].to(model.device)})
             codes[modality][rows] = output.codes[modality].to("cpu", dtype)
             quantized[modality][rows] = output.quantized[modality].float().cpu()
