@@ -84,14 +84,16 @@ def json_digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def input_digest(path: str | os.PathLike) -> str:
+def input_digest(path: str | os.PathLike | list) -> str:
     """
     SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other
-    directory.
+    directory; of the digests of a list of those.
 
     Raises:
         FileNotFoundError: If the input does not exist.
     """
+    if isinstance(path, list):
+        return json_digest([input_digest(one) for one in path])
     path = Path(path)
     if path.is_file():
         return file_digest(path)
@@ -125,18 +127,20 @@ class StageRun:
         stage (`str`): Name of the stage.
         arguments ([`~trainer.arguments.StageArguments`] or [`~trainer.arguments.StageTrainingArguments`]): The stage's
             arguments.
-        inputs (`dict[str, str | os.PathLike]`): Files and directories the stage reads, named by the argument they come
-            from.
+        inputs (`dict[str, str | os.PathLike | list]`): Files and directories the stage reads, named by the argument
+            they come from; a list where the stage reads only some files of a directory.
         record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a
             directory.
     """
 
-    def __init__(self, stage: str, arguments, inputs: dict[str, str | os.PathLike], record_name: str = RECORD_NAME):
+    def __init__(
+        self, stage: str, arguments, inputs: dict[str, str | os.PathLike | list], record_name: str = RECORD_NAME
+    ):
         self.stage = stage
         self.output_dir = Path(arguments.output_dir)
         self.force = arguments.force
         self.record_path = self.output_dir / record_name
-        self.inputs = {name: input_digest(path) for name, path in inputs.items()}
+        self.inputs = {name: input_digest(paths) for name, paths in inputs.items()}
         self.arguments = {
             name: value
             for name, value in arguments.changed.items()

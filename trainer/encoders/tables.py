@@ -11,6 +11,11 @@ from safetensors.torch import save_file
 PRESENT_KEY = "present"
 
 
+def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
+    """Where `mmesid embed` puts the table of a modality."""
+    return Path(embeddings_dir) / f"{modality}.safetensors"
+
+
 def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Reads a table that [`save_table`] wrote.

@@ -39,7 +39,7 @@ from ..encoders.dual_encoder import (
     ItemPictures,
     shrink,
 )
-from ..encoders.tables import PRESENT_KEY, import_table, save_table
+from ..encoders.tables import PRESENT_KEY, import_table, save_table, table_path
 from ..records import StageRun
 from ..training import early_stopping, fit, trainer_arguments
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             data=data.statistics,
         )
         if PartialState().is_main_process:
-            save_table(staging / f"{arguments.modality}.safetensors", arguments.modality, embeddings, present)
+            save_table(table_path(staging, arguments.modality), arguments.modality, embeddings, present)
             if encoder == "train_dual_encoder":
                 save_card(staging / f"{arguments.modality}_encoder", dataclasses.asdict(run.draft_record()))
 

@@ -15,13 +15,19 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, set_seed
 
 from hub_cards import save_card
-from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
+from modeling_mmesid import (
+    MMESIDConfig,
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    MMRQVAEConfig,
+    MMRQVAEModel,
+)
 
 from ..arguments import FinetuneArguments, parse
 from ..backbone import new_llama_config, train_tokenizer
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..encoders.tables import load_table
+from ..encoders.tables import load_table, table_path
 from ..mmesid_trainer import MMESIDTrainer
 from ..mmrqvae_trainer import ItemTables, encode_items
 from ..records import StageRun
@@ -30,12 +36,13 @@ from ..training import early_stopping, fit, trainer_arguments
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(FinetuneArguments, argv)
-    run = StageRun("finetune", arguments, inputs=_inputs(arguments))
+    modalities = content_modalities(arguments)
+    run = StageRun("finetune", arguments, inputs=_inputs(arguments, modalities))
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
     set_seed(arguments.seed)
-    settings, tables = load_content(arguments, data.num_items) if arguments.use_content else ({}, {})
+    settings, tables = load_content(arguments, modalities, data.num_items) if modalities else ({}, {})
     processor, model = build(arguments, data, settings)
     model.initialize_items(data.frequencies, **tables)
     with run as staging:
@@ -62,33 +69,41 @@ def main(argv: list[str] | None = None) -> None:
             save_card(staging, dataclasses.asdict(run.draft_record()))
 
 
-def _inputs(arguments: FinetuneArguments) -> dict[str, str]:
-    inputs = {"prepared_dir": arguments.prepared_dir}
+def content_modalities(arguments: FinetuneArguments) -> list[str]:
+    """The modalities that items carry: the given ones or all of the quantizer's; none for the ID-only baseline."""
     if not arguments.use_content:
-        return inputs
+        return []
     for name in ("embeddings_dir", "quantizer_dir"):
         if getattr(arguments, name) is None:
             raise ValueError(
                 f"--{name} is not set; give the directory, or --use_content false for the ID-only baseline."
             )
-        inputs[name] = getattr(arguments, name)
+    available = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).modalities
+    unknown = sorted(set(arguments.modalities or []) - set(available))
+    if unknown:
+        raise ValueError(
+            f"'{arguments.quantizer_dir}' has no modality '{unknown[0]}', only {', '.join(available)}; "
+            "correct --modalities or quantize that table too."
+        )
+    return arguments.modalities or available
+
+
+def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, str | list[Path]]:
+    inputs = {"prepared_dir": arguments.prepared_dir}
+    if modalities:
+        inputs["quantizer_dir"] = arguments.quantizer_dir
+        inputs["embeddings_dir"] = [table_path(arguments.embeddings_dir, modality) for modality in modalities]
     return inputs
 
 
-def load_content(arguments: FinetuneArguments, num_items: int) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+def load_content(
+    arguments: FinetuneArguments, modalities: list[str], num_items: int
+) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
     """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and
     modality."""
     quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
-    modalities = arguments.modalities or quantizer.config.modalities
-    unknown = sorted(set(modalities) - set(quantizer.config.modalities))
-    if unknown:
-        raise ValueError(
-            f"'{arguments.quantizer_dir}' has no modality '{unknown[0]}', "
-            f"only {', '.join(quantizer.config.modalities)}; "
-            "correct --modalities or quantize that table too."
-        )
     loaded = {
-        modality: load_table(Path(arguments.embeddings_dir) / f"{modality}.safetensors", modality, num_items)
+        modality: load_table(table_path(arguments.embeddings_dir, modality), modality, num_items)
         for modality in modalities
     }
     items = ItemTables(

@@ -2,9 +2,9 @@
 Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items and how healthy
 they are.
 
-    mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings --output_dir
-    runs/quickstart/quantizer accelerate launch -m trainer.stages.quantize --prepared_dir ... --embeddings_dir ...
-    --output_dir ...
+    mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
+        --output_dir runs/quickstart/quantizer
+    accelerate launch -m trainer.stages.quantize --prepared_dir ... --embeddings_dir ... --output_dir ...
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
 from ..data.prepared import PreparedDataset
-from ..encoders.tables import load_table
+from ..encoders.tables import load_table, table_path
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_metrics, initialize
 from ..records import StageRun
 from ..training import early_stopping, fit, trainer_arguments
@@ -35,15 +35,15 @@ SEMANTIC_IDS_NAME = "semantic_ids.parquet"
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(QuantizeArguments, argv)
+    paths = {modality: table_path(arguments.embeddings_dir, modality) for modality in arguments.modalities}
     run = StageRun(
         "quantize",
         arguments,
-        inputs={"prepared_dir": arguments.prepared_dir, "embeddings_dir": arguments.embeddings_dir},
+        inputs={"prepared_dir": arguments.prepared_dir, "embeddings_dir": list(paths.values())},
     )
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    paths = {modality: Path(arguments.embeddings_dir) / f"{modality}.safetensors" for modality in arguments.modalities}
     tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
     items = ItemTables(
         {name: table for name, (table, _) in tables.items()}, {name: mask for name, (_, mask) in tables.items()}

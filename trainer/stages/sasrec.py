@@ -2,8 +2,8 @@
 Trains SASRec on the prepared training split and saves the checkpoint that ranks best on validation.
 
     mmesid sasrec --prepared_dir runs/quickstart/prepared --output_dir runs/quickstart/sasrec
-    accelerate launch -m trainer.stages.sasrec --prepared_dir runs/quickstart/prepared --output_dir
-    runs/quickstart/sasrec
+    accelerate launch -m trainer.stages.sasrec --prepared_dir runs/quickstart/prepared \
+        --output_dir runs/quickstart/sasrec
 """
 
 import dataclasses

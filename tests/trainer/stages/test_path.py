@@ -31,7 +31,7 @@ def test_every_directory_holds_a_record_and_a_card(tiny_run):
 
 def test_code_embeddings_start_from_the_trained_code_vectors(tiny_run):
     arguments = finetune.parse(finetune.FinetuneArguments, finetune_flags(tiny_run, "unused"))
-    settings, tables = finetune.load_content(arguments, 80)
+    settings, tables = finetune.load_content(arguments, finetune.content_modalities(arguments), 80)
     quantizer = MMRQVAEModel.from_pretrained(tiny_run / "quantizer")
     assert torch.equal(tables["code_vectors"]["text"], quantizer.code_vectors("text"))
     assert settings["num_quantizers"] == 3
