@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import cached_file
@@ -18,6 +19,10 @@ from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy
 from .packing import pack_histories, packed_attention_mask
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
+
+
+# Items of a large catalogue whose vectors are computed at a time: a few hundred MiB at most for wide embeddings.
+ITEMS_PER_BLOCK = 2**15
 
 
 class MMESIDModality(nn.Module):
@@ -68,13 +73,15 @@ class MMESIDFusion(nn.Module):
     Weights of an item's sources by how often it was seen in training:
     \\(g_i = \mathrm{softmax}(\mathrm{MLP}(\mathrm{norm}(\log(1 + freq_i))) / temperature)\\).
 
-    The last layer starts at zero, so that all sources start with equal weight.
+    The last layer starts at zero, so that all sources start with equal weight. The range that frequencies are
+    normalised by is kept: items added later must not shift the weights of the trained ones.
     """
 
     def __init__(self, config: MMESIDConfig, num_sources: int):
         super().__init__()
         self.temperature = config.fusion_temperature
         self.register_buffer("frequencies", torch.zeros(config.num_items + 1, dtype=torch.long))
+        self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
         self.hidden = nn.Linear(1, config.fusion_hidden_size)
         self.output = nn.Linear(config.fusion_hidden_size, num_sources)
 
@@ -88,8 +95,7 @@ class MMESIDFusion(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(items, sources)`, each row summing to one.
         """
-        logarithms = torch.log1p(self.frequencies[1:].float())
-        low, high = logarithms.min(), logarithms.max()
+        low, high = self.log_range
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
         logits = self.output(nn.functional.gelu(self.hidden(normalised[:, None]))) / self.temperature
         return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
@@ -116,38 +122,76 @@ class MMESIDItems(nn.Module):
         )
         self.has_id_source = config.use_item_ids or not config.share_item_table
         self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
+        self.register_buffer("has_id", torch.ones(rows, dtype=torch.bool))
+        self.register_buffer("removed", torch.zeros(rows, dtype=torch.bool))
         self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
         if not config.share_item_table:
             self.token_id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if config.use_item_ids else None
             parts = len(self.modalities) * (2 if config.num_quantizers else 1) + config.use_item_ids
             self.token_mlp = nn.Linear(parts * hidden_size, hidden_size)
 
+    def modality_sources(self, items: torch.Tensor) -> torch.Tensor:
+        """What every modality puts into the fused table, of shape `(items, modalities, hidden)`: its projection, and
+        in the shared form its codes."""
+        with_codes = self.config.share_item_table and self.config.num_quantizers > 0
+        return torch.stack(
+            [
+                modality.project(items) + modality.embed_codes(items) if with_codes else modality.project(items)
+                for modality in self.modalities.values()
+            ],
+            dim=1,
+        )
+
     def sources(self, items: torch.Tensor) -> torch.Tensor:
         """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then
         every modality."""
-        sources = [self.id_embeddings(items)] if self.has_id_source else []
-        with_codes = self.config.share_item_table and self.config.num_quantizers > 0
-        for modality in self.modalities.values():
-            projected = modality.project(items)
-            sources.append(projected + modality.embed_codes(items) if with_codes else projected)
-        return torch.stack(sources, dim=1)
+        sources = [self.id_embeddings(items)[:, None]] if self.has_id_source else []
+        return torch.cat(sources + [self.modality_sources(items)] if self.modalities else sources, dim=1)
 
     def weights(self, items: torch.Tensor) -> torch.Tensor:
         """
-        Fusion weights of shape `(items, sources)`, scaled to sum to the number of sources: a factor that no ranking
-        sees, without which every source would learn more slowly the more there are. A missing modality has weight 0,
-        and the others share its part.
+        Fusion weights of shape `(items, sources)`, the ID vector (or score head) first, scaled to sum to the number of
+        sources: a factor that no ranking sees, without which every source would learn more slowly the more there are.
+        What an item lacks (a modality; the ID vector of an item added after training) has weight 0, and the others
+        share its part.
         """
-        present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
+        present = [self.has_id[items]] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
-        present = torch.stack(present, dim=1)
+        present = torch.stack(present, dim=1) & (items != 0)[:, None]
         # An item with no source at all (padding) would make the softmax undefined; its vector is zero.
         any_present = present.any(-1, keepdim=True)
         return self.fusion(items, present | ~any_present) * any_present * present.shape[1]
 
+    def _id_weight_and_content(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of the ID vector, `(items, 1)`, and the weighted sum of the modalities, `(items, hidden)`."""
+        weights = self.weights(items)
+        if not self.modalities:
+            return weights, weights.new_zeros(len(items), self.config.hidden_size)
+        content = torch.einsum("is,ish->ih", weights[:, self.has_id_source :], self.modality_sources(items))
+        return weights[:, :1], content
+
     def vectors(self, items: torch.Tensor) -> torch.Tensor:
         """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
-        return torch.einsum("is,ish->ih", self.weights(items), self.sources(items))
+        id_weight, content = self._id_weight_and_content(items)
+        return torch.addcmul(content, id_weight, self.id_embeddings(items)) if self.has_id_source else content
+
+    def table(self) -> torch.Tensor:
+        """
+        The whole fused table, `(items + 1, hidden)`.
+
+        What a modality computes on the way is many times as large as the table. Beyond `ITEMS_PER_BLOCK` items it is
+        computed block by block, and again in the backward pass, so that it is held for one block at a time.
+        """
+        rows = torch.arange(len(self.has_id), device=self.has_id.device)
+        if len(rows) <= ITEMS_PER_BLOCK:
+            id_weight, content = self._id_weight_and_content(rows)
+        else:
+            blocks = [
+                checkpoint(self._id_weight_and_content, block, use_reentrant=False, preserve_rng_state=False)
+                for block in rows.split(ITEMS_PER_BLOCK)
+            ]
+            id_weight, content = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return torch.addcmul(content, id_weight, self.id_embeddings.weight) if self.has_id_source else content
 
     def tokens(self, items: torch.Tensor) -> torch.Tensor:
         """Soft tokens of the given rows, `(items, hidden)`."""
@@ -159,7 +203,7 @@ class MMESIDItems(nn.Module):
             if self.config.num_quantizers:
                 parts.append(modality.embed_codes(items))
         if self.token_id_embeddings is not None:
-            parts.append(self.token_id_embeddings(items))
+            parts.append(self.token_id_embeddings(items) * self.has_id[items, None])
         return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
 
 
@@ -190,6 +234,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
 
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
+        self._item_table: torch.Tensor | None = None
+        self._item_table_state: list[tuple] | None = None
         self.items = MMESIDItems(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.output_dropout = nn.Dropout(config.output_dropout)
@@ -374,6 +420,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 "give one a row, row 0 is padding."
             )
         self.items.fusion.frequencies.copy_(frequencies)
+        self.items.fusion.log_range.copy_(torch.log1p(torch.stack(frequencies[1:].aminmax()).float()))
         for name, modality in self.items.modalities.items():
             table = embeddings[name].float()
             has = (table != 0).any(-1) if present is None else present[name].clone()
@@ -395,8 +442,49 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         """
         The fused table of shape `(items + 1, hidden)`, t_i = S (g_{i,0} w_i + sum_m g_{i,m} (...)) over S sources: the
         score of item i is its inner product with the user representation. Row 0 is padding and zero.
+
+        Without gradients the table of the last call is returned as long as nothing that it is made of has changed; do
+        not write to it.
         """
-        return self.items.vectors(torch.arange(self.config.num_items + 1, device=self.items.fusion.frequencies.device))
+        if torch.is_grad_enabled():
+            return self.items.table()
+        # Every write to a tensor, by an optimizer or by loading, raises its version.
+        state = [
+            (tensor.data_ptr(), tensor._version, tensor.dtype)
+            for tensor in (*self.items.parameters(), *self.items.buffers())
+        ]
+        if self._item_table is None or self._item_table_state != state:
+            self._item_table, self._item_table_state = self.items.table(), state
+        return self._item_table
+
+    def train(self, mode: bool = True):
+        if mode:
+            # Not to be kept beside gradients and optimizer states.
+            self._item_table = None
+        return super().train(mode)
+
+    def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Splits scores into what the sources of the items add to them.
+
+        Args:
+            user_embeddings (`torch.FloatTensor` of shape `(batch, hidden)`): User representations.
+            items (`torch.LongTensor` of shape `(batch, top_k)`): Rows.
+
+        Returns:
+            `dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`: by source, `"id"` (the paper's score head)
+            and the modalities; their sum is the score.
+        """
+        rows = items.flatten()
+        weighted = (self.items.weights(rows)[..., None] * self.items.sources(rows)).unflatten(0, items.shape)
+        contributions = torch.einsum("bh,bksh->bks", user_embeddings.to(weighted.dtype), weighted)
+        names = ["id"] * self.items.has_id_source + self.config.modalities
+        return dict(zip(names, contributions.unbind(-1), strict=True))
+
+    @property
+    def removed_items(self) -> torch.Tensor:
+        """Rows that are read in histories but never recommended, of shape `(items + 1,)` in bool."""
+        return self.items.removed
 
     def forward(
         self,

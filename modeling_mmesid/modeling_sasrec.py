@@ -120,6 +120,10 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         """Item vectors of shape `(items + 1, hidden)`; row 0 is padding."""
         return self.model.item_embeddings.weight
 
+    def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scores of `items`, `(batch, top_k)`, by source: an item is nothing here but its ID vector."""
+        return {"id": torch.einsum("bh,bkh->bk", user_embeddings, self.item_table()[items])}
+
     def forward(self, items: torch.Tensor, labels: torch.Tensor | None = None) -> SequentialRecommendationOutput:
         """
         Args:

@@ -28,10 +28,14 @@ class RecommendationOutput(ModelOutput):
     Args:
         items (`torch.LongTensor` of shape `(batch, top_k)`): Rows of the recommended items, best first.
         scores (`torch.FloatTensor` of shape `(batch, top_k)`): Their scores.
+        contributions (`dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`, *optional*, returned when
+            `return_contributions=True`): What each source of an item adds to its score, `"id"` for the free ID vector
+            and every modality by its name; they sum to the scores.
     """
 
     items: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
+    contributions: dict[str, torch.FloatTensor] | None = None
 
 
 def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torch.Tensor:
@@ -92,6 +96,38 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
             )
 
 
+def excluded_items(
+    num_items: int,
+    allowed_items: Sequence[int] | None,
+    denied_items: Sequence[int] | None,
+    removed_items: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """
+    Which rows may not be recommended to anybody, of shape `(items + 1,)` in bool; `None` if that is padding alone.
+
+    Raises:
+        ValueError: If a list names a row outside 1..`num_items`.
+    """
+    if allowed_items is None and denied_items is None and (removed_items is None or not removed_items.any()):
+        return None
+    for name, rows in (("allowed_items", allowed_items), ("denied_items", denied_items)):
+        wrong = next((row for row in rows or [] if not 1 <= row <= num_items), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows."
+            )
+    excluded = torch.zeros(num_items + 1, dtype=torch.bool)
+    if allowed_items is not None:
+        excluded[:] = True
+        excluded[list(allowed_items)] = False
+    if denied_items is not None:
+        excluded[list(denied_items)] = True
+    if removed_items is not None:
+        excluded |= removed_items.cpu()
+    excluded[0] = True
+    return excluded
+
+
 def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | None = None) -> torch.Tensor:
     """Histories as a `torch.LongTensor` of shape `(batch, longest)`, padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence(
@@ -100,12 +136,27 @@ def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | Non
 
 
 class RecommendationMixin:
-    """`recommend` for models that have `encode_histories(histories) -> (batch, hidden)` and `item_table() -> (items +
-    1, hidden)`."""
+    """
+    `recommend` for models that have `encode_histories(histories) -> (batch, hidden)`, `item_table() -> (items + 1,
+    hidden)` and `score_contributions(user_embeddings, items) -> dict[str, (batch, top_k)]`.
+
+    Attributes:
+        removed_items (`torch.BoolTensor` of shape `(items + 1,)`, *optional*): Rows that are read in histories but
+            never recommended.
+    """
+
+    removed_items: torch.Tensor | None = None
 
     @torch.no_grad()
     def recommend(
-        self, histories: Sequence[Sequence[int]], top_k: int = 10, exclude_history: bool = True, batch_size: int = 256
+        self,
+        histories: Sequence[Sequence[int]],
+        top_k: int = 10,
+        exclude_history: bool = True,
+        batch_size: int = 256,
+        return_contributions: bool = False,
+        allowed_items: Sequence[int] | None = None,
+        denied_items: Sequence[int] | None = None,
     ) -> RecommendationOutput:
         """
         Ranks the whole catalogue for every user.
@@ -116,18 +167,26 @@ class RecommendationMixin:
             top_k (`int`, *optional*, defaults to `10`): Items to return a user.
             exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
+            return_contributions (`bool`, *optional*, defaults to `False`): Whether to split every score into what the
+                item's sources (ID vector, modalities) add to it.
+            allowed_items (`list[int]`, *optional*): Rows to choose from, for all users; the whole catalogue by
+                default.
+            denied_items (`list[int]`, *optional*): Rows never to return, to no user.
 
         Returns:
             [`RecommendationOutput`] with `items` and `scores` of shape `(batch, top_k)`.
 
         Raises:
-            ValueError: If a history is empty or names a row outside the catalogue, or if fewer than `top_k` items are
-            left to recommend.
+            ValueError: If a history is empty, a history or list names a row outside the catalogue, or fewer than
+            `top_k` items are left to recommend.
         """
         num_items = self.config.num_items
         check_histories(histories, num_items)
+        excluded = excluded_items(num_items, allowed_items, denied_items, self.removed_items)
+        candidates = num_items if excluded is None else int((~excluded).sum())
         for index, history in enumerate(histories):
-            left = num_items - len(set(history)) if exclude_history else num_items
+            seen = set(history) if exclude_history else set()
+            left = candidates - (len(seen) if excluded is None else int((~excluded[list(seen)]).sum()))
             if not 1 <= top_k <= left:
                 raise ValueError(
                     f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}."
@@ -135,14 +194,25 @@ class RecommendationMixin:
         was_training = self.training
         self.eval()
         item_table = self.item_table()
-        items, scores = [], []
+        items, scores, contributions = [], [], []
         for start in range(0, len(histories), batch_size):
             batch = histories[start : start + batch_size]
-            batch_scores = score_items(self.encode_histories(batch), item_table)
+            user_embeddings = self.encode_histories(batch)
+            batch_scores = score_items(user_embeddings, item_table)
+            if excluded is not None:
+                batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
             if exclude_history:
                 mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
             best = batch_scores.topk(top_k)
             items.append(best.indices)
             scores.append(best.values)
+            if return_contributions:
+                contributions.append(self.score_contributions(user_embeddings, best.indices))
         self.train(was_training)
-        return RecommendationOutput(items=torch.cat(items), scores=torch.cat(scores))
+        return RecommendationOutput(
+            items=torch.cat(items),
+            scores=torch.cat(scores),
+            contributions={name: torch.cat([part[name] for part in contributions]) for name in contributions[0]}
+            if return_contributions
+            else None,
+        )

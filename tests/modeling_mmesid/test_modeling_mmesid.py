@@ -177,6 +177,75 @@ def test_recommend_agrees_with_scores_by_hand():
     assert all(sorted(row) == list(range(1, NUM_ITEMS + 1)) for row in seen.tolist())
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"share_item_table": False}, {"use_item_ids": False}, {"num_quantizers": 0}])
+def test_contributions_are_the_score_in_parts(kwargs):
+    model = new_model(**kwargs)
+    output = model.recommend(HISTORIES, top_k=6, return_contributions=True)
+    has_id = kwargs.get("use_item_ids", True)
+    assert list(output.contributions) == ["id"] * has_id + ["collaborative", "text"]
+    torch.testing.assert_close(sum(output.contributions.values()), output.scores, rtol=1e-5, atol=1e-6)
+    # Without a source the score changes by just that source's part.
+    users = model.encode_histories(HISTORIES)
+    weights = model.items.weights(output.items.flatten())[:, -1].view_as(output.items)
+    modality = model.items.modalities["text"]
+    vectors = modality.project(output.items.flatten())
+    if model.config.share_item_table and model.config.num_quantizers:
+        vectors = vectors + modality.embed_codes(output.items.flatten())
+    by_hand = (vectors.view(*output.items.shape, -1) * users[:, None]).sum(-1) * weights
+    torch.testing.assert_close(output.contributions["text"], by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_an_item_without_text_gets_nothing_from_text():
+    output = new_model().recommend([[1]], top_k=NUM_ITEMS, exclude_history=False, return_contributions=True)
+    lacking = torch.isin(output.items, torch.tensor([3, 4, 5]))
+    assert (output.contributions["text"][lacking] == 0).all()
+    assert (output.contributions["text"][~lacking] != 0).all()
+
+
+def test_candidates_can_be_listed():
+    model = new_model()
+    everything = model.recommend(HISTORIES, top_k=NUM_ITEMS, exclude_history=False).items
+    allowed = model.recommend(HISTORIES, top_k=4, exclude_history=False, allowed_items=[8, 2, 30, 31])
+    denied = model.recommend(HISTORIES, top_k=NUM_ITEMS - 3, exclude_history=False, denied_items=[8, 2, 30])
+    for user in range(len(HISTORIES)):
+        order = everything[user].tolist()
+        assert allowed.items[user].tolist() == [item for item in order if item in (8, 2, 30, 31)]
+        assert denied.items[user].tolist() == [item for item in order if item not in (8, 2, 30)]
+    with pytest.raises(ValueError, match="but 1 items can be recommended to history 2"):
+        model.recommend(HISTORIES, top_k=2, allowed_items=[7, 8, 9])
+    with pytest.raises(ValueError, match="denied_items holds row 41"):
+        model.recommend(HISTORIES, denied_items=[41])
+
+
+def test_item_table_is_built_again_after_any_change():
+    model = new_model()
+    with torch.no_grad():
+        table = model.item_table()
+        assert model.item_table() is table
+        for tensor in (model.items.modalities["text"].code_vectors, model.items.id_embeddings.weight):
+            tensor[1] += 1
+            assert not torch.equal(model.item_table(), table)
+            table = model.item_table()
+    loss = model(**pack_histories([[3, 9]], [5, 6], [7, 8], [[9, 1]])).loss
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        assert not torch.equal(model.item_table(), table)
+    model.train()
+    assert model._item_table is None
+
+
+def test_a_large_catalogue_in_blocks_has_the_same_table_and_gradients(monkeypatch):
+    whole, blocks = new_model(), new_model()
+    batch = pack_histories([[3, 9, 1], [8, 40]], [5, 6], [7, 8], [[9, 1, 5], [40, 2]])
+    whole(**batch).loss.backward()
+    monkeypatch.setattr("modeling_mmesid.modeling_mmesid.ITEMS_PER_BLOCK", 16)
+    blocks(**batch).loss.backward()
+    torch.testing.assert_close(blocks.item_table(), whole.item_table(), rtol=0, atol=1e-7)
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(blocks.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
     model = new_model(token_dropout=0.5, output_dropout=0.5).train()
     first, second = model.recommend(HISTORIES), model.recommend(HISTORIES, batch_size=1)
