@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -245,6 +246,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             # After `post_init`, which would draw the adapter anew and undo its start as a zero. Freezes the rest of
             # the backbone.
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
+        elif config.base_model_name_or_path is not None:
+            self.backbone.requires_grad_(False)
         if config.base_model_name_or_path is not None:
             frozen = {name for name, parameter in self.backbone.named_parameters() if not parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in frozen}
@@ -273,6 +276,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         pretrained_backbone_name_or_path: str | os.PathLike,
         *,
         revision: str | None = None,
+        freeze_backbone: bool = False,
         backbone_kwargs: dict | None = None,
         **config_kwargs,
     ) -> "MMESIDForSequentialRecommendation":
@@ -283,6 +287,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         Args:
             pretrained_backbone_name_or_path (`str` or `os.PathLike`): Anything that `AutoModel.from_pretrained` loads.
             revision (`str`, *optional*): Branch, tag or commit of the backbone.
+            freeze_backbone (`bool`, *optional*, defaults to `False`): Without `lora`, leave the backbone as it is
+                rather than train it in full: only items and fusion learn, and the checkpoint names the base model.
             backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `dtype`,
                 `quantization_config`, `device_map` or `attn_implementation`.
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
@@ -291,7 +297,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         backbone = AutoModel.from_pretrained(
             pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {})
         )
-        if config_kwargs.get("lora") is not None:
+        if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
             # Only what came from a Hub has a commit.
             config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
@@ -347,11 +353,26 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             )
         return model.to(backbone.device).eval()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in
-        PEFT's format."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self.config.lora is None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, merge_backbone: bool = False, is_main_process: bool = True, **kwargs
+    ) -> None:
+        """
+        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in
+        PEFT's format.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to.
+            merge_backbone (`bool`, *optional*, defaults to `False`): Write a self-contained checkpoint instead: the
+                adapter merged into the backbone, no base model to fetch.
+            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes what all share.
+
+        Raises:
+            ValueError: If `merge_backbone` is asked of a quantized backbone, whose weights cannot hold the sum.
+        """
+        if merge_backbone and self.config.base_model_name_or_path is not None:
+            return self._merged().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.config.lora is None or not is_main_process:
             return
         adapter_dir = os.path.join(save_directory, "adapter")
         adapter_config = LoraConfig(
@@ -367,6 +388,33 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             os.path.join(adapter_dir, "adapter_model.safetensors"),
             metadata={"format": "pt"},
         )
+
+    @torch.no_grad()
+    def _merged(self) -> "MMESIDForSequentialRecommendation":
+        """The same model without base model and adapter; its weights are shared with this one where nothing was
+        merged."""
+        weights = self.state_dict()
+        for name, layer in self.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            for key in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[key]
+            # A copy: the adapter goes on training in this one.
+            merged = copy.deepcopy(layer)
+            merged.merge()
+            weights |= {f"{name}.{key}": tensor for key, tensor in merged.get_base_layer().state_dict().items()}
+        quantized = next((name for name in weights if "quant_state" in name or weights[name].dtype == torch.uint8), None)
+        if quantized is not None:
+            raise ValueError(
+                f"The backbone is quantized ('{quantized}'), so nothing can be merged into it; load the checkpoint "
+                "without quantization_config and save that with merge_backbone=True."
+            )
+        config = copy.deepcopy(self.config)
+        config.lora = config.base_model_name_or_path = config.base_model_revision = None
+        with torch.device("meta"):
+            model = type(self)(config)
+        model.load_state_dict(weights, assign=True)
+        return model
 
     @torch.no_grad()
     def initialize_items(

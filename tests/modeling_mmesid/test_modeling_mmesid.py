@@ -19,8 +19,8 @@ HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
 
 
-def lora_model(base_model: str) -> MMESIDForSequentialRecommendation:
-    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, lora=LORA, **settings())
+def lora_model(base_model: str, **kwargs) -> MMESIDForSequentialRecommendation:
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, lora=LORA | kwargs, **settings())
     model.initialize_items(**item_tables())
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -397,3 +397,31 @@ def test_activation_checkpointing_changes_no_gradient():
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear"}])
+def test_merged_checkpoint_needs_no_base_model(tmp_path, base_model, kwargs):
+    model = lora_model(base_model, **kwargs)
+    before = model.recommend(HISTORIES)
+    model.save_pretrained(tmp_path, merge_backbone=True)
+    assert not (tmp_path / "adapter").exists()
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    assert loaded.config.base_model_name_or_path is None
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    after = loaded.recommend(HISTORIES)
+    assert torch.equal(before.items, after.items)
+    torch.testing.assert_close(before.scores, after.scores, rtol=0, atol=1e-5)
+    # The model that was saved goes on as it was.
+    assert torch.equal(model.recommend(HISTORIES).scores, before.scores)
+
+
+def test_frozen_backbone_stays_out_of_training_and_checkpoint(tmp_path, base_model):
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, freeze_backbone=True, **settings())
+    model.initialize_items(**item_tables())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("items.") for name in trained)
+    model.save_pretrained(tmp_path)
+    assert not any(name.startswith("backbone.") for name in load_file(tmp_path / "model.safetensors"))
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    assert torch.equal(loaded.recommend(HISTORIES).scores, model.eval().recommend(HISTORIES).scores)
