@@ -36,6 +36,39 @@ def catalogue_cross_entropy(
     return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile)
 
 
+def sampled_cross_entropy(
+    hidden: torch.Tensor,
+    target_vectors: torch.Tensor,
+    candidate_vectors: torch.Tensor,
+    candidate_log_counts: torch.Tensor,
+    is_target: torch.Tensor,
+) -> torch.Tensor:
+    r"""
+    Mean of \\(\log(e^{\langle u, t \rangle} + \sum_j e^{\langle u, c_j \rangle - \log n q_j}) - \langle u, t
+    \rangle\\): the sum over the catalogue is estimated from n sampled candidates, each weighed against how often it is
+    drawn (logQ correction; importance sampling of [Bengio and Senécal,
+    2008](https://doi.org/10.1109/TNN.2007.912312)). It tends to [`catalogue_cross_entropy`] as n grows.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
+        target_vectors (`torch.Tensor` of shape `(targets, hidden)`): Vectors of the target items.
+        candidate_vectors (`torch.Tensor` of shape `(candidates, hidden)`): Vectors of the sampled items, with
+            repetitions as drawn.
+        candidate_log_counts (`torch.Tensor` of shape `(candidates,)`): log(n q_j), the logarithm of how often item j
+            is expected among n draws.
+        is_target (`torch.BoolTensor` of shape `(targets, candidates)`): Where a candidate is the target itself, which
+            counts once and exactly.
+
+    Returns:
+        `torch.Tensor`: The scalar loss in float32; zero if there is no target.
+    """
+    target_logits = (hidden * target_vectors).sum(-1, dtype=torch.float32)
+    logits = (hidden @ candidate_vectors.T).float() - candidate_log_counts
+    logits = logits.masked_fill(is_target, -torch.inf)
+    losses = torch.logsumexp(torch.cat([target_logits[:, None], logits], dim=1), dim=1) - target_logits
+    return losses.sum() / max(len(losses), 1)
+
+
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table, targets, logits_per_tile):

@@ -2,6 +2,7 @@
 product."""
 
 import copy
+import inspect
 import os
 from collections.abc import Sequence
 
@@ -12,13 +13,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import cached_file
 
 from .configuration_mmesid import MMESIDConfig
-from .loss_catalogue import catalogue_cross_entropy
-from .packing import pack_histories, packed_attention_mask
+from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
+from .packing import pack_histories, packed_attention_mask, packed_block_mask
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
 
@@ -208,6 +209,12 @@ class MMESIDItems(nn.Module):
         return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
 
 
+def tensor_versions(module: nn.Module) -> list[tuple]:
+    """Equal as long as no tensor of the module has changed: every write, by an optimizer or by loading, raises a
+    tensor's version."""
+    return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
+
+
 class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
     """
     Sequential recommendation with a language model over multimodal items and trained semantic IDs.
@@ -236,7 +243,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self._item_table: torch.Tensor | None = None
-        self._item_table_state: list[tuple] | None = None
+        self._prompt_cache: Cache | None = None
         self.items = MMESIDItems(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.output_dropout = nn.Dropout(config.output_dropout)
@@ -354,7 +361,12 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         return model.to(backbone.device).eval()
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, merge_backbone: bool = False, is_main_process: bool = True, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        merge_backbone: bool = False,
+        is_main_process: bool = True,
+        **kwargs,
     ) -> None:
         """
         Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in
@@ -403,7 +415,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             merged = copy.deepcopy(layer)
             merged.merge()
             weights |= {f"{name}.{key}": tensor for key, tensor in merged.get_base_layer().state_dict().items()}
-        quantized = next((name for name in weights if "quant_state" in name or weights[name].dtype == torch.uint8), None)
+        quantized = next(
+            (name for name in weights if "quant_state" in name or weights[name].dtype == torch.uint8), None
+        )
         if quantized is not None:
             raise ValueError(
                 f"The backbone is quantized ('{quantized}'), so nothing can be merged into it; load the checkpoint "
@@ -496,11 +510,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         """
         if torch.is_grad_enabled():
             return self.items.table()
-        # Every write to a tensor, by an optimizer or by loading, raises its version.
-        state = [
-            (tensor.data_ptr(), tensor._version, tensor.dtype)
-            for tensor in (*self.items.parameters(), *self.items.buffers())
-        ]
+        state = tensor_versions(self.items), torch.is_autocast_enabled(self.device.type)
         if self._item_table is None or self._item_table_state != state:
             self._item_table, self._item_table_state = self.items.table(), state
         return self._item_table
@@ -508,7 +518,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
     def train(self, mode: bool = True):
         if mode:
             # Not to be kept beside gradients and optimizer states.
-            self._item_table = None
+            self._item_table = self._prompt_cache = None
         return super().train(mode)
 
     def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -543,6 +553,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         shared_length: torch.Tensor | None = None,
         copy: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
+        candidate_log_counts: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> SequentialRecommendationOutput:
         """
         Takes what [`~modeling_mmesid.packing.pack_histories`] returns; all of shape `(batch, length)` unless said
@@ -559,43 +572,121 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 sequence sees.
             copy (`torch.LongTensor`, *optional*): Copy of the closing tokens that each position of a packed sequence
                 belongs to.
+            candidates (`torch.LongTensor` of shape `(candidates,)`, *optional*): Rows sampled from the catalogue; the
+                loss is then estimated from them, and no table of all items is built.
+            candidate_log_counts (`torch.FloatTensor` of shape `(candidates,)`, *optional*): Logarithm of how often
+                each candidate is expected among the draws.
+            past_key_values (`Cache`, *optional*): What [`~MMESIDForSequentialRecommendation.prompt_cache`] returns,
+                where the inputs were packed without the prompt's prefix.
         """
-        item_table = self.item_table() if labels is not None else None
-        if item_table is not None and self.config.share_item_table:
-            item_tokens = nn.functional.embedding(items, item_table)
+        if labels is None:
+            table, index = None, items
+        elif candidates is None:
+            table, index = self.item_table(), items
+        else:
+            # Only the rows of the table that this batch needs.
+            answers = labels[labels != -100]
+            rows, positions = torch.cat([items.flatten(), answers, candidates]).unique(return_inverse=True)
+            index, answers, sampled = positions.split([items.numel(), len(answers), len(candidates)])
+            table, index = self.items.vectors(rows), index.view_as(items)
+        if table is not None and self.config.share_item_table:
+            item_tokens = nn.functional.embedding(index, table)
         else:
             unique, inverse = items.unique(return_inverse=True)
             item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
         word_embeddings = self.backbone.get_input_embeddings()(input_ids)
-        is_item = (items != 0)[..., None]
-        inputs_embeds = torch.where(
-            is_item,
-            self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype),
-            word_embeddings,
-        )
-        attention_mask = None
-        if copy is not None:
-            visible = packed_attention_mask(shared_length, copy)
-            # Additive, which eager attention and SDPA both take.
-            attention_mask = torch.zeros_like(visible, dtype=inputs_embeds.dtype)
-            attention_mask.masked_fill_(~visible, torch.finfo(inputs_embeds.dtype).min)
+        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype)
         # Padding is on the right, where no causal query looks.
         hidden_states = self.backbone(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
+            attention_mask=None if copy is None else self._packed_mask(shared_length, copy, word_embeddings.dtype),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
         ).last_hidden_state
         if labels is None:
             user_embeddings = hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
             return SequentialRecommendationOutput(user_embeddings=user_embeddings)
-        wanted = labels != -100
-        user_embeddings = self.output_dropout(hidden_states[wanted].to(item_table.dtype))
-        loss = catalogue_cross_entropy(user_embeddings, item_table, labels[wanted])
+        user_embeddings = self.output_dropout(hidden_states[labels != -100].to(table.dtype))
+        if candidates is None:
+            loss = catalogue_cross_entropy(user_embeddings, table, labels[labels != -100])
+        else:
+            loss = sampled_cross_entropy(
+                user_embeddings,
+                table[answers],
+                table[sampled],
+                candidate_log_counts,
+                is_target=answers[:, None] == sampled[None, :],
+            )
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
+
+    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, dtype: torch.dtype):
+        if self.backbone.config._attn_implementation == "flex_attention":
+            return packed_block_mask(shared_length, copy)
+        visible = packed_attention_mask(shared_length, copy)
+        # Additive, which eager attention and SDPA both take.
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    @torch.no_grad()
+    def prompt_cache(self, batch_size: int) -> Cache | None:
+        """
+        Keys and values of the prompt before the items, which all users share, for `batch_size` users; `None` if there
+        is no such prompt. It is computed once and again only after the backbone has changed.
+        """
+        if not self.config.prompt_prefix_ids:
+            return None
+        state = tensor_versions(self.backbone), torch.is_autocast_enabled(self.device.type)
+        if self._prompt_cache is None or self._prompt_cache_state != state:
+            prefix = torch.tensor([self.config.prompt_prefix_ids], device=self.device)
+            # By embedding, so that a backbone that scales tokens but not vectors does the same as in `forward`.
+            embedded = self.backbone.get_input_embeddings()(prefix)
+            self._prompt_cache = self.backbone(inputs_embeds=embedded, use_cache=True).past_key_values
+            self._prompt_cache_state = state
+        cache = copy.deepcopy(self._prompt_cache)
+        cache.batch_repeat_interleave(batch_size)
+        return cache
+
+    @torch.no_grad()
+    def packing_problem(self) -> str | None:
+        """
+        Why the prefixes of a user cannot share a sequence on this backbone, or `None` if they can.
+
+        What its attention makes of the mask is not read off its name but tried, on one short history.
+        """
+        config = self.config.get_text_config()
+        longest = len(self.config.prompt_prefix_ids) + self.config.max_history + len(self.config.prompt_suffix_ids)
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < longest:
+            return f"its sliding window of {window} positions is shorter than prompt and history ({longest})"
+        if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
+            return "it takes no position_ids"
+        was_training = self.training
+        self.eval()
+        rows = [1 + index % self.config.num_items for index in range(3)]
+        targets = [rows[1:] + rows[:1]]
+        states = []
+        for packed in (True, False):
+            inputs = pack_histories(
+                [rows], self.config.prompt_prefix_ids, self.config.prompt_suffix_ids or [0], targets, packed=packed
+            )
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            states.append(self(**inputs).user_embeddings.float())
+        self.train(was_training)
+        # A wrong mask changes the states altogether; rounding in half precision by some per cent.
+        difference = (states[0] - states[1]).norm() / states[1].norm()
+        tolerance = 1e-3 if self.backbone.dtype == torch.float32 else 0.1
+        if not difference < tolerance:
+            return f"its states differ by {difference:.1%} between packed and single prefixes"
+        return None
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a history."""
         latest = [history[-self.config.max_history :] for history in histories]
-        inputs = pack_histories(latest, self.config.prompt_prefix_ids, self.config.prompt_suffix_ids)
-        return self(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).user_embeddings
+        cache = None if self.training or torch.is_grad_enabled() else self.prompt_cache(len(latest))
+        prefix_ids = self.config.prompt_prefix_ids if cache is None else ()
+        inputs = pack_histories(latest, prefix_ids, self.config.prompt_suffix_ids)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self(**inputs, past_key_values=cache).user_embeddings
 
 
 __all__ = ["MMESIDForSequentialRecommendation"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def pack_histories(
@@ -12,6 +13,7 @@ def pack_histories(
     suffix_ids: Sequence[int],
     targets: Sequence[np.ndarray | Sequence[int]] | None = None,
     pad_to_multiple_of: int = 1,
+    packed: bool = True,
 ) -> dict[str, torch.Tensor]:
     r"""
     Lays each user out as `prefix tokens | items 1..T | closing tokens ...`, padded on the right.
@@ -44,6 +46,8 @@ def pack_histories(
             - **copy** (likewise): the copy a position belongs to, 0 for what all copies share, -1 for padding.
     """
     prefix, suffix = np.asarray(prefix_ids, dtype=np.int64), np.asarray(suffix_ids, dtype=np.int64)
+    if targets is not None and len(suffix) and not packed:
+        return _one_prefix_a_row(histories, targets, prefix_ids, suffix_ids, pad_to_multiple_of)
     rows = []
     for index, history in enumerate(histories):
         history = np.asarray(history, dtype=np.int64)
@@ -81,6 +85,19 @@ def pack_histories(
     return batch
 
 
+def _one_prefix_a_row(histories, targets, prefix_ids, suffix_ids, pad_to_multiple_of) -> dict[str, torch.Tensor]:
+    """The training examples of [`pack_histories`] in its inference form, with the label where the prefix is read."""
+    prefixes, answers = [], []
+    for history, following in zip(histories, targets, strict=True):
+        for position in np.flatnonzero(np.asarray(following) != -100):
+            prefixes.append(history[: position + 1])
+            answers.append(int(following[position]))
+    batch = pack_histories(prefixes, prefix_ids, suffix_ids, pad_to_multiple_of=pad_to_multiple_of)
+    batch["labels"] = torch.full_like(batch["items"], -100)
+    batch["labels"][torch.arange(len(answers)), batch.pop("lengths") - 1] = torch.tensor(answers)
+    return batch
+
+
 def _append(row: dict[str, np.ndarray], **parts: np.ndarray) -> None:
     for name, part in parts.items():
         row[name] = np.concatenate([row[name], part])
@@ -104,3 +121,15 @@ def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> to
     shared = (copy[:, None, :] == 0) & (index[None, None, :] < shared_length[:, :, None])
     own = (copy[:, :, None] == copy[:, None, :]) & (copy[:, :, None] != 0) & behind
     return (shared | own)[:, None]
+
+
+def packed_block_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> BlockMask:
+    """The same as [`packed_attention_mask`] for FlexAttention, which skips the blocks that nobody sees."""
+
+    def visible(batch, head, query, key):
+        shared = (copy[batch, key] == 0) & (key < shared_length[batch, query])
+        own = (copy[batch, query] == copy[batch, key]) & (copy[batch, query] != 0) & (query >= key)
+        return shared | own
+
+    batch, length = copy.shape
+    return create_block_mask(visible, batch, None, length, length, device=copy.device)

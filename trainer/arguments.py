@@ -206,6 +206,26 @@ class FinetuneArguments(StageTrainingArguments):
         default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
         metadata={"help": "Pretrained decoder: linear layers that get an adapter."},
     )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Pretrained decoder: scale the adapter by alpha / sqrt(r) (RSLoRA)."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Pretrained decoder: split weights into magnitude and direction (DoRA)."}
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Pretrained decoder, with --lora_r 0: train the items alone."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained decoder: sdpa, flex_attention (CUDA; skips what packed prefixes do not see), "
+            "flash_attention_2 (one prefix a row) or eager; by default the library's choice."
+        },
+    )
+    merge_backbone: bool = field(
+        default=False,
+        metadata={"help": "Pretrained decoder: save a self-contained checkpoint, the adapter merged, no base model."},
+    )
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "What the system turn of the prompt says."})
     user_prompt: str = field(
         default=USER_PROMPT,
@@ -225,6 +245,17 @@ class FinetuneArguments(StageTrainingArguments):
     output_dropout: float = field(default=0.4, metadata={"help": "Dropout on user representations."})
     max_history: int = field(
         default=50, metadata={"help": "Longest history; of a longer one the latest items are read."}
+    )
+    max_targets: int | None = field(
+        default=None, metadata={"help": "Train on so many of a user's latest items alone; all by default."}
+    )
+    packed: bool = field(
+        default=True,
+        metadata={"help": "All prefixes of a user share a sequence; false gives each a row, the same at more cost."},
+    )
+    num_candidates: int = field(
+        default=0,
+        metadata={"help": "Estimate the loss from so many sampled items, for millions of items; 0 takes all."},
     )
     num_train_epochs: float = field(
         default=20, metadata={"help": "Epochs at most; early stopping usually ends sooner."}

@@ -1,6 +1,8 @@
 """Training the MME-SID recommender."""
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
@@ -8,18 +10,68 @@ from .collators import HistoryCollator
 from .sequential_trainer import SequentialRecommendationTrainer
 
 
+logger = logging.get_logger(__name__)
+
+
 class MMESIDTrainer(SequentialRecommendationTrainer):
     """
     Trains [`MMESIDForSequentialRecommendation`] on all prefixes of every user, packed into one sequence a user.
 
     ```python
-    trainer = MMESIDTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"),
-    model.config.max_history),
-                            eval_dataset=EvaluationHistories(data.sequences("validation")))
+    trainer = MMESIDTrainer(
+        model,
+        args,
+        train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
+        eval_dataset=EvaluationHistories(data.sequences("validation")),
+    )
     ```
+
+    Args:
+        model ([`MMESIDForSequentialRecommendation`]): The recommender, its items initialised.
+        args (`TrainingArguments`): Settings of the training.
+        packed (`bool`, *optional*, defaults to `True`): Let the prefixes of a user share a sequence, wherever the
+            backbone's attention takes the mask; otherwise each is a row of its own, with a warning.
+        num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, drawn by
+            smoothed popularity; 0 takes the whole catalogue.
+        **kwargs: Further arguments of [`~transformers.Trainer`].
     """
 
-    def __init__(self, model: MMESIDForSequentialRecommendation, args: TrainingArguments, **kwargs):
+    def __init__(
+        self,
+        model: MMESIDForSequentialRecommendation,
+        args: TrainingArguments,
+        packed: bool = True,
+        num_candidates: int = 0,
+        **kwargs,
+    ):
         config = model.config
-        collator = HistoryCollator(config.max_history, config.prompt_prefix_ids, config.prompt_suffix_ids)
+        if packed and config.prompt_suffix_ids and kwargs.get("train_dataset") is not None:
+            problem = model.packing_problem()
+            if problem is not None:
+                packed = False
+                logger.warning(
+                    "The prefixes of a user cannot share a sequence on %s: %s. Every prefix becomes a row of its own, "
+                    "many times as many; lower per_device_train_batch_size if memory runs out.",
+                    type(model.backbone).__name__,
+                    problem,
+                )
+        collator = HistoryCollator(
+            config.max_history,
+            config.prompt_prefix_ids,
+            config.prompt_suffix_ids,
+            packed=packed,
+            num_candidates=num_candidates,
+            sampling_weights=smoothed_popularity(model.items.fusion.frequencies) if num_candidates else None,
+        )
         super().__init__(model, args, data_collator=collator, **kwargs)
+
+    def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**inputs, past_key_values=self.model.prompt_cache(len(inputs["items"]))).user_embeddings
+
+
+def smoothed_popularity(frequencies: torch.Tensor, exponent: float = 0.75) -> torch.Tensor:
+    """(1 + freq)^0.75, with which word2vec draws its negatives: tail items are still drawn, popular ones more often.
+    Row 0 is padding and never drawn."""
+    weights = (1 + frequencies.cpu().double()) ** exponent
+    weights[0] = 0
+    return weights

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modeling_mmesid.loss_catalogue import catalogue_cross_entropy
+from modeling_mmesid.loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 
 
 def inputs(users=37, items=211, hidden=16, dtype=torch.float64):
@@ -58,3 +58,35 @@ def test_extreme_logits_do_not_overflow():
     users, table, targets = inputs(dtype=torch.float32)
     loss = catalogue_cross_entropy(users * 1e3, table, targets, logits_per_tile=300)
     assert torch.isfinite(loss)
+
+
+def test_sampled_loss_tends_to_the_whole_catalogue_s():
+    torch.manual_seed(0)
+    hidden, table = torch.randn(6, 8), torch.randn(201, 8)
+    targets = torch.randint(1, 201, (6,))
+    weights = torch.rand(200) + 0.1
+    probabilities = weights / weights.sum()
+    whole = catalogue_cross_entropy(hidden, table, targets)
+    errors = []
+    for count in (100, 100_000):
+        drawn = torch.multinomial(probabilities, count, replacement=True) + 1
+        log_counts = torch.log(count * probabilities[drawn - 1])
+        loss = sampled_cross_entropy(
+            hidden, table[targets], table[drawn], log_counts, targets[:, None] == drawn[None, :]
+        )
+        errors.append(abs(loss - whole))
+    assert errors[1] < 0.01 < errors[0]
+
+
+def test_sampled_loss_of_every_item_once_is_exact_and_has_its_gradients():
+    torch.manual_seed(0)
+    hidden, table = torch.randn(6, 8, requires_grad=True), torch.randn(41, 8, requires_grad=True)
+    targets, everything = torch.tensor([1, 5, 5, 40, 17, 2]), torch.arange(1, 41)
+    arguments = table[targets], table[everything], torch.zeros(40), targets[:, None] == everything[None, :]
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(hidden @ table[1:].T, targets - 1), (hidden, table)
+    )
+    loss = sampled_cross_entropy(hidden, *arguments)
+    assert loss.item() == pytest.approx(catalogue_cross_entropy(hidden, table, targets).item(), abs=1e-6)
+    for gradient, wanted in zip(torch.autograd.grad(loss, (hidden, table)), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)

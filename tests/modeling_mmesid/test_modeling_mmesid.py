@@ -425,3 +425,14 @@ def test_frozen_backbone_stays_out_of_training_and_checkpoint(tmp_path, base_mod
     loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
     assert torch.equal(loaded.recommend(HISTORIES).scores, model.eval().recommend(HISTORIES).scores)
+
+
+def test_a_loss_from_all_items_as_candidates_is_the_whole_catalogue_s():
+    for kwargs in ({}, {"share_item_table": False}, {"modalities": [], "embedding_dims": []}):
+        model = new_model(**kwargs)
+        batch = pack_histories([[3, 9, 1], [8, 40]], [5, 6], [7, 8], [[9, 1, 5], [40, 2]])
+        whole = model(**batch).loss
+        sampled = model(
+            **batch, candidates=torch.arange(1, NUM_ITEMS + 1), candidate_log_counts=torch.zeros(NUM_ITEMS)
+        ).loss
+        assert sampled.item() == pytest.approx(whole.item(), abs=1e-5)

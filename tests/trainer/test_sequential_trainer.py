@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, TrainingArguments, set_seed
+from transformers import LlamaConfig, MistralConfig, TrainingArguments, set_seed
 
 from modeling_mmesid import (
     MMESIDConfig,
@@ -14,7 +14,7 @@ from modeling_mmesid import (
 from trainer.collators import HistoryCollator, ItemCollator
 from trainer.data.prepared import Sequences
 from trainer.data.windows import EvaluationHistories, TrainingWindows
-from trainer.mmesid_trainer import MMESIDTrainer
+from trainer.mmesid_trainer import MMESIDTrainer, smoothed_popularity
 from trainer.sasrec_trainer import SASRecTrainer
 
 
@@ -42,12 +42,10 @@ def sasrec_trainer(arguments):
     )
 
 
-def mmesid_trainer(arguments):
-    backbone = LlamaConfig(
-        vocab_size=10, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
+def mmesid_trainer(arguments, backbone_class=LlamaConfig, backbone_kwargs=None, **kwargs):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MMESIDConfig(
-        backbone_config=backbone,
+        backbone_config=backbone_class(vocab_size=10, **sizes, **(backbone_kwargs or {})),
         num_items=NUM_ITEMS,
         item_token_scale=5.0,
         prompt_prefix_ids=[1, 2],
@@ -60,10 +58,22 @@ def mmesid_trainer(arguments):
         arguments,
         train_dataset=TrainingWindows(cyclic(200, 0), 10),
         eval_dataset=EvaluationHistories(cyclic(61, 1)),
+        **kwargs,
     )
 
 
-@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer])
+def sampled_mmesid_trainer(arguments):
+    return mmesid_trainer(arguments, num_candidates=20)
+
+
+def unpacked_mmesid_trainer(arguments):
+    # A window shorter than prompt and history, which a packed sequence cannot respect.
+    trainer = mmesid_trainer(arguments, MistralConfig, {"sliding_window": 8, "num_key_value_heads": 2})
+    assert not trainer.data_collator.packed
+    return trainer
+
+
+@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer, sampled_mmesid_trainer, unpacked_mmesid_trainer])
 def test_training_learns_the_rule(make, tmp_path):
     set_seed(0)
     arguments = TrainingArguments(
@@ -75,6 +85,19 @@ def test_training_learns_the_rule(make, tmp_path):
     trainer.train()
     assert before < 0.5
     assert trainer.rank()["hr@5"] > 0.95
+
+
+def test_candidates_are_drawn_by_smoothed_popularity():
+    weights = smoothed_popularity(torch.tensor([0, 0, 15, 80]))
+    assert weights.tolist() == pytest.approx([0.0, 1.0, 8.0, 27.0])
+    torch.manual_seed(0)
+    collator = HistoryCollator(3, num_candidates=36_000, sampling_weights=weights)
+    batch = collator([{"history": np.array([1, 2]), "targets": np.array([2, 3])}])
+    counts = torch.bincount(batch["candidates"], minlength=4)
+    assert counts[0] == 0
+    # The counts that the loss corrects by are those that come out.
+    expected = torch.zeros(4).index_copy(0, batch["candidates"], batch["candidate_log_counts"].exp())
+    torch.testing.assert_close(counts[1:].float(), expected[1:], rtol=0.1, atol=0)
 
 
 def test_gradient_accumulation_makes_the_same_update(tmp_path):
@@ -109,7 +132,8 @@ def test_the_caller_s_arguments_are_left_alone(tmp_path):
 def test_collators_keep_the_whole_history_for_masking():
     example = {"history": np.array([4, 5, 6], dtype=np.int32), "target": 9}
     batch = HistoryCollator(2, [1], [2], pad_to_multiple_of=1)([example])
-    assert batch["items"].tolist() == [[0, 5, 6, 0]]
+    # The prompt before the items is not repeated: its keys and values are kept.
+    assert batch["items"].tolist() == [[5, 6, 0]]
     assert batch["seen"].tolist() == [[4, 5, 6]]
     assert batch["target"].tolist() == [9]
     assert set(ItemCollator(2)([example])) == {"items", "seen", "target"}

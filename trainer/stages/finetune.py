@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer = MMESIDTrainer(
             model,
             trainer_arguments(arguments, run),
-            train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history),
+            packed=arguments.packed,
+            num_candidates=arguments.num_candidates,
+            train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history, arguments.max_targets),
             eval_dataset=EvaluationHistories(data.sequences("validation")),
             processing_class=processor,
             callbacks=early_stopping(arguments),
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         fit(trainer)
         run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, merge_backbone=arguments.merge_backbone)
             processor.save_pretrained(staging)
             run.details.update(
                 data=data.statistics,
@@ -170,11 +172,16 @@ def build(
             "lora_alpha": arguments.lora_alpha,
             "lora_dropout": arguments.lora_dropout,
             "target_modules": arguments.lora_target_modules,
+            "use_rslora": arguments.use_rslora,
+            "use_dora": arguments.use_dora,
         }
+        attention = arguments.attn_implementation
         model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
             arguments.backbone_name_or_path,
             revision=arguments.backbone_revision,
             lora=lora if arguments.lora_r else None,
+            freeze_backbone=arguments.freeze_backbone,
+            backbone_kwargs={} if attention is None else {"attn_implementation": attention},
             **settings,
         )
     return processor, model
