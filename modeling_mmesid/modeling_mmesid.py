@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
+from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
@@ -127,6 +128,7 @@ class MMESIDItems(nn.Module):
         self.register_buffer("has_id", torch.ones(rows, dtype=torch.bool))
         self.register_buffer("removed", torch.zeros(rows, dtype=torch.bool))
         self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
+        self.token_id_embeddings = None
         if not config.share_item_table:
             self.token_id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if config.use_item_ids else None
             parts = len(self.modalities) * (2 if config.num_quantizers else 1) + config.use_item_ids
@@ -499,6 +501,111 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 # leaves the distances that the quantizer kept in proportion.
                 length = modality.embed_codes(has.nonzero()[:, 0]).norm(dim=-1).mean()
                 modality.code_vectors.mul_(self.config.initializer_range * self.config.hidden_size**0.5 / length)
+
+    @torch.no_grad()
+    def add_items(
+        self,
+        embeddings: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor] | None = None,
+        quantizer: MMRQVAEModel | None = None,
+    ) -> list[int]:
+        """
+        Adds items after training: codes from the quantizer, and a score from the modalities that they have. They have
+        no ID vector, whose weight goes to the modalities. What the model gives for the other items stays as it is.
+
+        Args:
+            embeddings (`dict[str, torch.Tensor]`, each of shape `(new_items, embedding_dim)`): Embeddings by modality,
+                from the encoders that the model was trained with. A modality that no new item has may be left out.
+            present (`dict[str, torch.Tensor]`, each of shape `(new_items,)`, *optional*): Which items have the
+                modality; those with a non-zero embedding by default.
+            quantizer ([`MMRQVAEModel`], *optional*): The quantizer that gave the model its codes; needed if the model
+                uses any.
+
+        Returns:
+            `list[int]`: Rows of the new items. Give the processor their ids in the same order
+            ([`~MMESIDProcessor.add_items`]).
+
+        Raises:
+            ValueError: If an embedding does not fit, an item has no modality at all, or the quantizer is missing or
+            another one.
+        """
+        config, items = self.config, self.items
+        self._check_new_embeddings(embeddings)
+        if config.num_quantizers and (
+            quantizer is None
+            or (quantizer.config.num_quantizers, quantizer.config.codebook_size)
+            != (config.num_quantizers, config.codebook_size)
+        ):
+            raise ValueError(
+                f"The model's items have {config.num_quantizers} codes of {config.codebook_size}; give the quantizer "
+                "that made them as `quantizer`."
+            )
+        count = len(next(iter(embeddings.values())))
+        added = {}
+        for name, modality in items.modalities.items():
+            table = embeddings.get(name, torch.zeros(count, modality.embeddings.shape[1])).to(modality.embeddings)
+            has = (table != 0).any(-1) if present is None or name not in present else present[name].to(table.device)
+            codes = torch.zeros(count, config.num_quantizers, dtype=torch.long)
+            if config.num_quantizers and has.any():
+                encoded = quantizer.encode({name: table[has].to(quantizer.device)}).codes[name]
+                codes[has.cpu()] = encoded.long().cpu()
+            added[name] = {"embeddings": table, "present": has, "codes": codes.to(table.device)}
+        without = (~torch.stack([tables["present"] for tables in added.values()]).any(0)).nonzero()[:, 0]
+        if len(without):
+            raise ValueError(
+                f"New item {int(without[0])} has no modality at all, and without training nothing else can score it."
+            )
+        for name, modality in items.modalities.items():
+            for buffer in ("embeddings", "present", "codes")[: 3 if config.num_quantizers else 2]:
+                setattr(modality, buffer, torch.cat([getattr(modality, buffer), added[name][buffer]]))
+        frequencies = items.fusion.frequencies
+        items.fusion.frequencies = torch.cat([frequencies, frequencies.new_zeros(count)])
+        items.has_id = torch.cat([items.has_id, items.has_id.new_zeros(count)])
+        items.removed = torch.cat([items.removed, items.removed.new_zeros(count)])
+        for name in ("id_embeddings", "token_id_embeddings"):
+            table = getattr(items, name)
+            if table is not None:
+                weight = torch.cat([table.weight, table.weight.new_zeros(count, config.hidden_size)])
+                setattr(items, name, nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0))
+        first = config.num_items + 1
+        config.num_items += count
+        self._item_table = None
+        return list(range(first, first + count))
+
+    def _check_new_embeddings(self, embeddings: dict[str, torch.Tensor]) -> None:
+        widths = dict(zip(self.config.modalities, self.config.embedding_dims, strict=True))
+        unknown = sorted(set(embeddings) - set(widths))
+        if unknown or not embeddings:
+            raise ValueError(
+                f"embeddings are given for {sorted(embeddings) or 'nothing'}, but items have "
+                f"{self.config.modalities or 'nothing but trained ID vectors, so that none can be added'}."
+            )
+        count = len(next(iter(embeddings.values())))
+        for name, table in embeddings.items():
+            if table.shape != (count, widths[name]):
+                raise ValueError(
+                    f"The embeddings of '{name}' have shape {tuple(table.shape)} where {(count, widths[name])} is "
+                    "expected; use the encoder that the model was trained with, one row a new item."
+                )
+            if not torch.isfinite(table).all():
+                row = int((~torch.isfinite(table)).any(-1).nonzero()[0])
+                raise ValueError(f"The embeddings of '{name}' hold NaN or infinity for new item {row}.")
+
+    @torch.no_grad()
+    def remove_items(self, rows: Sequence[int]) -> None:
+        """
+        Takes items out of every later recommendation. Their rows stay, so that histories that hold them are read as
+        before.
+
+        Raises:
+            ValueError: If a row is outside the catalogue.
+        """
+        wrong = next((row for row in rows if not 1 <= row <= self.config.num_items), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Row {wrong} is outside 1..{self.config.num_items}; use the processor to turn item ids into rows."
+            )
+        self.items.removed[list(rows)] = True
 
     def item_table(self) -> torch.Tensor:
         """

@@ -69,6 +69,29 @@ class MMESIDProcessor(ProcessorMixin):
             rows.append(self.convert_item_ids_to_rows(history))
         return rows
 
+    def add_items(self, item_ids: Sequence[str], titles: Sequence[str] | None = None) -> list[int]:
+        """
+        Names items that were added to the model, in the order of
+        [`~MMESIDForSequentialRecommendation.add_items`].
+
+        Returns:
+            `list[int]`: Their rows.
+
+        Raises:
+            ValueError: If an id is already in the catalogue, or titles are missing where the others have them.
+        """
+        repeated = next((item_id for item_id in item_ids if item_id in self._rows), None)
+        if repeated is not None or len(set(item_ids)) < len(item_ids):
+            raise ValueError(f"Item id '{repeated or max(item_ids, key=list(item_ids).count)}' occurs more than once.")
+        if (titles is None) != (self.titles is None) or (titles is not None and len(titles) != len(item_ids)):
+            raise ValueError("Give one title for each new item if the other items have titles, and none if not.")
+        first = len(self.item_ids) + 1
+        self.item_ids += item_ids
+        if titles is not None:
+            self.titles += titles
+        self._rows |= {item_id: row for row, item_id in enumerate(item_ids, start=first)}
+        return list(range(first, first + len(item_ids)))
+
     def convert_item_ids_to_rows(self, item_ids: Sequence[str]) -> list[int]:
         """
         Raises:

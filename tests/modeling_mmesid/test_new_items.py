@@ -1,0 +1,136 @@
+"""Items that come and go after training."""
+
+import pytest
+import torch
+from transformers import LlamaTokenizerFast, set_seed
+
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEConfig, MMRQVAEModel
+
+from .conftest import NUM_ITEMS, new_model
+
+
+HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
+NEW = [NUM_ITEMS + 1, NUM_ITEMS + 2, NUM_ITEMS + 3]
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> MMRQVAEModel:
+    set_seed(3)
+    config = MMRQVAEConfig(
+        modalities=["collaborative", "text"],
+        embedding_dims=[8, 12],
+        num_quantizers=3,
+        codebook_size=6,
+        codebook_dim=16,
+        encoder_hidden_dims=[],
+    )
+    return MMRQVAEModel(config).eval()
+
+
+def new_embeddings() -> dict[str, torch.Tensor]:
+    """Three items; the second has no text, and none was seen by any user."""
+    generator = torch.Generator().manual_seed(9)
+    text = torch.randn(3, 12, generator=generator)
+    text[1] = 0
+    return {"collaborative": torch.randn(3, 8, generator=generator), "text": text}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"share_item_table": False}, {"use_item_ids": False}, {"num_quantizers": 0}])
+def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quantizer):
+    model = new_model(**kwargs)
+    before = model.recommend(HISTORIES)
+    embeddings = new_embeddings()
+    assert model.add_items(embeddings, quantizer=quantizer if model.config.num_quantizers else None) == NEW
+    assert model.config.num_items == NUM_ITEMS + 3
+    after = model.recommend(HISTORIES, denied_items=NEW)
+    assert torch.equal(before.items, after.items) and torch.equal(before.scores, after.scores)
+
+    best = model.recommend(HISTORIES, top_k=2, allowed_items=[NEW[0], NEW[1]], return_contributions=True)
+    assert best.items.sort().values.tolist() == [NEW[:2]] * 3
+    if "id" in best.contributions:
+        assert (best.contributions["id"] == 0).all()
+    assert (best.contributions["text"][best.items == NEW[1]] == 0).all()
+
+    # By hand: frequency 0, the softmax over what the item has, times the number of sources.
+    items, index = model.items, 0
+    low, high = torch.log1p(torch.tensor([1.0, NUM_ITEMS]))
+    logits = items.fusion.output(torch.nn.functional.gelu(items.fusion.hidden(((0 - low) / (high - low))[None])))
+    weights = torch.softmax(logits[-2:], dim=-1) * (2 + items.has_id_source)
+    vector = 0
+    for weight, (name, modality) in zip(weights, items.modalities.items(), strict=True):
+        x = (embeddings[name][index] - modality.center) * modality.scale
+        source = modality.projection(x)
+        if model.config.share_item_table and model.config.num_quantizers:
+            codes = quantizer.encode({name: embeddings[name]}).codes[name][index]
+            source = source + sum(modality.code_vectors[level, code] for level, code in enumerate(codes.tolist()))
+        vector = vector + weight * source
+    torch.testing.assert_close(model.item_table()[NEW[0]], vector, rtol=1e-5, atol=1e-6)
+    assert model.recommend([[NEW[0], 3, NEW[1]]]).items.shape == (1, 10)
+
+
+def test_new_items_are_part_of_the_checkpoint_and_of_training(tmp_path, quantizer):
+    model = new_model()
+    model.add_items(new_embeddings(), quantizer=quantizer)
+    model.remove_items([8])
+    expected = model.recommend([[3, NEW[1]]], top_k=20)
+    model.save_pretrained(tmp_path)
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    again = loaded.recommend([[3, NEW[1]]], top_k=20)
+    assert torch.equal(again.items, expected.items) and torch.equal(again.scores, expected.scores)
+    loaded.item_table().sum().backward()
+    gradient = loaded.items.id_embeddings.weight.grad
+    assert (gradient[NEW] == 0).all() and (gradient[1:NUM_ITEMS] != 0).any()
+
+
+def test_removed_items_are_read_but_never_recommended():
+    model = new_model()
+    everything = model.recommend(HISTORIES, top_k=NUM_ITEMS, exclude_history=False).items
+    model.remove_items([9, 30])
+    left = model.recommend(HISTORIES, top_k=NUM_ITEMS - 2, exclude_history=False).items
+    for user in range(len(HISTORIES)):
+        assert left[user].tolist() == [item for item in everything[user].tolist() if item not in (9, 30)]
+    with pytest.raises(ValueError, match="37 items can be recommended to history 0"):
+        model.recommend([[3]], top_k=38)
+    with pytest.raises(ValueError, match="Row 41 is outside"):
+        model.remove_items([41])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda new: new.update(text=new["text"][:, :5]), r"'text' have shape \(3, 5\) where \(3, 12\)"),
+        (lambda new: new.update(visual=torch.ones(3, 4)), "embeddings are given for"),
+        (lambda new: new["text"][2].fill_(torch.nan), "'text' hold NaN or infinity for new item 2"),
+        (lambda new: new["collaborative"][1].fill_(0), "New item 1 has no modality at all"),
+        (lambda new: new.update(text=new["text"][:2]), r"where \(3, 12\)"),
+    ],
+)
+def test_what_cannot_be_added_is_named_and_changes_nothing(change, words, quantizer):
+    model, embeddings = new_model(), new_embeddings()
+    before = model.recommend(HISTORIES).scores
+    change(embeddings)
+    with pytest.raises(ValueError, match=words):
+        model.add_items(embeddings, quantizer=quantizer)
+    assert model.config.num_items == NUM_ITEMS
+    assert torch.equal(model.recommend(HISTORIES).scores, before)
+
+
+def test_the_quantizer_is_needed_and_the_id_only_model_takes_no_items():
+    with pytest.raises(ValueError, match="give the quantizer that made them"):
+        new_model().add_items(new_embeddings())
+    with pytest.raises(ValueError, match="nothing but trained ID vectors"):
+        new_model(modalities=[], embedding_dims=[]).add_items(new_embeddings())
+
+
+def test_the_processor_names_new_items():
+    processor = MMESIDProcessor(LlamaTokenizerFast(), ["a", "b"], ["A", "B"])
+    assert processor.add_items(["c", "d"], ["C", "D"]) == [3, 4]
+    assert processor([["d", "a"]]) == [[4, 1]]
+    assert processor.convert_rows_to_titles([3]) == ["C"]
+    for item_ids, titles, words in (
+        (["a"], ["A"], "'a' occurs more than once"),
+        (["x", "x"], ["X", "X"], "'x' occurs more than once"),
+        (["x"], None, "one title for each"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            processor.add_items(item_ids, titles)
