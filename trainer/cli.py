@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 def _one_sentence(command: str, show_traceback: bool) -> Iterator[None]:
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    # OSError: an unknown name on the Hub, a full disk.
+    except (ValueError, OSError) as error:
         if show_traceback:
             raise
         print(f"mmesid {command}: error: {error}", file=sys.stderr)

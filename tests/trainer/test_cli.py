@@ -83,7 +83,7 @@ def test_a_stage_gets_its_flags_untouched(calls):
     assert calls.recorded == [("sasrec", ["--seed", "3", "--help"])]
 
 
-@pytest.mark.parametrize("error", [ValueError("Item 'x' is unknown."), FileNotFoundError("'y' does not exist.")])
+@pytest.mark.parametrize("error", [ValueError("Item 'x' is unknown."), OSError("'y/z' is no repository.")])
 def test_a_users_error_is_one_sentence(calls, capsys, error):
     calls.fail["sasrec"] = error
     with pytest.raises(SystemExit, match="2"):
