@@ -3,6 +3,13 @@
 import torch
 
 
+try:
+    from cut_cross_entropy import linear_cross_entropy
+except ImportError:
+    # Optional: its fused kernels serve half precision on CUDA.
+    linear_cross_entropy = None
+
+
 # Logits held at a time: 4M float32 values are 16 MiB, which stay in the last-level cache of a server CPU; larger tiles
 # are slower there.
 LOGITS_PER_TILE = 2**22
@@ -19,7 +26,8 @@ def catalogue_cross_entropy(
     4 of stage 2 in the method: full softmax, padding excluded).
 
     The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond
-    the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch.
+    the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch. In half
+    precision on CUDA the kernels of `cut-cross-entropy` do the same if it is installed.
 
     Args:
         hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
@@ -33,6 +41,8 @@ def catalogue_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, table = hidden.to(dtype), table.to(dtype)
+    if linear_cross_entropy is not None and hidden.is_cuda and hidden.dtype != torch.float32 and len(targets):
+        return linear_cross_entropy(hidden, table[1:], targets - 1, filter_eps="auto").float()
     return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile)
 
 

@@ -1,7 +1,11 @@
 import pytest
 import torch
 
-from modeling_mmesid.loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
+from modeling_mmesid.loss_catalogue import (
+    catalogue_cross_entropy,
+    linear_cross_entropy,
+    sampled_cross_entropy,
+)
 
 
 def inputs(users=37, items=211, hidden=16, dtype=torch.float64):
@@ -90,3 +94,19 @@ def test_sampled_loss_of_every_item_once_is_exact_and_has_its_gradients():
     assert loss.item() == pytest.approx(catalogue_cross_entropy(hidden, table, targets).item(), abs=1e-6)
     for gradient, wanted in zip(torch.autograd.grad(loss, (hidden, table)), expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    linear_cross_entropy is None or not torch.cuda.is_available(), reason="needs CUDA and cut-cross-entropy"
+)
+def test_fused_kernels_agree_with_the_tiles():
+    hidden, table, targets = (
+        tensor.cuda() for tensor in inputs(users=256, items=1000, hidden=64, dtype=torch.float32)
+    )
+    exact = catalogue_cross_entropy(hidden, table, targets)
+    fused = catalogue_cross_entropy(hidden.bfloat16(), table.bfloat16(), targets)
+    assert fused.item() == pytest.approx(exact.item(), rel=1e-2)
+    for gradient, wanted in zip(
+        torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(exact, (hidden, table)), strict=True
+    ):
+        assert (gradient - wanted).norm() < 0.02 * wanted.norm()
