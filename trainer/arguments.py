@@ -329,31 +329,123 @@ def parse(arguments_class: type, argv: list[str] | None = None):
 class PrepareArguments(StageArguments):
     """Turn interactions, item texts and item images into the prepared dataset that every other stage reads."""
 
-    source: Literal["synthetic", "sequences"] = field(
-        metadata={"help": "synthetic: a generated catalogue; sequences: a folder with sequences.txt and items.jsonl."}
+    source: Literal["synthetic", "sequences", "amazon_2014", "amazon_2018", "amazon_2023", "movielens", "tabular"] = (
+        field(
+            metadata={
+                "help": "synthetic: a generated catalogue; sequences: a folder with sequences.txt and items.jsonl; "
+                "amazon_*: reviews and metadata of that generation; movielens: the folder of MovieLens 1M or 100K; "
+                "tabular: any two tables whose columns you name."
+            }
+        )
     )
-    source_dir: str | None = field(default=None, metadata={"help": "sequences: the folder."})
+    source_dir: str | None = field(default=None, metadata={"help": "sequences, movielens: the folder."})
+    interactions: str | None = field(
+        default=None,
+        metadata={
+            "help": "amazon_*, tabular: file of the interactions (.jsonl, .json, .csv, .tsv or .parquet, .gz if "
+            "gzipped), or hf://datasets/owner/name/file for one on the Hub; tabular: also a folder or a repository "
+            "that `datasets.load_dataset` loads."
+        },
+    )
+    interactions_config: str | None = field(
+        default=None, metadata={"help": "tabular: configuration of a folder or repository of interactions."}
+    )
+    interactions_split: str = field(
+        default="train", metadata={"help": "tabular: split of a folder or repository of interactions."}
+    )
+    interactions_revision: str | None = field(
+        default=None, metadata={"help": "tabular: branch, tag or commit of a repository of interactions."}
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "amazon_*, tabular: the items, in the same forms; tabular may do without."},
+    )
+    items_config: str | None = field(
+        default=None, metadata={"help": "tabular: configuration of a folder or repository of items."}
+    )
+    items_split: str = field(default="train", metadata={"help": "tabular: split of a folder or repository of items."})
+    items_revision: str | None = field(
+        default=None, metadata={"help": "tabular: branch, tag or commit of a repository of items."}
+    )
     source_name: str | None = field(
         default=None,
-        metadata={"help": "sequences: what the data are called on the card; the folder's name by default."},
+        metadata={"help": "What the data are called on the card; by default after the folder or file they come from."},
     )
     licence: str = field(
-        default="unknown", metadata={"help": "sequences: terms under which the data may be used, for the card."}
+        default="unknown", metadata={"help": "Terms under which the data may be used, for the card; not synthetic."}
     )
-    item_field: str = field(default="item", metadata={"help": "sequences: field of items.jsonl with an item's id."})
+    user_column: str = field(default="user_id", metadata={"help": "tabular: column of the interactions: user."})
+    item_column: str = field(default="item_id", metadata={"help": "tabular: column of the interactions: item."})
+    time_column: str = field(
+        default="timestamp",
+        metadata={
+            "help": "tabular: column of the interactions: time, as number, timestamp or ISO 8601; empty if the rows "
+            "are in the order of time."
+        },
+    )
+    rating_column: str | None = field(
+        default=None, metadata={"help": "tabular: column of the interactions: rating, if there is one."}
+    )
+    item_field: str | None = field(
+        default=None,
+        metadata={"help": "Field of an item: its id; sequences: `item` by default, tabular: as `item_column`."},
+    )
+    title_field: str = field(default="title", metadata={"help": "tabular: field of an item: title."})
+    description_field: str = field(default="description", metadata={"help": "tabular: field of an item: description."})
+    brand_field: str = field(default="brand", metadata={"help": "tabular: field of an item: brand."})
+    categories_field: str = field(
+        default="categories", metadata={"help": "tabular: field of an item: categories, a list or a string with |."}
+    )
+    price_field: str = field(default="price", metadata={"help": "tabular: field of an item: price."})
     image_field: str = field(
-        default="image", metadata={"help": "sequences: field of items.jsonl with the path of a picture in the folder."}
+        default="image",
+        metadata={
+            "help": "sequences, tabular: field of an item: its picture, as a file, a URL or (in Parquet and "
+            "`datasets`) the picture itself."
+        },
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "tabular: folder of the pictures; by default that of the items."}
     )
     text_fields: list[str] | None = field(
         default=None,
         metadata={
-            "help": "sequences: fields of items.jsonl that make an item's text, in order; by default those present of "
-            "title, attributes, genres, brand, categories, description."
+            "help": "Fields that make an item's text, in order; by default those present of title, attributes, "
+            "genres, brand, categories, description."
         },
+    )
+    min_rating: float | None = field(
+        default=None, metadata={"help": "Keep interactions with this rating or a better one."}
+    )
+    duplicates: Literal["drop", "keep"] = field(
+        default="drop", metadata={"help": "What to do with further entries of one user, item and time."}
+    )
+    repeats: Literal["keep", "first", "last"] = field(
+        default="keep", metadata={"help": "Which to keep of a user's interactions with one item at different times."}
     )
     min_interactions: int = field(
         default=0,
         metadata={"help": "Keep users and items with this many interactions, until nothing changes (k-core); 0: all."},
+    )
+    split: Literal["leave_one_out", "global_time"] = field(
+        default="leave_one_out",
+        metadata={
+            "help": "leave_one_out: each user's last item is the test target, the one before it the validation "
+            "target; global_time: two moments for all users, and the target is a user's first item after them."
+        },
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "global_time: share of the interactions between the two moments."}
+    )
+    test_fraction: float = field(
+        default=0.1, metadata={"help": "global_time: share of the interactions after the second moment."}
+    )
+    download_images: bool = field(
+        default=False,
+        metadata={"help": "Download pictures that the items name by URL; otherwise they count as missing."},
+    )
+    image_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps downloaded pictures; needed to download any."}
     )
     on_bad_image: Literal["error", "missing"] = field(
         default="error",

@@ -2,9 +2,10 @@
 The prepared dataset: the one format between any source of data and every later stage.
 
     sequences/{train,validation,test}.parquet   user_id, history (rows, oldest first), target (row)
-    items.parquet                               row, item_id, title, text, frequency (in the training split),
+    items.parquet                               row, item_id, title, text, frequency (in the training split), further
+                                                fields of the source (description, brand, categories, price ...),
                                                 image (if the source has any)
-    statistics.json                             counts, source, licence, whether the data are synthetic
+    statistics.json                             counts, filters, split, source, licence, whether the data are synthetic
 
 Items are rows 1 to N; row 0 is padding. The dataset card beside the files configures `datasets.load_dataset`.
 """
@@ -24,13 +25,13 @@ from tqdm.auto import tqdm
 
 from ..records import write_text_atomic
 from .images import read_image
-from .sequences import HELD_OUT, UserSequences
+from .sequences import SPLITS, UserSequences
 from .source import Source
 
 
 ITEMS_FILE = "items.parquet"
 STATISTICS_FILE = "statistics.json"
-SEQUENCE_FILES = {split: f"sequences/{split}.parquet" for split in HELD_OUT}
+SEQUENCE_FILES = {split: f"sequences/{split}.parquet" for split in SPLITS}
 
 # Rows of a Parquet row group, which is what a writer holds in memory at a time: some ten megabytes.
 SEQUENCE_ROW_GROUP = 65_536
@@ -53,7 +54,6 @@ ITEM_FEATURES = datasets.Features(
         "frequency": datasets.Value("int32"),
     }
 )
-IMAGE_FEATURES = datasets.Features({**ITEM_FEATURES, "image": datasets.Image()})
 
 # What `datasets.load_dataset` reads from the dataset card.
 CARD_CONFIGS = [
@@ -219,9 +219,14 @@ def write_prepared(
                     bad_images += 1
             yield None if data is None else {"bytes": data, "path": None}
 
-    features = ITEM_FEATURES if catalogue.images is None else IMAGE_FEATURES
+    fields = [name for name in catalogue.fields.column_names if name not in ITEM_FEATURES and name != "image"]
+    features = datasets.Features(
+        ITEM_FEATURES
+        | datasets.Features.from_arrow_schema(catalogue.fields.select(fields).schema)
+        | ({} if catalogue.images is None else {"image": datasets.Image()})
+    )
     row_group = ITEM_ROW_GROUP if catalogue.images is None else IMAGE_ROW_GROUP
-    missing_image = 0
+    missing_text = missing_image = 0
     with (
         pq.ParquetWriter(directory / ITEMS_FILE, features.arrow_schema) as writer,
         tqdm(total=len(sequences.kept_items), desc="items", unit="item", delay=2) as progress,
@@ -231,28 +236,38 @@ def write_prepared(
             columns = {
                 "row": np.arange(start + 1, start + len(positions) + 1, dtype=np.int32),
                 "item_id": [catalogue.item_ids[position] for position in positions],
-                "title": [catalogue.titles[position] for position in positions],
-                "text": [catalogue.texts[position] for position in positions],
+                "title": catalogue.titles(positions),
+                "text": catalogue.texts(positions),
                 "frequency": frequencies[start : start + len(positions)],
-            }
+            } | dict(zip(fields, catalogue.fields.select(fields).take(positions).columns))
+            missing_text += columns["text"].count("")
             if catalogue.images is not None:
                 columns["image"] = list(images(positions))
                 missing_image += columns["image"].count(None)
             writer.write_table(pa.table(columns, schema=features.arrow_schema), row_group_size=row_group)
             progress.update(len(positions))
 
-    user_ids = [source.interactions.user_ids[user] for user in sequences.users]
+    user_ids = source.interactions.user_ids
+    examples, repeated_targets = {}, 0
     for split, name in SEQUENCE_FILES.items():
-        _write_sequences(directory / name, Sequences(user_ids, *sequences.split(split)))
+        users, histories, offsets, targets = sequences.split(split)
+        _write_sequences(directory / name, Sequences([user_ids[user] for user in users], histories, offsets, targets))
+        examples[split] = len(targets)
+        if split == "test":
+            owners = np.repeat(np.arange(len(targets), dtype=np.int32), np.diff(offsets))
+            repeated_targets = len(np.unique(owners[histories == targets[owners]]))
 
     lengths = np.diff(sequences.offsets)
-    histories, offsets, targets = sequences.split("test")
-    owners = np.repeat(np.arange(len(targets)), np.diff(offsets))
     statistics = {
         "source": source.name,
         "licence": source.licence,
         "synthetic": source.synthetic,
-        "users": len(user_ids),
+        "split": "global_time" if sequences.starts else "leave_one_out",
+        **{f"{split}_starts": time for split, time in sequences.starts.items()},
+        "users": len(sequences.users),
+        "training_users": examples["train"],
+        "validation_users": examples["validation"],
+        "test_users": examples["test"],
         "items": len(sequences.kept_items),
         "interactions": len(sequences.rows),
         "training_interactions": int(frequencies.sum()),
@@ -261,13 +276,11 @@ def write_prepared(
         "longest_sequence": int(lengths.max()),
         "items_without_training_interactions": int((frequencies == 0).sum()),
         # A ranking that leaves out the history can never find these.
-        "repeated_test_targets": len(np.unique(owners[histories == targets[owners]])),
-        "missing_text": sum(not catalogue.texts[position] for position in sequences.kept_items),
+        "repeated_test_targets": repeated_targets,
+        "missing_text": missing_text,
         "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
         "bad_image": bad_images,
-        "dropped_short_users": sequences.short_users,
-        "dropped_users": sequences.filtered_users,
-        "dropped_items": sequences.filtered_items,
+        **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
     }
     write_text_atomic(directory / STATISTICS_FILE, json.dumps(statistics, indent=2) + "\n")
     return statistics

@@ -1,4 +1,4 @@
-"""From interactions to sequences: k-core, order in time, leave-one-out split, frequencies."""
+"""From interactions to sequences: filters to a fixed point, order in time, split, frequencies."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,14 @@ import numpy as np
 from .source import Interactions
 
 
-# How many items at a user's end are not in the history of a split's example; the first of them is its target.
+SPLITS = ("train", "validation", "test")
+
+# How many items at a user's end are not in the history of a leave-one-out example; the first of them is its target.
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
 
-# One item to train on, one to validate on, one to test on.
-SHORTEST_SEQUENCE = 3
+# Leave-one-out needs one item to train on, one to validate on, one to test on. Of a split in time a user with one
+# interaction can be no example either.
+SHORTEST_SEQUENCE = {"leave_one_out": 3, "global_time": 2}
 
 
 @dataclass
@@ -23,33 +26,35 @@ class UserSequences:
             `kept_items[r - 1]`.
         rows (`np.ndarray`): `(interactions,)` int32 rows, 1 to `len(kept_items)`, user by user, oldest first.
         offsets (`np.ndarray`): `(users + 1,)` int64; user `u` has `rows[offsets[u] : offsets[u + 1]]`.
-        short_users (`int`): Users of the source with fewer than three interactions, who cannot be split.
-        filtered_users (`int`): Further users dropped by the k-core.
-        filtered_items (`int`): Items dropped by the k-core.
+        targets (`dict[str, tuple[np.ndarray, np.ndarray]]`): For every split the users that are in it, as positions in
+            `users`, and where in `rows` their targets are; the history is what the user has before the target.
+        dropped (`dict[str, int]`): What the filters took away, by name.
+        starts (`dict[str, int]`): For a split in time, when validation and test start; otherwise empty.
     """
 
     users: np.ndarray
     kept_items: np.ndarray
     rows: np.ndarray
     offsets: np.ndarray
-    short_users: int
-    filtered_users: int
-    filtered_items: int
+    targets: dict[str, tuple[np.ndarray, np.ndarray]]
+    dropped: dict[str, int]
+    starts: dict[str, int]
 
-    def split(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def split(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """
-        The examples of `"train"`, `"validation"` or `"test"`: histories `(entries,)` and their offsets
-        `(users + 1,)`, targets `(users,)`.
+        The examples of `"train"`, `"validation"` or `"test"`: the users `(examples,)` as positions in the source,
+        histories `(entries,)` and their offsets `(examples + 1,)`, targets `(examples,)`.
         """
-        held_out = HELD_OUT[name]
-        lengths = np.diff(self.offsets)
-        position_from_end = np.repeat(self.offsets[1:], lengths) - np.arange(len(self.rows))
-        offsets = np.concatenate([[0], np.cumsum(lengths - held_out)])
-        return self.rows[position_from_end > held_out], offsets, self.rows[self.offsets[1:] - held_out]
+        users, targets = self.targets[name]
+        starts = self.offsets[users]
+        lengths = targets - starts
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        entries = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return self.users[users], self.rows[entries], offsets, self.rows[targets]
 
     def training_frequencies(self) -> np.ndarray:
         """`(items + 1,)` int32: how often every row occurs in the training split; 0 for row 0."""
-        histories, _, targets = self.split("train")
+        _, histories, _, targets = self.split("train")
         counts = np.bincount(histories, minlength=len(self.kept_items) + 1)
         return (counts + np.bincount(targets, minlength=len(self.kept_items) + 1)).astype(np.int32)
 
@@ -81,41 +86,180 @@ def k_core(
         kept = remaining
 
 
-def build_sequences(interactions: Interactions, num_items: int, min_interactions: int = 0) -> UserSequences:
+def keep_unrepeated(
+    users: np.ndarray, items: np.ndarray, times: np.ndarray, duplicates: str = "drop", repeats: str = "keep"
+) -> tuple[np.ndarray, int, int]:
     """
-    Filters the interactions and orders them in time. Users with fewer than three are dropped whatever the filter.
+    What is left of the interactions of a user with one item. Equal times keep the order they are given in.
+
+    Args:
+        users (`np.ndarray`): `(interactions,)` user of every interaction.
+        items (`np.ndarray`): `(interactions,)` item of every interaction.
+        times (`np.ndarray`): `(interactions,)` time of every interaction.
+        duplicates (`str`, *optional*, defaults to `"drop"`): Of entries with one user, item and time `"drop"` keeps
+            the first, `"keep"` all.
+        repeats (`str`, *optional*, defaults to `"keep"`): Of what is left with one user and item `"first"` keeps the
+            earliest, `"last"` the latest, `"keep"` all.
+
+    Returns:
+        `tuple[np.ndarray, int, int]`: `(interactions,)` bool, whether an interaction is kept, and the numbers of
+        duplicates and of repeats that are not.
+    """
+    if (duplicates, repeats) == ("keep", "keep") or len(users) == 0:
+        return np.ones(len(users), bool), 0, 0
+    order = np.lexsort((times, items, users))
+
+    def same_as_before(*columns: np.ndarray) -> np.ndarray:
+        return np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
+
+    if duplicates == "drop":
+        order = order[np.append(True, ~same_as_before(users, items, times))]
+    num_duplicates = len(users) - len(order)
+    if repeats == "first":
+        order = order[np.append(True, ~same_as_before(users, items))]
+    elif repeats == "last":
+        order = order[np.append(~same_as_before(users, items), True)]
+    kept = np.zeros(len(users), bool)
+    kept[order] = True
+    return kept, num_duplicates, len(users) - num_duplicates - len(order)
+
+
+def split_leave_one_out(offsets: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`UserSequences.targets` of a split that holds out every user's last two interactions."""
+    users = np.arange(len(offsets) - 1)
+    return {name: (users, offsets[1:] - held_out) for name, held_out in HELD_OUT.items()}
+
+
+def split_global_time(
+    times: np.ndarray, offsets: np.ndarray, validation_fraction: float, test_fraction: float
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]:
+    """
+    A split at two moments that are the same for all users, so that nothing is learnt from what happened later.
+
+    Training has every user's interactions before validation starts. The target of a user in validation or test is the
+    first interaction of the period, and the history everything before it; who has none is not in the split.
+
+    Args:
+        times (`np.ndarray`): `(interactions,)` user by user, ascending within a user.
+        offsets (`np.ndarray`): `(users + 1,)` where users start.
+        validation_fraction (`float`): Share of all interactions between the two moments.
+        test_fraction (`float`): Share of all interactions from the second moment on. Interactions at the moment itself
+            belong to what follows, so that the shares are exact up to ties.
+
+    Returns:
+        `tuple`: `UserSequences.targets` and `UserSequences.starts`.
+
+    Raises:
+        ValueError: If the shares are no shares, or a split has no example.
+    """
+    if not (0 < validation_fraction and 0 < test_fraction and validation_fraction + test_fraction < 1):
+        raise ValueError(
+            f"validation_fraction and test_fraction are shares that leave some to train on, got {validation_fraction} "
+            f"and {test_fraction}."
+        )
+    ranks = [int((1 - validation_fraction - test_fraction) * len(times)), int((1 - test_fraction) * len(times))]
+    validation_start, test_start = (int(time) for time in np.partition(times, ranks)[ranks])
+    num_users = len(offsets) - 1
+    owners = np.repeat(np.arange(num_users, dtype=np.int32), np.diff(offsets))
+    trained = np.bincount(owners[times < validation_start], minlength=num_users)
+    seen = np.bincount(owners[times < test_start], minlength=num_users)
+    everything = np.diff(offsets)
+    # Target: the last of training, the first of the others. Only a training sequence may have an empty history.
+    counts = {
+        "train": (trained > 0, trained - 1),
+        "validation": ((trained > 0) & (seen > trained), trained),
+        "test": ((seen > 0) & (everything > seen), seen),
+    }
+    targets = {}
+    for name, (present, before) in counts.items():
+        users = np.flatnonzero(present)
+        if len(users) == 0:
+            raise ValueError(
+                f"No user is in the {name} split when validation starts at time {validation_start} and test at "
+                f"{test_start}; change validation_fraction and test_fraction."
+            )
+        targets[name] = (users, offsets[users] + before[users])
+    return targets, {"validation": validation_start, "test": test_start}
+
+
+def build_sequences(
+    interactions: Interactions,
+    num_items: int,
+    min_interactions: int = 0,
+    min_rating: float | None = None,
+    duplicates: str = "drop",
+    repeats: str = "keep",
+    split: str = "leave_one_out",
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+) -> UserSequences:
+    """
+    Filters the interactions, by rating, repetition and k-core in this order, and orders and splits the rest in time.
+    Users too short for the split are dropped whatever the filters.
 
     Args:
         interactions (`Interactions`): The raw interactions.
         num_items (`int`): Size of the catalogue.
         min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a
             fixed point. With 0 every item of the catalogue stays, those without interactions too.
+        min_rating (`float`, *optional*): Keep interactions rated this or better.
+        duplicates (`str`, *optional*, defaults to `"drop"`): See [`keep_unrepeated`].
+        repeats (`str`, *optional*, defaults to `"keep"`): See [`keep_unrepeated`].
+        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` or `"global_time"`.
+        validation_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
+        test_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
 
     Raises:
-        ValueError: If nothing is left, or if `min_interactions` is negative.
+        ValueError: If nothing is left, `min_interactions` is negative, or there are no ratings to filter by.
     """
     if min_interactions < 0:
         raise ValueError(f"min_interactions is a count, 0 or more, got {min_interactions}.")
-    users, items = interactions.users, interactions.items
+    users, items, times = interactions.users, interactions.items, interactions.times
     num_users = len(interactions.user_ids)
-    short_users = int((np.bincount(users, minlength=num_users) < SHORTEST_SEQUENCE).sum())
-    kept = k_core(users, items, num_users, num_items, max(min_interactions, SHORTEST_SEQUENCE), min_interactions)
+    low_ratings = 0
+    if min_rating is not None:
+        if interactions.ratings is None:
+            raise ValueError(f"min_rating is {min_rating}, but the source has no ratings; leave it out.")
+        # Not the negation of a comparison: an interaction without rating is not known to be good.
+        good = interactions.ratings >= min_rating
+        low_ratings = int(len(good) - good.sum())
+        users, items, times = users[good], items[good], times[good]
+
+    unrepeated, num_duplicates, num_repeats = keep_unrepeated(users, items, times, duplicates, repeats)
+    if num_duplicates or num_repeats:
+        users, items, times = users[unrepeated], items[unrepeated], times[unrepeated]
+
+    shortest = SHORTEST_SEQUENCE[split]
+    short_users = int((np.bincount(users, minlength=num_users) < shortest).sum())
+    kept = k_core(users, items, num_users, num_items, max(min_interactions, shortest), min_interactions)
     if not kept.any():
         raise ValueError(
-            f"No user of {num_users} is left with min_interactions={min_interactions} and {SHORTEST_SEQUENCE} "
+            f"No user of {num_users} is left with min_interactions={min_interactions} and {shortest} "
             "interactions a user at least; lower min_interactions or bring more data."
         )
-    users, items, times = users[kept], items[kept], interactions.times[kept]
+    users, items, times = users[kept], items[kept], times[kept]
     order = np.lexsort((times, users))
-    users, items = users[order], items[order]
+    users, items, times = users[order], items[order], times[order]
     kept_users, lengths = np.unique(users, return_counts=True)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     kept_items = np.unique(items) if min_interactions > 0 else np.arange(num_items)
+    if split == "leave_one_out":
+        targets, starts = split_leave_one_out(offsets), {}
+    else:
+        targets, starts = split_global_time(times, offsets, validation_fraction, test_fraction)
     return UserSequences(
         users=kept_users,
         kept_items=kept_items,
         rows=(np.searchsorted(kept_items, items) + 1).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        short_users=short_users,
-        filtered_users=num_users - short_users - len(kept_users),
-        filtered_items=num_items - len(kept_items),
+        offsets=offsets,
+        targets=targets,
+        dropped={
+            "low_ratings": low_ratings,
+            "duplicates": num_duplicates,
+            "repeats": num_repeats,
+            "short_users": short_users,
+            "users": num_users - short_users - len(kept_users),
+            "items": num_items - len(kept_items),
+        },
+        starts=starts,
     )

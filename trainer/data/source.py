@@ -1,31 +1,70 @@
 """What every reader of raw data yields: a catalogue of items and the interactions of users with them."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+
+from .texts import TEXT_FIELDS, compose_text, field_text, price_of
+
+
+# Type of the fields that every reader knows; any other is text.
+FIELD_TYPES = {
+    "title": pa.string(),
+    "description": pa.string(),
+    "brand": pa.string(),
+    "categories": pa.list_(pa.string()),
+    "price": pa.float64(),
+}
+
+# Items and interactions that are Python objects at a time, on their way into Arrow and NumPy.
+_ITEMS_AT_ONCE = 8192
+_INTERACTIONS_AT_ONCE = 65_536
 
 
 @dataclass
 class Catalogue:
     """
-    Items in the order in which they become rows.
+    Items in the order in which they become rows. What they are described by lies in Arrow memory: a million
+    descriptions are not a million Python objects.
 
     Args:
         item_ids (`list[str]`): Raw id of every item, no two alike.
-        titles (`list[str]`): Title of every item, empty if it has none.
-        texts (`list[str]`): What a text encoder reads of every item, empty if there is nothing.
-        images (`list[Path | bytes | None]`, *optional*): Picture of every item, as a file or as the bytes of one,
-            `None` where an item has none; `None` instead of a list if the source has no pictures at all.
+        fields (`pa.Table`): One row an item, nulls where it lacks a field: `title`, and those of `description`,
+            `brand`, `categories`, `price` and of the source's own fields that it has.
+        text_fields (`list[str]`): Which of them an item's text is made of, in this order.
+        images (`Sequence[str | Path | bytes | None]`, *optional*): Picture of every item, as a URL, as a file or as
+            the bytes of one, `None` where an item has none; `None` instead of a sequence if the source has no
+            pictures at all.
     """
 
     item_ids: list[str]
-    titles: list[str]
-    texts: list[str]
-    images: list[Path | bytes | None] | None = None
+    fields: pa.Table
+    text_fields: list[str]
+    images: Sequence[str | Path | bytes | None] | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+    def titles(self, positions: np.ndarray | None = None) -> list[str]:
+        """Titles of the items at `positions`, by default of all; empty where there is none."""
+        return [title or "" for title in self._columns(["title"], positions)[0]]
+
+    def texts(self, positions: np.ndarray | None = None) -> list[str]:
+        """What an encoder reads of the items at `positions`, by default of all; empty where there is nothing."""
+        columns = self._columns(self.text_fields, positions)
+        return [
+            compose_text(field_text(value, field, "the catalogue") for field, value in zip(self.text_fields, values))
+            for values in zip(*columns, strict=True)
+        ]
+
+    def _columns(self, names: list[str], positions: np.ndarray | None) -> list[list]:
+        table = self.fields.select(names)
+        table = table if positions is None else table.take(positions)
+        return [column.to_pylist() for column in table.columns]
 
 
 @dataclass
@@ -39,12 +78,15 @@ class Interactions:
         items (`np.ndarray`): `(interactions,)` int32 positions in the catalogue.
         times (`np.ndarray`): `(interactions,)` int64; anything that grows with time. Equal times of one user keep the
             order they are given in.
+        ratings (`np.ndarray`, *optional*): `(interactions,)` float32, NaN where an interaction has none; `None` if
+            the source has no ratings at all.
     """
 
     user_ids: list[str]
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray
+    ratings: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -66,3 +108,190 @@ class Source:
     synthetic: bool
     catalogue: Catalogue
     interactions: Interactions
+
+
+class CatalogueBuilder:
+    """
+    Collects items one after the other into a [`Catalogue`].
+
+    Args:
+        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; by default those
+            of `TEXT_FIELDS` that any item has.
+    """
+
+    def __init__(self, text_fields: list[str] | None = None):
+        self.text_fields = text_fields
+        others = (*TEXT_FIELDS, *(text_fields or ()))
+        self.schema = pa.schema(FIELD_TYPES | {name: pa.string() for name in others if name not in FIELD_TYPES})
+        self.positions: dict[str, int] = {}
+        self.images: list[str | Path | bytes | None] = []
+        self._rows: list[dict] = []
+        self._batches: list[pa.RecordBatch] = []
+
+    def append(self, item_id: str, values: dict, image: str | Path | bytes | None, place: str) -> None:
+        """
+        Adds an item.
+
+        Args:
+            item_id (`str`): Its raw id.
+            values (`dict`): Its fields: strings, numbers, lists of them, or null; others than those wanted are left
+                out.
+            image (`str`, `Path` or `bytes`, *optional*): Its picture.
+            place (`str`): Where it was read, for errors.
+
+        Raises:
+            ValueError: If the item was added before, or a field is none of these.
+        """
+        if item_id in self.positions:
+            number = self.positions[item_id] + 1
+            raise ValueError(f"{place} repeats item '{item_id}', number {number} of the items; keep one of them.")
+        self.positions[item_id] = len(self.positions)
+        row = {}
+        for name in self.schema.names:
+            value = values.get(name)
+            if name == "price":
+                row[name] = price_of(value)
+            elif name == "categories":
+                elements = value if isinstance(value, list) else [value]
+                row[name] = [text for element in elements if (text := field_text(element, name, place))] or None
+            else:
+                row[name] = field_text(value, name, place) or None
+        self._rows.append(row)
+        self.images.append(image)
+        if len(self._rows) == _ITEMS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self.schema))
+        self._rows = []
+
+    def build(self) -> Catalogue:
+        """
+        Returns the catalogue.
+
+        Raises:
+            ValueError: If no item has one of the text fields that were asked for.
+        """
+        self._flush()
+        table = pa.Table.from_batches(self._batches, schema=self.schema)
+        present = [name for name in table.column_names if name == "title" or table[name].null_count < len(table)]
+        for name in self.text_fields or ():
+            if name not in present:
+                raise ValueError(
+                    f"No item has the field '{name}' that text_fields names; the items have {', '.join(present)}."
+                )
+        text_fields = self.text_fields or [name for name in TEXT_FIELDS if name in present]
+        images = self.images if any(image is not None for image in self.images) else None
+        return Catalogue(list(self.positions), table.select(present), text_fields, images)
+
+
+class InteractionCollector:
+    """
+    Collects interactions into arrays: sixteen bytes for each, and one string for each user and item.
+
+    Positions of users and items follow the order in which they first appear.
+    """
+
+    def __init__(self):
+        self.user_positions: dict[str, int] = {}
+        self.item_positions: dict[str, int] = {}
+        self._chunks: list[tuple[np.ndarray, ...]] = []
+
+    def __len__(self) -> int:
+        return sum(len(chunk[0]) for chunk in self._chunks)
+
+    def extend(self, users: pa.Array, items: pa.Array, times: np.ndarray, ratings: np.ndarray | None = None) -> None:
+        """
+        Adds interactions.
+
+        Args:
+            users (`pa.Array`): `(interactions,)` raw ids, strings without nulls.
+            items (`pa.Array`): `(interactions,)` raw ids, strings without nulls.
+            times (`np.ndarray`): `(interactions,)` integers.
+            ratings (`np.ndarray`, *optional*): `(interactions,)` floats, NaN where there is none.
+        """
+        chunk = (
+            _positions(users, self.user_positions),
+            _positions(items, self.item_positions),
+            times.astype(np.int64, copy=False),
+        )
+        self._chunks.append(chunk if ratings is None else (*chunk, ratings.astype(np.float32)))
+
+    def extend_rows(self, rows: Iterator[tuple[str, str, int, float | None]]) -> None:
+        """Adds interactions `(user, item, time, rating)` that come one at a time."""
+        while chunk := list(islice(rows, _INTERACTIONS_AT_ONCE)):
+            users, items, times, ratings = zip(*chunk)
+            self.extend(
+                pa.array(users, pa.string()),
+                pa.array(items, pa.string()),
+                np.array(times, np.int64),
+                np.array([np.nan if rating is None else rating for rating in ratings], np.float32),
+            )
+
+    def interactions(self, positions: dict[str, int]) -> Interactions:
+        """
+        Returns the interactions and forgets them.
+
+        Args:
+            positions (`dict[str, int]`): Position of every item in the catalogue.
+        """
+        columns = [[] for _ in self._chunks[0]] if self._chunks else []
+        # Chunk by chunk, so that nothing is held twice for longer than a column.
+        for chunk in self._chunks:
+            for column, values in zip(columns, chunk, strict=True):
+                column.append(values)
+        self._chunks = []
+        arrays = []
+        while columns:
+            arrays.append(np.concatenate(columns.pop(0)))
+        users, items, times, *ratings = arrays
+        remap = np.fromiter((positions[item_id] for item_id in self.item_positions), np.int32)
+        return Interactions(
+            user_ids=list(self.user_positions),
+            users=users,
+            items=remap[items],
+            times=times,
+            ratings=ratings[0] if ratings and not np.isnan(ratings[0]).all() else None,
+        )
+
+
+def _positions(ids: pa.Array, positions: dict[str, int]) -> np.ndarray:
+    """Positions of the ids, int32; those of new ids are added."""
+    encoded = ids.dictionary_encode()
+    known = np.fromiter(
+        (positions.setdefault(raw_id, len(positions)) for raw_id in encoded.dictionary.to_pylist()), np.int32
+    )
+    return known[encoded.indices.to_numpy()]
+
+
+def join(
+    name: str, licence: str, collector: InteractionCollector, builder: CatalogueBuilder, items_file: str | None
+) -> Source:
+    """
+    The source of collected interactions and items. Items that have interactions but no description come last, without
+    fields.
+
+    Args:
+        name (`str`): What the data are called.
+        licence (`str`): Their terms of use.
+        collector (`InteractionCollector`): The interactions.
+        builder (`CatalogueBuilder`): The items.
+        items_file (`str`, *optional*): Where the items come from, for the error; `None` if there are none.
+
+    Raises:
+        ValueError: If there are no interactions, or if none of them is with an item of `items_file`.
+    """
+    if not len(collector):
+        raise ValueError(f"'{name}' has no interactions; check the file that they are read from.")
+    if items_file is not None and builder.positions.keys().isdisjoint(collector.item_positions):
+        raise ValueError(
+            f"No item of '{items_file}' has an interaction: ids there look like "
+            f"'{next(iter(builder.positions), 'nothing')}', in the interactions like "
+            f"'{next(iter(collector.item_positions))}'; name the matching fields."
+        )
+    for item_id in collector.item_positions:
+        if item_id not in builder.positions:
+            builder.append(item_id, {}, None, "the interactions")
+    positions = builder.positions
+    catalogue = builder.build()
+    return Source(name, licence, False, catalogue, collector.interactions(positions))

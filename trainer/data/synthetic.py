@@ -11,8 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .pictures import draw_product
-from .sequence_files import compose_text
-from .source import Catalogue, Interactions, Source
+from .source import Catalogue, CatalogueBuilder, Interactions, Source
 
 
 # Category: department, materials, and the categories bought after it.
@@ -146,9 +145,9 @@ def draw_attributes(num_items: int, rng: np.random.Generator) -> Attributes:
 def compose_catalogue(attributes: Attributes, rng: np.random.Generator, picture_rng: np.random.Generator) -> Catalogue:
     """Titles, texts and pictures of the items."""
     num_items = len(attributes.category)
-    titles, texts, images = [], [], []
+    builder = CatalogueBuilder(["title", "attributes", "description"])
     for item in tqdm(range(num_items), desc="drawing products", unit="item", delay=2):
-        category, (_, materials, goes_with) = list(CATEGORIES.items())[attributes.category[item]]
+        category, (department, materials, goes_with) = list(CATEGORIES.items())[attributes.category[item]]
         colour, pattern = COLOURS[attributes.colour[item]], PATTERNS[attributes.pattern[item]]
         style, material = list(STYLES)[attributes.style[item]], materials[attributes.material[item]]
         brand, model = BRANDS[attributes.brand[item]], "".join(rng.choice(SYLLABLES, size=3)).title()
@@ -156,15 +155,18 @@ def compose_catalogue(attributes: Attributes, rng: np.random.Generator, picture_
         words = [
             word for word, is_named in zip((style, colour, pattern, material), named) if is_named and word != "plain"
         ]
-        titles.append(" ".join([brand, model, *words, category]))
         description = f"{STYLES[style]}. Goes with {goes_with[0]}, {goes_with[1]} and {goes_with[2]}."
         has_description = rng.random() >= WITHOUT_DESCRIPTION
-        texts.append(
-            compose_text([titles[-1], f"{brand}, {category}, {material}", description if has_description else ""])
-        )
+        values = {
+            "title": " ".join([brand, model, *words, category]),
+            "description": description if has_description else None,
+            "brand": brand,
+            "categories": [department, category],
+            "attributes": [brand, category, material],
+        }
         picture = draw_product(category, colour, pattern, style, picture_rng)
-        images.append(picture if rng.random() >= WITHOUT_PICTURE else None)
-    return Catalogue([f"sku{item:06d}" for item in range(num_items)], titles, texts, images)
+        builder.append(f"sku{item:06d}", values, picture if rng.random() >= WITHOUT_PICTURE else None, "the shop")
+    return builder.build()
 
 
 def draw_interactions(attributes: Attributes, num_users: int, rng: np.random.Generator) -> Interactions:

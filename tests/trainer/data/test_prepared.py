@@ -24,6 +24,7 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 # Item "d" is in no sequence; user "x" is too short to be split.
 SEQUENCES = {"ann": "abcab", "x": "ab", "bea": "cba", "cy": "bbbbcc"}
+FIELDS = {"title": ["A", "B", None, "D"], "brand": ["one", None, None, None], "price": [1.5, None, None, 2.0]}
 COLOURS = {"a": (250, 0, 0), "c": (0, 0, 250), "d": (9, 99, 9)}
 
 
@@ -33,7 +34,7 @@ def make_source(images: list | None = None) -> Source:
         name="Four items",
         licence="CC0-1.0",
         synthetic=False,
-        catalogue=Catalogue(list("abcd"), ["A", "B", "", "D"], ["A. one", "B", "", "D"], images),
+        catalogue=Catalogue(list("abcd"), pa.table(FIELDS), ["title", "brand"], images),
         interactions=Interactions(
             user_ids=users,
             users=np.concatenate([[users.index(user)] * len(items) for user, items in SEQUENCES.items()]),
@@ -60,6 +61,7 @@ def test_the_reader_returns_rows_texts_and_frequencies(tmp_path, source):
     assert data.num_items == 4 and data.item_ids == ["", "a", "b", "c", "d"]
     assert data.titles == ["", "A", "B", "", "D"] and data.texts == ["", "A. one", "B", "", "D"]
     # Training: ann "abc", bea "c", cy "bbbb".
+    assert data.items()["price"][:] == FIELDS["price"], "fields of the source are kept as they are"
     assert data.frequencies.dtype == torch.int64 and data.frequencies.tolist() == [0, 1, 5, 2, 0]
     assert data.statistics == statistics
     expected = {

@@ -46,6 +46,6 @@ def test_movielens_has_posters_and_descriptions():
     catalogue = source.catalogue
     assert len(catalogue) == 3416 and len(source.interactions) == 993059
     assert catalogue.images.count(None) == 4
-    assert catalogue.texts[1].startswith("Caddyshack (1980). Comedy. Caddyshack II is")
+    assert catalogue.texts()[1].startswith("Caddyshack (1980). Comedy. Caddyshack II is")
     with Image.open(io.BytesIO(read_image(catalogue.images[0], catalogue.item_ids[0]))) as poster:
         assert poster.size == (185, 278)

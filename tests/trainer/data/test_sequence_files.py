@@ -32,8 +32,8 @@ def test_items_and_interactions_are_read(folder):
     source = read_sequence_files(folder)
     catalogue = source.catalogue
     assert catalogue.item_ids == ["1", "b-2", "3"]
-    assert catalogue.titles == ["Nail Polish", "Toy Story (1995)", "Why not?"]
-    assert catalogue.texts == [
+    assert catalogue.titles() == ["Nail Polish", "Toy Story (1995)", "Why not?"]
+    assert catalogue.texts() == [
         "Nail Polish. OPI, Makeup, Nails",
         "Toy Story (1995). Animation",
         "Why not? Acme. A question. Answered",
@@ -50,7 +50,7 @@ def test_text_fields_choose_and_order_the_text(folder):
     (folder / "items.jsonl").write_text(json.dumps(items[0]), encoding="utf-8")
     (folder / "sequences.txt").write_text("u 9 9 9", encoding="utf-8")
     source = read_sequence_files(folder, text_fields=["tags", "price"], item_field="id")
-    assert source.catalogue.texts == ["x, y. 3.5"]
+    assert source.catalogue.texts() == ["x, y. 3.5"]
     assert source.catalogue.images is None, "no line has a picture"
 
 
@@ -66,7 +66,7 @@ def line(**changes) -> str:
         ('{"item": 4, "title"\n', r"items.jsonl', line 4 is not JSON \(.* at column 20\)"),
         ("\n", r"items.jsonl', line 4 is not JSON"),
         ("[4]\n", r"items.jsonl', line 4 holds list, not a JSON object"),
-        (line(item=1), r"items.jsonl', line 4 repeats item '1' of '.*items.jsonl', line 1"),
+        (line(item=1), r"items.jsonl', line 4 repeats item '1', number 1 of the items"),
         (line(item="1"), r"items.jsonl', line 4 repeats item '1'"),
         (line(item=None), r"items.jsonl', line 4 has item=None; an item id is"),
         (line(item="a b"), r"items.jsonl', line 4 has item='a b'; an item id is"),

@@ -64,23 +64,24 @@ def test_splits_follow_from_the_sequences_in_time(pairs, min_interactions, seed)
             expected.setdefault(user, []).append(item)
     if not expected:
         with pytest.raises(ValueError, match="No user of 12 is left"):
-            build_sequences(interactions_of(pairs, times), 9, min_interactions)
+            build_sequences(interactions_of(pairs, times), 9, min_interactions, duplicates="keep")
         return
 
-    sequences = build_sequences(interactions_of(pairs, times), 9, min_interactions)
+    sequences = build_sequences(interactions_of(pairs, times), 9, min_interactions, duplicates="keep")
     assert sequences.users.tolist() == sorted(expected)
     assert len(set(sequences.kept_items.tolist())) == len(sequences.kept_items)
     if min_interactions == 0:
         assert sequences.kept_items.tolist() == list(range(9)), "items without interactions stay"
     users_in = Counter(user for user, _ in pairs)
-    assert sequences.short_users == sum(users_in[user] < 3 for user in range(12))
-    assert sequences.short_users + sequences.filtered_users + len(expected) == 12
-    assert sequences.filtered_items + len(sequences.kept_items) == 9
+    assert sequences.dropped["short_users"] == sum(users_in[user] < 3 for user in range(12))
+    assert sequences.dropped["short_users"] + sequences.dropped["users"] + len(expected) == 12
+    assert sequences.dropped["items"] + len(sequences.kept_items) == 9
 
     recount = Counter()
     for name, held_out in (("train", 3), ("validation", 2), ("test", 1)):
-        histories, offsets, targets = sequences.split(name)
-        for index, user in enumerate(sequences.users):
+        users, histories, offsets, targets = sequences.split(name)
+        assert users.tolist() == sequences.users.tolist()
+        for index, user in enumerate(users):
             items = (sequences.kept_items[histories[offsets[index] : offsets[index + 1]] - 1]).tolist()
             target = int(sequences.kept_items[targets[index] - 1])
             assert items == expected[user][:-held_out] and target == expected[user][-held_out]

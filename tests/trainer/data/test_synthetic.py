@@ -35,7 +35,7 @@ def test_equal_seeds_give_equal_shops():
     assert first.catalogue == again.catalogue, "titles, texts and the bytes of the pictures"
     for name in ("users", "items", "times"):
         assert np.array_equal(getattr(first.interactions, name), getattr(again.interactions, name))
-    assert first.catalogue.titles != other.catalogue.titles
+    assert first.catalogue.titles() != other.catalogue.titles()
     assert first.catalogue.images[0] != other.catalogue.images[0]
     assert not np.array_equal(first.interactions.items, other.interactions.items)
     assert first.synthetic
@@ -49,8 +49,8 @@ def test_more_users_leave_the_items_as_they_are():
 def test_catalogue_is_complete_but_for_a_few_pictures():
     catalogue = generate_catalogue(num_items=120, num_users=1).catalogue
     assert len(set(catalogue.item_ids)) == len(catalogue) == 120
-    assert all(any(category in title for category in CATEGORIES) for title in catalogue.titles)
-    assert all(text.startswith(title) for text, title in zip(catalogue.texts, catalogue.titles))
+    assert all(any(category in title for category in CATEGORIES) for title in catalogue.titles())
+    assert all(text.startswith(title) for text, title in zip(catalogue.texts(), catalogue.titles()))
     assert 0 < catalogue.images.count(None) < 12
     assert len({image for image in catalogue.images if image}) == 120 - catalogue.images.count(None)
 

@@ -106,10 +106,10 @@ def test_bad_input_leaves_earlier_outputs_untouched(folder, tmp_path, file, cont
     assert digests(tmp_path / "prepared") == before
 
 
-def test_source_dir_belongs_to_sequences_alone(folder, tmp_path):
-    with pytest.raises(ValueError, match="source_dir names the folder of `--source sequences`.*got None"):
+def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
+    with pytest.raises(ValueError, match="`--source sequences` needs source_dir, got None"):
         main(["--source", "sequences", "--output_dir", str(tmp_path / "prepared")])
-    with pytest.raises(ValueError, match="got '.*folder' for `--source synthetic`"):
+    with pytest.raises(ValueError, match="`--source synthetic` does not read source_dir, got '.*folder'"):
         synthetic(tmp_path / "prepared", "--source_dir", str(folder))
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         main(["--source", "sequences", "--source_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "p")])

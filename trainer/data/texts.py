@@ -1,0 +1,73 @@
+"""Fields of items as plain words, and the text that an encoder reads of an item, composed from them once."""
+
+import re
+from collections.abc import Iterable
+from html.parser import HTMLParser
+
+
+# The fields an item's text is made of where nobody chooses them, in this order.
+TEXT_FIELDS = ("title", "attributes", "genres", "brand", "categories", "description")
+
+# Tags inside a word's line; every other tag separates words.
+_INLINE_TAGS = frozenset("a abbr b big em font i mark small span strong sub sup u".split())
+_PRICE = re.compile(r"(?:from\s+)?(?:US)?[$€£]?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*[$€£]?\s*[\d,.]+)?", re.IGNORECASE)
+
+
+class _Words(HTMLParser):
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.words: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag, attributes):
+        self.hidden += tag in ("script", "style")
+        if tag not in _INLINE_TAGS:
+            self.words.append(" ")
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in ("script", "style") and self.hidden > 0
+        if tag not in _INLINE_TAGS:
+            self.words.append(" ")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.words.append(data)
+
+
+def plain_text(markup: str) -> str:
+    """What a reader sees of HTML: without tags, scripts and styles, entities resolved, white space collapsed."""
+    if "<" in markup or "&" in markup:
+        parser = _Words()
+        parser.feed(markup)
+        parser.close()
+        markup = "".join(parser.words)
+    return " ".join(markup.split())
+
+
+def field_text(value, field: str, place: str) -> str:
+    """
+    A field as text: numbers and strings as they are, lists joined by commas, null empty.
+
+    Raises:
+        ValueError: If it is anything else; the sentence names the place and the field.
+    """
+    values = value if isinstance(value, list) else [value]
+    for element in values:
+        if not isinstance(element, str | int | float | None):
+            raise ValueError(f"{place} has {field}={value!r}; text is a string, a number, a list of them, or null.")
+    return ", ".join(str(element).strip() for element in values if element is not None and str(element).strip())
+
+
+def price_of(value) -> float | None:
+    """A number, or a string like `"$1,299.00"`, `"from 9.99"` or `"$5 - $7"` (the lower end), as a price; `None` for
+    anything else, which in shops' exports is markup or a dash."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(match[1].replace(",", "")) if match else None
+
+
+def compose_text(parts: Iterable[str]) -> str:
+    """Joins the non-empty parts as sentences: `"Title. Brand, Category. Description"`."""
+    parts = [part for part in parts if part]
+    return " ".join([part if part.endswith((".", "!", "?")) else f"{part}." for part in parts[:-1]] + parts[-1:])
