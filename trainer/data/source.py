@@ -284,10 +284,10 @@ def join(
     if not len(collector):
         raise ValueError(f"'{name}' has no interactions; check the file that they are read from.")
     if items_file is not None and builder.positions.keys().isdisjoint(collector.item_positions):
+        there = "".join(f" and there like '{item_id}'" for item_id in islice(builder.positions, 1))
         raise ValueError(
-            f"No item of '{items_file}' has an interaction: ids there look like "
-            f"'{next(iter(builder.positions), 'nothing')}', in the interactions like "
-            f"'{next(iter(collector.item_positions))}'; name the matching fields."
+            f"'{items_file}' describes no item of the interactions, where ids look like "
+            f"'{next(iter(collector.item_positions))}'{there}; name files, or fields, that belong together."
         )
     for item_id in collector.item_positions:
         if item_id not in builder.positions:

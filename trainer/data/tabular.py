@@ -113,9 +113,14 @@ class TableLocation:
         if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(self.path)
             return table[self.split] if isinstance(table, datasets.DatasetDict) else table
-        return datasets.load_dataset(
-            self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
-        )
+        try:
+            return datasets.load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"`datasets` does not load '{self.path}' ({error}); name its files, as hf://datasets/{self.path}/<file>."
+            ) from error
 
 
 def format_suffix(path: Path) -> str | None:
@@ -396,6 +401,8 @@ class EmbeddedImages(Sequence):
         return self.num_items
 
     def __getitem__(self, position: int) -> bytes | Path | None:
+        if not 0 <= position < self.num_items:
+            raise IndexError(f"There are {self.num_items} pictures, not one at {position}.")
         if position >= len(self.table):
             return None
         image = self.table[int(position)][self.column]

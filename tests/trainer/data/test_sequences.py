@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sequences import build_sequences, k_core
+from trainer.data.sequences import build_sequences, k_core, keep_unrepeated, split_global_time
 from trainer.data.source import Interactions
 
 
@@ -98,3 +98,94 @@ def test_equal_times_keep_the_order_they_came_in():
     data = interactions_of([(0, 5), (0, 3), (0, 4), (0, 1)], times=[7, 7, 7, 2])
     sequences = build_sequences(data, 9)
     assert sequences.kept_items[sequences.rows - 1].tolist() == [1, 5, 3, 4]
+
+
+@pytest.mark.parametrize("duplicates", ["drop", "keep"])
+@pytest.mark.parametrize("repeats", ["keep", "first", "last"])
+@settings(max_examples=40, deadline=None)
+@given(entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=30))
+def test_duplicates_and_repeats_against_a_walk_through_time(duplicates, repeats, entries):
+    in_time = sorted(range(len(entries)), key=lambda position: entries[position][2])
+    kept, seen = [], set()
+    for position in in_time:
+        if duplicates == "keep" or entries[position] not in seen:
+            kept.append(position)
+        seen.add(entries[position])
+    unique = len(kept)
+    if repeats != "keep":
+        walk = kept if repeats == "first" else reversed(kept)
+        first_met = {}
+        for position in walk:
+            first_met.setdefault(entries[position][:2], position)
+        kept = list(first_met.values())
+    columns = np.array(entries, dtype=np.int64).reshape(-1, 3).T
+    mask, num_duplicates, num_repeats = keep_unrepeated(*columns, duplicates, repeats)
+    assert np.flatnonzero(mask).tolist() == sorted(kept)
+    assert (num_duplicates, num_repeats) == (len(entries) - unique, unique - len(kept))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), min_size=8, max_size=60),
+    seed=st.integers(0, 1000),
+    shares=st.sampled_from([(0.1, 0.1), (0.3, 0.2), (0.2, 0.5)]),
+)
+def test_a_split_in_time_learns_nothing_from_what_happened_later(pairs, seed, shares):
+    times = np.random.default_rng(seed).integers(0, 20, size=len(pairs))
+    data = interactions_of(pairs, times.tolist())
+    try:
+        sequences = build_sequences(
+            data, 9, duplicates="keep", split="global_time", validation_fraction=shares[0], test_fraction=shares[1]
+        )
+    except ValueError as error:
+        assert "is left" in str(error) or "No user is in the" in str(error)
+        return
+    starts = sequences.starts
+    by_user = {}
+    for position in np.argsort(times, kind="stable"):
+        user, item = pairs[position]
+        by_user.setdefault(user, []).append((int(times[position]), item))
+    by_user = {user: entries for user, entries in by_user.items() if len(entries) > 1}
+    kept_times = [time for entries in by_user.values() for time, _ in entries]
+    # At most the shares that were asked for come before a moment; only ties with it are missing.
+    for split, share in (("validation", 1 - sum(shares)), ("test", 1 - shares[1])):
+        before, until = (sum(ended) for ended in zip(*((t < starts[split], t <= starts[split]) for t in kept_times)))
+        assert before <= share * len(kept_times) <= until
+
+    examples = {}
+    for name in ("train", "validation", "test"):
+        users, histories, offsets, targets = sequences.split(name)
+        rows = [histories[start:stop].tolist() for start, stop in zip(offsets, offsets[1:])]
+        examples[name] = {int(u): [row - 1 for row in [*r, t]] for u, r, t in zip(users, rows, targets)}
+    end_of_training = {user: [i for t, i in entries if t < starts["validation"]] for user, entries in by_user.items()}
+    assert examples["train"] == {user: items for user, items in end_of_training.items() if items}
+    for name, end in (("validation", starts["test"]), ("test", np.inf)):
+        expected = {}
+        for user, entries in by_user.items():
+            before = [item for time, item in entries if time < starts[name]]
+            period = [item for time, item in entries if starts[name] <= time < end]
+            if before and period:
+                expected[user] = [*before, period[0]]
+        assert examples[name] == expected
+    recount = Counter(item for items in examples["train"].values() for item in items)
+    assert sequences.training_frequencies().tolist() == [0, *(recount[item] for item in range(9))]
+
+
+def test_shares_that_leave_nothing_are_refused():
+    times, offsets = np.arange(10), np.array([0, 5, 10])
+    for shares in ((0.5, 0.5), (0, 0.1), (0.1, -1)):
+        with pytest.raises(ValueError, match="are shares that leave some to train on"):
+            split_global_time(times, offsets, *shares)
+    with pytest.raises(ValueError, match="No user is in the train split when validation starts at time 4"):
+        split_global_time(np.full(10, 4), offsets, 0.2, 0.2)
+
+
+def test_low_ratings_and_missing_ones_are_dropped_before_the_core():
+    data = interactions_of([(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3)])
+    data.ratings = np.array([5, 4, np.nan, 4, 5, 1, 5], dtype=np.float32)
+    sequences = build_sequences(data, 9, min_rating=4)
+    assert sequences.kept_items[sequences.rows - 1].tolist() == [1, 2, 4]
+    assert (sequences.dropped["low_ratings"], sequences.dropped["short_users"]) == (2, 11)
+    data.ratings = None
+    with pytest.raises(ValueError, match="min_rating is 4, but the source has no ratings"):
+        build_sequences(data, 9, min_rating=4)
