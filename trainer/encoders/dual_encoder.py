@@ -1,6 +1,5 @@
 """Dual encoders (CLIP, SigLIP): texts and pictures in one space, by name or trained on the catalogue's own pairs."""
 
-import io
 import os
 from collections.abc import Sequence
 
@@ -25,6 +24,8 @@ from transformers import (
     Trainer,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ..data.images import BadImageError, decode_image
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -68,15 +69,8 @@ class ItemPictures(Sequence):
 
 def _decode(data: bytes, item_id: str) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
-                # What lies under a transparent pixel is arbitrary, and shops show their products on white.
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    # Pillow reports damage by any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode_image(data)
+    except BadImageError as error:
         raise ValueError(
             f"The image of item '{item_id}' in the prepared dataset cannot be read ({error}); replace it and run "
             "`mmesid prepare` again, which can also count it as missing."
