@@ -405,7 +405,11 @@ class PrepareArguments(StageArguments):
         },
     )
     image_dir: str | None = field(
-        default=None, metadata={"help": "tabular: folder of the pictures; by default that of the items."}
+        default=None,
+        metadata={
+            "help": "Folder, zip or tar archive of pictures: those that items name, or, where none names one, those "
+            "called after an item's id (A7.jpg); by default pictures are looked for beside the items. Not synthetic."
+        },
     )
     text_fields: list[str] | None = field(
         default=None,
@@ -445,7 +449,7 @@ class PrepareArguments(StageArguments):
         metadata={"help": "Download pictures that the items name by URL; otherwise they count as missing."},
     )
     image_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder that keeps downloaded pictures; needed to download any."}
+        default=None, metadata={"help": "Folder that keeps what is downloaded or unpacked."}
     )
     on_bad_image: Literal["error", "missing"] = field(
         default="error",

@@ -183,7 +183,11 @@ class PreparedDataset:
 
 
 def write_prepared(
-    directory: str | os.PathLike, source: Source, sequences: UserSequences, on_bad_image: str = "error"
+    directory: str | os.PathLike,
+    source: Source,
+    sequences: UserSequences,
+    on_bad_image: str = "error",
+    counts: dict[str, int] | None = None,
 ) -> dict:
     """
     Writes everything but the dataset card.
@@ -194,6 +198,7 @@ def write_prepared(
         sequences (`UserSequences`): Who did what, from the same source.
         on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
             `"missing"` leaves it out and counts it.
+        counts (`dict[str, int]`, *optional*): Further statistics to write, of what came before.
 
     Returns:
         `dict`: The statistics.
@@ -280,6 +285,7 @@ def write_prepared(
         "missing_text": missing_text,
         "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
         "bad_image": bad_images,
+        **(counts or {}),
         **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
     }
     write_text_atomic(directory / STATISTICS_FILE, json.dumps(statistics, indent=2) + "\n")

@@ -27,6 +27,7 @@ def read_sequence_files(
     text_fields: list[str] | None = None,
     item_field: str = "item",
     image_field: str = "image",
+    pictures: dict[str, Path] | None = None,
     name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
@@ -38,6 +39,8 @@ def read_sequence_files(
         item_field (`str`, *optional*, defaults to `"item"`): Field with an item's raw id, a string or an integer.
         image_field (`str`, *optional*, defaults to `"image"`): Field with the path of an item's picture, null or
             absent if there is none.
+        pictures (`dict[str, Path]`, *optional*): Pictures by the names that the items give them; others are looked
+            for in the folder.
         name (`str`, *optional*, defaults to the folder's name): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
@@ -46,7 +49,7 @@ def read_sequence_files(
         ValueError: If a line cannot be read; the sentence names file and line.
     """
     directory = Path(directory)
-    catalogue = _read_items(directory / ITEMS_FILE, text_fields, item_field, image_field)
+    catalogue = _read_items(directory / ITEMS_FILE, text_fields, item_field, image_field, pictures or {})
     interactions = _read_sequences(directory / SEQUENCES_FILE, catalogue.item_ids)
     return Source(name or directory.resolve().name, licence, False, catalogue, interactions)
 
@@ -60,7 +63,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.strip()
 
 
-def _read_items(path: Path, text_fields: list[str] | None, item_field: str, image_field: str) -> Catalogue:
+def _read_items(
+    path: Path, text_fields: list[str] | None, item_field: str, image_field: str, pictures: dict[str, Path]
+) -> Catalogue:
     builder = CatalogueBuilder(text_fields)
     for number, line in _lines(path):
         where = place(path, number)
@@ -75,7 +80,7 @@ def _read_items(path: Path, text_fields: list[str] | None, item_field: str, imag
         for field, value in (("title", title), (image_field, image)):
             if not isinstance(value, str | None):
                 raise ValueError(f"{where} has {field}={value!r}; it must be a string or null.")
-        builder.append(str(item_id), item, image_location(image, path.parent), where)
+        builder.append(str(item_id), item, image_location(image, path.parent, pictures), where)
     if not builder.positions:
         raise ValueError(f"'{path}' is empty; write one item a line.")
     return builder.build()

@@ -142,7 +142,7 @@ def read_tabular(
     items: TableLocation | None = None,
     item_columns: ItemColumns | None = None,
     text_fields: list[str] | None = None,
-    image_dir: str | None = None,
+    pictures: dict[str, Path] | None = None,
     name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
@@ -154,7 +154,8 @@ def read_tabular(
         item_columns (`ItemColumns`, *optional*): Its columns.
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order: those of
             `ItemColumns` and any other column of the table.
-        image_dir (`str`, *optional*): Folder of the pictures that the table names; by default that of its file.
+        pictures (`dict[str, Path]`, *optional*): Pictures by the names that the table gives them; others are looked
+            for beside the table.
         name (`str`, *optional*, defaults to where the interactions are): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
@@ -165,11 +166,13 @@ def read_tabular(
     collector = InteractionCollector()
     read_interactions(interactions, interaction_columns, collector)
     builder = CatalogueBuilder(text_fields)
-    pictures = None if items is None else _read_items(items, item_columns, text_fields or [], image_dir, builder)
+    embedded = None
+    if items is not None:
+        embedded = _read_items(items, item_columns, text_fields or [], pictures or {}, builder)
     name = name or Path(interactions.path).name.split(".")[0]
     source = join(name, licence, collector, builder, None if items is None else items.path)
-    if pictures is not None:
-        source.catalogue.images = EmbeddedImages(pictures, item_columns.image, len(source.catalogue))
+    if embedded is not None:
+        source.catalogue.images = EmbeddedImages(embedded, item_columns.image, len(source.catalogue))
     return source
 
 
@@ -315,7 +318,7 @@ def _read_items(
     location: TableLocation,
     columns: ItemColumns,
     text_fields: list[str],
-    image_dir: str | None,
+    pictures: dict[str, Path],
     builder: CatalogueBuilder,
 ) -> datasets.Dataset | None:
     """Adds the items of a table to a builder; returns the table if it holds the pictures itself."""
@@ -325,7 +328,7 @@ def _read_items(
         path = local_file(location.path)
         if format_suffix(path) in PARQUET_SUFFIXES:
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    folder = Path(image_dir or (path.parent if path is not None else location.path))
+    folder = Path(location.path) if path is None else path.parent
     own_fields = [name for name in text_fields if name not in vars(columns)]
     wanted = [*vars(columns).values(), *own_fields]
     required = {*columns.chosen(), *own_fields}
@@ -353,7 +356,7 @@ def _read_items(
         image = values.pop("image")
         if image is not None and not isinstance(image, str):
             raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
-        builder.append(str(item_id), values, image_location(image, folder), where)
+        builder.append(str(item_id), values, image_location(image, folder, pictures), where)
     return table if embedded else None
 
 
@@ -374,11 +377,11 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
         raise _unknown_format(path)
 
 
-def image_location(image: str | None, folder: Path) -> str | Path | None:
-    """What a field says of a picture: a URL stays one, anything else is a file in `folder`."""
+def image_location(image: str | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
+    """What a field says of a picture: a URL stays one, anything else is one of `pictures` or a file in `folder`."""
     if not image:
         return None
-    return image if image.startswith(("http://", "https://")) else folder / image
+    return image if image.startswith(("http://", "https://")) else pictures.get(image, folder / image)
 
 
 class EmbeddedImages(Sequence):

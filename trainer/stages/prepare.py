@@ -10,7 +10,9 @@ Turns a source of interactions, texts and pictures into the prepared dataset tha
 """
 
 import dataclasses
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -20,11 +22,12 @@ from hub_cards import save_card
 from ..arguments import PrepareArguments, parse
 from ..data.amazon import read_amazon
 from ..data.files import local_file
+from ..data.images import fetch_images, list_images
 from ..data.movielens import read_movielens
 from ..data.prepared import CARD_CONFIGS, write_prepared
 from ..data.sequence_files import read_sequence_files
 from ..data.sequences import build_sequences
-from ..data.source import Source
+from ..data.source import Catalogue, Source
 from ..data.synthetic import generate_catalogue
 from ..data.tabular import InteractionColumns, ItemColumns, TableLocation, read_tabular
 from ..records import StageRun
@@ -42,6 +45,9 @@ REQUIRED = {
 }
 OPTIONAL = {"tabular": {"items"}}
 
+# In the order in which they are applied.
+FILTERS = ("min_rating", "duplicates", "repeats", "min_interactions")
+
 
 def check_arguments(arguments: PrepareArguments) -> None:
     """Raises `ValueError` if the arguments do not say where the data of the source are, or say it of another one."""
@@ -55,6 +61,8 @@ def check_arguments(arguments: PrepareArguments) -> None:
             )
     if arguments.download_images and arguments.image_cache_dir is None:
         raise ValueError("download_images needs image_cache_dir, the folder that keeps the pictures.")
+    if arguments.image_dir is not None and Path(arguments.image_dir).is_file() and arguments.image_cache_dir is None:
+        raise ValueError("An archive as image_dir needs image_cache_dir, the folder that it is unpacked into.")
 
 
 def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
@@ -81,7 +89,7 @@ def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
     return locations
 
 
-def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]) -> Source:
+def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation], pictures: dict[str, Path]) -> Source:
     """Reads or generates the raw data. A new kind of source is a reader that returns a `Source`, and a branch here."""
     if arguments.source == "synthetic":
         return generate_catalogue(arguments.num_items, arguments.num_users, arguments.seed)
@@ -95,6 +103,7 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
             arguments.source_dir,
             item_field=arguments.item_field or "item",
             image_field=arguments.image_field,
+            pictures=pictures,
             **described,
         )
     if arguments.source == "movielens":
@@ -120,9 +129,49 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
             price=arguments.price_field,
             image=arguments.image_field,
         ),
-        image_dir=arguments.image_dir,
+        pictures=pictures,
         **described,
     )
+
+
+def name_pictures(catalogue: Catalogue, pictures: dict[str, Path]) -> None:
+    """
+    Gives items the pictures that are called after their ids, where no item names a picture itself.
+
+    Raises:
+        ValueError: If no picture is called after an item.
+    """
+    if not pictures or catalogue.images is not None:
+        return
+    by_id = {PurePosixPath(name).stem: path for name, path in pictures.items()}
+    if by_id.keys().isdisjoint(catalogue.item_ids):
+        raise ValueError(
+            f"No picture of image_dir is called after an item: the first is '{next(iter(pictures))}', the first item "
+            f"'{catalogue.item_ids[0]}'; rename the pictures, or name them in a field of the items."
+        )
+    catalogue.images = [by_id.get(item_id) for item_id in catalogue.item_ids]
+
+
+def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None) -> dict[str, int]:
+    """
+    Puts files in the place of the URLs of the kept items' pictures, or, without `cache_dir`, nothing.
+
+    Returns:
+        `dict[str, int]`: How many were downloaded, and how many not, by reason.
+    """
+    images = catalogue.images
+    if not isinstance(images, list):
+        return {}
+    urls = {position: images[position] for position in kept_items.tolist() if isinstance(images[position], str)}
+    if cache_dir is None:
+        files, report = [None] * len(urls), {"not_downloaded": len(urls)} if urls else {}
+    else:
+        files, report = fetch_images(list(urls.values()), cache_dir)
+    images = [None if isinstance(image, str) else image for image in images]
+    for position, file in zip(urls, files, strict=True):
+        images[position] = file
+    catalogue.images = images if any(image is not None for image in images) else None
+    return {f"image_urls_{reason}": count for reason, count in report.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,12 +181,19 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {name: location.path for name, location in locations.items() if not location.is_repository()}
     if arguments.source_dir is not None:
         inputs["source_dir"] = arguments.source_dir
+    if arguments.image_dir is not None:
+        inputs["image_dir"] = arguments.image_dir
     run = StageRun("prepare", arguments, inputs)
     if run.is_up_to_date():
         return
     with run as staging:
         if PartialState().is_main_process:
-            source = read_source(arguments, locations)
+            pictures, counts = {}, {}
+            if arguments.image_dir is not None:
+                pictures, report = list_images(arguments.image_dir, arguments.image_cache_dir or staging)
+                counts = {f"image_dir_{reason}": count for reason, count in report.items()}
+            source = read_source(arguments, locations, pictures)
+            name_pictures(source.catalogue, pictures)
             sequences = build_sequences(
                 source.interactions,
                 len(source.catalogue),
@@ -149,8 +205,14 @@ def main(argv: list[str] | None = None) -> None:
                 validation_fraction=arguments.validation_fraction,
                 test_fraction=arguments.test_fraction,
             )
-            statistics = write_prepared(staging, source, sequences, arguments.on_bad_image)
-            run.details.update(data=statistics, configs=CARD_CONFIGS)
+            counts |= download_pictures(
+                source.catalogue,
+                sequences.kept_items,
+                arguments.image_cache_dir if arguments.download_images else None,
+            )
+            statistics = write_prepared(staging, source, sequences, arguments.on_bad_image, counts)
+            filters = {name: getattr(arguments, name) for name in FILTERS}
+            run.details.update(data=statistics, configs=CARD_CONFIGS, filters=filters)
             save_card(staging, dataclasses.asdict(run.draft_record()))
 
 

@@ -166,9 +166,12 @@ main([*columns, *repository])
 api.upload_file(path_or_fileobj=b"x", path_in_repo="other.txt", **dataset)
 main([*columns, *repository])
 # As the repository of Amazon's reviews has one.
-api.upload_file(path_or_fileobj=b"raise SystemExit('a loading script ran')", path_in_repo="shop.py", **dataset)
-main([*columns, *files, "--output_dir", f"{output}/scripted"])
-main([*columns, *repository])
+scripted = {"repo_id": "tester/scripted", "repo_type": "dataset"}
+api.create_repo(**scripted)
+api.upload_folder(folder_path=folder, **scripted)
+api.upload_file(path_or_fileobj=b"raise SystemExit('a loading script ran')", path_in_repo="scripted.py", **scripted)
+main([*columns, *(flag.replace("shop", "scripted") for flag in files), "--output_dir", f"{output}/scripted"])
+main([*columns, *(flag.replace("shop", "scripted") for flag in repository)])
 """
 
 
@@ -184,7 +187,7 @@ def test_files_and_repositories_of_the_hub_are_read_at_the_commit_they_are_at(tm
         capture_output=True,
         text=True,
     )
-    assert "name its files, as hf://datasets/tester/shop/<file>" in result.stderr.splitlines()[-1], result.stderr
+    assert "name its files, as hf://datasets/tester/scripted/<file>" in result.stderr.splitlines()[-1], result.stderr
     assert result.stdout.count("is up to date, skipped") == 1, "once unchanged"
     assert result.stdout.count("prepare: wrote") == 4, "by file, by name, again with a new commit, by file"
 
@@ -194,7 +197,7 @@ def times_of(tmp_path, name, times) -> list[int]:
         tmp_path / name, {"user_id": ["a"] * len(times), "item_id": [1] * len(times), "timestamp": times}
     )
     collector = InteractionCollector()
-    read_interactions(TableLocation(str(path)), InteractionColumns("user", "item", "timestamp"), collector)
+    read_interactions(TableLocation(str(path)), InteractionColumns("user_id", "item_id", "timestamp"), collector)
     return collector.interactions({"1": 0}).times.tolist()
 
 

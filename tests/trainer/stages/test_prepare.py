@@ -1,13 +1,20 @@
 """The prepare stage from its flags to its files, and what is left when it fails."""
 
+import io
 import json
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from PIL import Image
 
 from trainer.data.prepared import PreparedDataset
 from trainer.records import StageRecord, file_digest
+from trainer.stages import sasrec
 from trainer.stages.prepare import main
 
 
@@ -113,3 +120,121 @@ def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
         synthetic(tmp_path / "prepared", "--source_dir", str(folder))
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         main(["--source", "sequences", "--source_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "p")])
+
+
+def png(colour) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """Orders of 12 users over 60 days, and ten products."""
+    rng = np.random.default_rng(0)
+    lines = [
+        f"u{user},{rng.integers(10)},{rng.integers(60)},{rng.integers(1, 6)}" for user in range(12) for _ in range(9)
+    ]
+    (tmp_path / "orders.csv").write_text("\n".join(["user_id,item_id,timestamp,stars", *lines]))
+    products = [{"item_id": item, "title": f"Item {item}", "price": item / 2} for item in range(10)]
+    (tmp_path / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+    return tmp_path
+
+
+def tabular(folder, *flags) -> PreparedDataset:
+    sources = ["--interactions", str(folder / "orders.csv"), "--items", str(folder / "products.jsonl")]
+    main(["--source", "tabular", *sources, "--output_dir", str(folder / "prepared"), *flags])
+    return PreparedDataset.load(folder / "prepared")
+
+
+def test_a_split_in_time_reaches_files_card_and_training(shop):
+    data = tabular(
+        shop, "--split", "global_time", "--validation_fraction", "0.2", "--test_fraction", "0.2",
+        "--rating_column", "stars", "--min_rating", "2", "--repeats", "first",
+    )  # fmt: skip
+    orders = [line.split(",") for line in (shop / "orders.csv").read_text().splitlines()[1:]]
+    start, end = data.statistics["validation_starts"], data.statistics["test_starts"]
+    assert data.statistics["split"] == "global_time" and 0 < start < end < 60
+    assert data.statistics["dropped_low_ratings"] == sum(stars == "1" for *_, stars in orders)
+    train, test = data.sequences("train"), data.sequences("test")
+    assert len(test) == data.statistics["test_users"] > 0 and len(train) == data.statistics["training_users"] > 0
+    first_day = {}
+    for user, item, day, stars in orders:
+        if stars != "1":
+            first_day[user, item] = min(int(day), first_day.get((user, item), 60))
+    for user, example in ((user, train[index]) for index, user in enumerate(train.user_ids)):
+        rows = [*example["history"].tolist(), example["target"]]
+        assert {str(row - 1) for row in rows} == {i for (u, i), day in first_day.items() if u == user and day < start}
+    for user, example in ((user, test[index]) for index, user in enumerate(test.user_ids)):
+        assert all(first_day[user, str(row - 1)] < end for row in example["history"])
+        assert first_day[user, str(example["target"] - 1)] >= end
+
+    card = (shop / "prepared/README.md").read_text()
+    assert f"validation starts at {start}, test at {end}" in card and "split in time" in card
+    assert "| min rating | 2 |" in card and "| repeats | first |" in card and "| dropped repeats |" in card
+    loaded = load_dataset(str(shop / "prepared"), cache_dir=str(shop / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {
+        "train": len(train), "validation": data.statistics["validation_users"], "test": len(test),
+    }  # fmt: skip
+    flags = "--hidden_size 8 --num_train_epochs 1 --disable_tqdm true --use_cpu true".split()
+    sasrec.main(["--prepared_dir", str(shop / "prepared"), "--output_dir", str(shop / "sasrec"), *flags])
+    assert 0 <= StageRecord.load(shop / "sasrec").metrics["validation"]["ndcg@10"] <= 1
+
+
+def test_pictures_of_an_archive_are_those_called_after_items(shop):
+    with zipfile.ZipFile(shop / "pictures.zip", "w") as archive:
+        for item, colour in ((3, "red"), (7, "lime")):
+            archive.writestr(f"pictures/{item}.png", png(colour))
+    flags = ["--image_dir", str(shop / "pictures.zip")]
+    with pytest.raises(ValueError, match="An archive as image_dir needs image_cache_dir"):
+        tabular(shop, *flags)
+    items = tabular(shop, *flags, "--image_cache_dir", str(shop / "cache")).items()
+    assert [row["item_id"] for row in items if row["image"] is not None] == ["3", "7"]
+    assert items[7]["image"].convert("RGB").getpixel((2, 2)) == (0, 255, 0)
+    with zipfile.ZipFile(shop / "pictures.zip", "w") as archive:
+        archive.writestr("pen.png", png("red"))
+    with pytest.raises(ValueError, match="No picture of image_dir is called after an item: the first is 'pen.png'"):
+        tabular(shop, *flags, "--image_cache_dir", str(shop / "cache"))
+
+
+def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/3.png"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(png("red") if found else b"")
+
+        def log_message(self, *arguments):
+            """Requests are not worth a line each."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    products = [json.loads(line) for line in (shop / "products.jsonl").read_text().splitlines()]
+    for product in products:
+        if product["item_id"] in (3, 4):
+            product["image"] = f"http://127.0.0.1:{server.server_port}/{product['item_id']}.png"
+    (shop / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+
+    without = tabular(shop)
+    assert without.statistics["image_urls_not_downloaded"] == 2 and without.statistics["missing_image"] == 10
+    with pytest.raises(ValueError, match="download_images needs image_cache_dir"):
+        tabular(shop, "--download_images", "true")
+    data = tabular(shop, "--download_images", "true", "--image_cache_dir", str(shop / "cache"))
+    server.shutdown()
+    server.server_close()
+    assert [row["item_id"] for row in data.items() if row["image"] is not None] == ["3"]
+    counted = {name: count for name, count in data.statistics.items() if name.startswith("image_urls_") and count}
+    assert counted == {"image_urls_fetched": 1, "image_urls_missing": 1} and data.statistics["missing_image"] == 9
+
+
+def test_what_was_read_decides_whether_prepare_runs_again(shop, capsys):
+    tabular(shop)
+    (shop / "unrelated.csv").write_text("x")
+    capsys.readouterr()
+    tabular(shop)
+    assert "is up to date, skipped" in capsys.readouterr().out
+    with open(shop / "orders.csv", "a") as file:
+        file.write("\nu1,1,59,5")
+    tabular(shop)
+    assert "prepare: wrote" in capsys.readouterr().out
