@@ -69,10 +69,6 @@ def parse_json(line: str, path: Path, number: int) -> dict:
         raise ValueError(
             f"{place(path, number)} is not JSON ({error.msg} at column {error.colno}); write one JSON object a line."
         ) from error
-    return _checked(value, path, number)
-
-
-def _checked(value, path: Path, number: int) -> dict:
     if not isinstance(value, dict):
         raise ValueError(
             f"{place(path, number)} holds {type(value).__name__}, not a JSON object; write one JSON object a line."

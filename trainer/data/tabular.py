@@ -184,7 +184,7 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
         FileNotFoundError: If there is no such file.
         ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
     """
-    rows = 0
+    rows, time_type = 0, None
     for batch in _interaction_batches(location, columns):
         where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
         ratings = None
@@ -197,6 +197,12 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
             np.arange(rows, rows + len(batch)) if columns.time is None else _times(batch, columns.time, where),
             ratings,
         )
+        if columns.time is not None:
+            # Integers are taken as they are and floats as seconds: both in one column would not be one clock.
+            kind = batch[columns.time].type
+            time_type = time_type or kind
+            if kind != time_type:
+                raise ValueError(f"{where} column '{columns.time}' is {kind}, and {time_type} before; choose one.")
         rows += len(batch)
 
 

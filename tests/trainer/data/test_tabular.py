@@ -215,6 +215,15 @@ def test_times_of_any_kind_become_integers_in_their_order(tmp_path):
         times_of(tmp_path, "gaps.parquet", [5, None])
 
 
+def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.tabular._ROWS_AT_ONCE", 2)
+    rows = [{"user_id": "a", "item_id": 1, "timestamp": time} for time in (1, 2, 3.5, 4.5)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = InteractionColumns("user_id", "item_id", "timestamp")
+    with pytest.raises(ValueError, match=r"rows 3 to 4, column 'timestamp' is double, and int64 before; choose one"):
+        read_interactions(TableLocation(str(tmp_path / "mixed.jsonl")), columns, InteractionCollector())
+
+
 def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.tabular._ROWS_AT_ONCE", 2)
     path = write_table(tmp_path / "orders.jsonl", INTERACTIONS)
