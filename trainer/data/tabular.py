@@ -3,6 +3,7 @@ Reader of any pair of tables, interactions and items, whose columns are named by
 lines (gzipped or not, on disk or on the Hub), and whatever `datasets` loads from a folder or a repository.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ from .source import CatalogueBuilder, InteractionCollector, Source, join
 LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET_SUFFIXES = (".parquet",)
+
+_ZONE = re.compile(r":\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)$")
 
 _ROWS_AT_ONCE = 65_536
 # Bytes of a CSV file that are parsed at a time; a row must fit.
@@ -314,9 +317,14 @@ def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
     column = batch[name]
     _refuse_nulls(column, name, where)
     if pa.types.is_floating(column.type):
-        return np.round(column.to_numpy() * 1e6).astype(np.int64)
+        seconds = column.to_numpy()
+        if not np.isfinite(seconds).all():
+            raise ValueError(f"{where} column '{name}' has a time that is no finite number; correct the value.")
+        return np.round(seconds * 1e6).astype(np.int64)
     if not pa.types.is_integer(column.type):
-        column = _cast(column, pa.timestamp("us"), name, where)
+        # Arrow reads strings with a time zone and strings without one as two types.
+        zoned = pa.types.is_string(column.type) and _ZONE.search(column[0].as_py())
+        column = _cast(column, pa.timestamp("us", "UTC" if zoned else None), name, where)
     return _cast(column, pa.int64(), name, where).to_numpy()
 
 

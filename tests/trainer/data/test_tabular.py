@@ -208,9 +208,16 @@ def test_times_of_any_kind_become_integers_in_their_order(tmp_path):
     assert times_of(tmp_path, "timestamps.parquet", dates) == microseconds
     assert times_of(tmp_path, "strings.jsonl", strings) == microseconds
     assert times_of(tmp_path, "strings.csv", strings) == microseconds
+    zoned = ["2024-01-02T12:00:00+02:00", "2023-12-31T23:59:59Z", "2024-01-02T10:00:01Z"]
+    assert times_of(tmp_path, "zoned.jsonl", zoned) == times_of(tmp_path, "zoned.csv", zoned) == microseconds
+    given = ["2024-01-02", "2023-12-31"]
+    days = np.array(times_of(tmp_path, "days.jsonl", given), "datetime64[us]")
+    assert days.astype("datetime64[D]").astype(str).tolist() == given
     assert times_of(tmp_path, "floats.csv", [1.5, 0.25, 1.500001]) == [1_500_000, 250_000, 1_500_001]
     with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp': .*yesterday.*; correct the value"):
         times_of(tmp_path, "words.jsonl", ["2024-01-01", "yesterday"])
+    with pytest.raises(ValueError, match=r"column 'timestamp' has a time that is no finite number"):
+        times_of(tmp_path, "infinite.parquet", [1.5, float("nan")])
     with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp' is empty in number 2 of them"):
         times_of(tmp_path, "gaps.parquet", [5, None])
 
