@@ -269,6 +269,10 @@ class EvaluateArguments(StageArguments):
     prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
     model_dirs: list[str] = field(metadata={"help": "Directories written by `mmesid sasrec` and `mmesid finetune`."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users a device ranks at a time."})
+    bootstrap_resamples: int = field(
+        default=1000, metadata={"help": "Draws of all users that the confidence intervals come from."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of these draws."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even if an accelerator is there."})
 
 

@@ -9,8 +9,12 @@ Ranks the whole catalogue for every held-out user and writes one table: populari
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -21,9 +25,15 @@ from modeling_mmesid import SASRecForSequentialRecommendation
 from modeling_mmesid.recommendation import mask_histories, pad_histories, target_ranks
 
 from ..arguments import EvaluateArguments, parse
-from ..data.prepared import PreparedDataset, Sequences
+from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories
-from ..metrics.ranking.ranking import Ranking
+from ..metrics.ranking.analysis import (
+    HEAD_SHARE,
+    confidence_intervals,
+    metrics,
+    metrics_by_frequency,
+    metrics_by_history_length,
+)
 from ..mmesid_trainer import MMESIDTrainer
 from ..records import StageRecord, StageRun
 from ..sasrec_trainer import SASRecTrainer
@@ -45,37 +55,44 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
     """
-    Writes `results.json` and `results.md`, and the figures into the cards of the checkpoints.
+    Writes `results.json` and `results.md`, the rank of every user's target to `ranks/<split>.parquet`, and the figures
+    into the cards of the checkpoints.
 
     Raises:
         ValueError: If two checkpoints have the same directory name, which names them in the results.
     """
     directories = [Path(path) for path in arguments.model_dirs]
-    names = [directory.name for directory in directories]
+    names = ["popularity", *(directory.name for directory in directories)]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
-        raise ValueError(f"Two of --model_dirs are called '{repeated}'; evaluate them apart, or rename one.")
+        raise ValueError(f"Two models are called '{repeated}'; evaluate them apart, or rename one of --model_dirs.")
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
-        results = {"popularity": {split: popularity_metrics(data, split) for split in SPLITS}}
+        ranks = {"popularity": {split: popularity_ranks(data, split) for split in SPLITS}}
         for directory in directories:
-            results[directory.name] = evaluate_model(directory, data, arguments)
+            ranks[directory.name] = model_ranks(directory, data, arguments)
+        if not PartialState().is_main_process:
+            return
+        results = {name: results_of(by_split, data, arguments) for name, by_split in ranks.items()}
         run.metrics.update(results)
         run.details.update(data=data.statistics)
-        if PartialState().is_main_process:
-            (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            (staging / "results.md").write_text(results_table(results, data.statistics), encoding="utf-8")
-            for directory in directories:
-                record = StageRecord.load(directory)
-                record.metrics |= results[directory.name]
-                save_card(directory, dataclasses.asdict(record))
+        (staging / "ranks").mkdir()
+        for split in SPLITS:
+            sequences = data.sequences(split)
+            columns = {"user_id": sequences.user_ids, "target": sequences.targets}
+            columns |= {name: by_split[split].astype(np.int32) for name, by_split in ranks.items()}
+            pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
+        (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
+        for directory in directories:
+            record = StageRecord.load(directory)
+            record.metrics |= results[directory.name]
+            save_card(directory, dataclasses.asdict(record))
 
 
-def evaluate_model(
-    directory: Path, data: PreparedDataset, arguments: EvaluateArguments
-) -> dict[str, dict[str, float]]:
+def model_ranks(directory: Path, data: PreparedDataset, arguments: EvaluateArguments) -> dict[str, np.ndarray]:
     """
-    HR, nDCG and MRR of one checkpoint by split.
+    Rank of every user's target by split, `(users,)` in the order of the prepared users, from one checkpoint.
 
     Raises:
         ValueError: If the checkpoint was trained on another catalogue.
@@ -87,6 +104,7 @@ def evaluate_model(
             "evaluate it on the data it was trained on."
         )
     trainer_class = SASRecTrainer if isinstance(model, SASRecForSequentialRecommendation) else MMESIDTrainer
+    ranks = {}
     with tempfile.TemporaryDirectory() as unused:
         training_arguments = TrainingArguments(
             unused,
@@ -95,39 +113,86 @@ def evaluate_model(
             report_to="none",
         )
         trainer = trainer_class(model, training_arguments)
-        return {split: trainer.rank(EvaluationHistories(data.sequences(split))) for split in SPLITS}
+        for split in SPLITS:
+            histories = EvaluationHistories(data.sequences(split))
+            predicted = trainer.predict(histories)
+            # Each user once and in order, however many processes shared the work.
+            if not np.array_equal(predicted.label_ids, histories.sequences.targets[histories.order]):
+                raise AssertionError(f"The ranks of '{directory}' on {split} do not belong to its users one by one.")
+            ranks[split] = np.empty_like(predicted.predictions)
+            ranks[split][histories.order] = predicted.predictions
+    return ranks
 
 
-def popularity_metrics(data: PreparedDataset, split: str, batch_size: int = 1024) -> dict[str, float]:
-    """Metrics of ranking by the number of training interactions, under the same masking and tie rule as every
-    model."""
-    sequences: Sequences = data.sequences(split)
+def popularity_ranks(data: PreparedDataset, split: str, batch_size: int = 1024) -> np.ndarray:
+    """Rank of every user's target, `(users,)`, by the number of training interactions, under the same masking and tie
+    rule as every model."""
+    sequences = data.sequences(split)
     popularity = data.frequencies.float()
     popularity[0] = -torch.inf
-    metric = Ranking(keep_in_memory=True)
+    ranks = []
     for start in tqdm(range(0, len(sequences), batch_size), desc=f"Popularity on {split}", leave=False):
         users = [sequences[index] for index in range(start, min(start + batch_size, len(sequences)))]
         scores = popularity.repeat(len(users), 1)
         mask_histories(scores, pad_histories([user["history"] for user in users]))
-        metric.add_batch(ranks=target_ranks(scores, torch.tensor([user["target"] for user in users])).numpy())
-    return metric.compute()
+        ranks.append(target_ranks(scores, torch.tensor([user["target"] for user in users])).numpy())
+    return np.concatenate(ranks)
 
 
-def results_table(results: dict[str, dict[str, dict[str, float]]], statistics: dict) -> str:
-    """The results as Markdown, one table a split, labelled where the data are synthetic."""
+def results_of(ranks: dict[str, np.ndarray], data: PreparedDataset, arguments: EvaluateArguments) -> dict[str, dict]:
+    """
+    What one model's ranks, `(users,)` by split, amount to.
+
+    Returns:
+        `dict[str, dict]`: `hr@k`, `ndcg@k` and `mrr` of each split; `test_confidence`, the 95% interval of each of
+        them on the test split; `test_by_frequency` and `test_by_history_length`, users and metrics by group.
+    """
+    test = data.sequences("test")
+    return {split: metrics(ranks[split]) for split in SPLITS} | {
+        "test_confidence": confidence_intervals(ranks["test"], arguments.seed, arguments.bootstrap_resamples),
+        "test_by_frequency": metrics_by_frequency(ranks["test"], test.targets, data.frequencies.numpy()),
+        "test_by_history_length": metrics_by_history_length(ranks["test"], np.diff(test.offsets)),
+    }
+
+
+def results_page(results: dict[str, dict[str, dict]], statistics: dict) -> str:
+    """The results as Markdown: a table of all metrics a split, and nDCG@10 on test by group; labelled where the data
+    are synthetic."""
     label = " (synthetic data: the figures say nothing about real users)" if statistics["synthetic"] else ""
     lines = []
     for split in SPLITS:
-        lines += [
-            f"### {split.capitalize()}{label}",
-            "",
-            "| model | " + " | ".join(COLUMNS) + " |",
-            "|---" * (len(COLUMNS) + 1) + "|",
-        ]
-        for name, by_split in results.items():
-            lines.append(f"| {name} | " + " | ".join(f"{by_split[split][column]:.4f}" for column in COLUMNS) + " |")
-        lines.append("")
+        rows = {name: [result[split][column] for column in COLUMNS] for name, result in results.items()}
+        lines += [f"### {split.capitalize()}{label}", "", *_table(COLUMNS, rows), ""]
+    # All models rank the same users: the groups are those of any of them.
+    groups = [
+        (kind, group, figures["users"])
+        for kind in ("test_by_frequency", "test_by_history_length")
+        for group, figures in next(iter(results.values()))[kind].items()
+    ]
+    columns = [f"{group} ({users:,})" for _, group, users in groups]
+    rows = {name: [result[kind][group]["ndcg@10"] for kind, group, _ in groups] for name, result in results.items()}
+    intervals = {name: result["test_confidence"]["ndcg@10"] for name, result in results.items()}
+    lines += [
+        f"### Test, nDCG@10 by group (users){label}",
+        "",
+        *_table(
+            ["95% interval", *columns],
+            {name: [f"{low:.4f} to {high:.4f}", *rows[name]] for name, (low, high) in intervals.items()},
+        ),
+        "",
+        "The interval is a bootstrap over users. Targets are cold if the training split never has them, head if they "
+        f"are among the {HEAD_SHARE:.0%} of the items it has most often, else tail; numbers are items in the history.",
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: dict[str, Sequence[float | str]]) -> list[str]:
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in rows.items():
+        cells = [value if isinstance(value, str) else f"{value:.4f}" for value in values]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Full-ranking metrics with one target a user, as an `evaluate` module that is fed batch by batch."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -29,6 +31,34 @@ Kalervo and Kek{\\"a}l{\\"a}inen, Jaana}, journal={ACM Transactions on Informati
 """
 
 
+CUTOFFS = (5, 10, 20)
+
+
+def user_values(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, np.ndarray]:
+    """
+    Every metric of every user, whose mean over users is the metric.
+
+    Args:
+        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
+        cutoffs (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`): The values of k.
+
+    Returns:
+        `dict[str, np.ndarray]` of `hr@k`, `ndcg@k` and `mrr`, each of shape `(users,)`.
+
+    Raises:
+        ValueError: If a rank is below 1.
+    """
+    ranks = np.asarray(ranks, dtype=np.float64)
+    if len(ranks) and ranks.min() < 1:
+        raise ValueError(f"A rank is {ranks.min():.0f}; ranks start at 1.")
+    values = {}
+    for k in cutoffs:
+        hit = ranks <= k
+        values[f"hr@{k}"] = hit.astype(np.float64)
+        values[f"ndcg@{k}"] = hit / np.log2(ranks + 1)
+    return values | {"mrr": 1 / ranks}
+
+
 class Ranking(evaluate.Metric):
     """Use `metric.add_batch(ranks=...)` as often as needed, then `metric.compute()`."""
 
@@ -40,14 +70,5 @@ class Ranking(evaluate.Metric):
             features=datasets.Features({"ranks": datasets.Value("int64")}),
         )
 
-    def _compute(self, ranks, cutoffs=(5, 10, 20)) -> dict[str, float]:
-        ranks = np.asarray(ranks, dtype=np.float64)
-        if ranks.min() < 1:
-            raise ValueError(f"A rank is {ranks.min():.0f}; ranks start at 1.")
-        metrics = {}
-        for k in cutoffs:
-            hit = ranks <= k
-            metrics[f"hr@{k}"] = float(hit.mean())
-            metrics[f"ndcg@{k}"] = float((hit / np.log2(ranks + 1)).mean())
-        metrics["mrr"] = float((1 / ranks).mean())
-        return metrics
+    def _compute(self, ranks, cutoffs=CUTOFFS) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in user_values(ranks, cutoffs).items()}

@@ -1,0 +1,102 @@
+"""What lies behind a mean over users: how sure it is, and whom it serves."""
+
+import numpy as np
+
+from .ranking import user_values
+
+
+# Pareto's rule: the fifth of the items with the most training interactions is the head.
+HEAD_SHARE = 0.2
+# First and last length of every group of histories.
+HISTORY_LENGTHS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, None))
+
+# Counts of resampled ranks held at a time: 64 MiB.
+COUNTS_PER_BLOCK = 2**23
+
+
+def metrics(ranks: np.ndarray) -> dict[str, float]:
+    """Means over users of `hr@k`, `ndcg@k` and `mrr`; `ranks` are `(users,)`, from 1."""
+    return {name: float(values.mean()) for name, values in user_values(ranks).items()}
+
+
+def confidence_intervals(
+    ranks: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> dict[str, list[float]]:
+    """
+    Percentile bootstrap over users ([Efron, 1979](https://doi.org/10.1214/aos/1176344552)): what another draw of as
+    many users would have given. It says nothing of another seed of the training.
+
+    Equal ranks are drawn together, by how often each occurs: the same distribution as drawing user by user.
+
+    Args:
+        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+        resamples (`int`, *optional*, defaults to `1000`): Draws of all users, with replacement.
+        level (`float`, *optional*, defaults to `0.95`): Share of the draws inside the interval.
+
+    Returns:
+        `dict[str, list[float]]`: `[low, high]` of every metric.
+    """
+    distinct, counts = np.unique(ranks, return_counts=True)
+    values = user_values(distinct)
+    table = np.stack(list(values.values()), axis=1)
+    generator = np.random.default_rng(seed)
+    step = max(COUNTS_PER_BLOCK // len(distinct), 1)
+    means = np.concatenate(
+        [
+            generator.multinomial(len(ranks), counts / len(ranks), size=min(step, resamples - start)) @ table
+            for start in range(0, resamples, step)
+        ]
+    ) / len(ranks)
+    bounds = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return {name: bounds[:, column].tolist() for column, name in enumerate(values)}
+
+
+def frequency_groups(frequencies: np.ndarray) -> np.ndarray:
+    """
+    Group of every item by its training interactions: `"cold"` has none, `"head"` is among the `HEAD_SHARE` of the
+    items that have the most (with all that have as many as the last of them), `"tail"` is the rest.
+
+    Args:
+        frequencies (`np.ndarray` of shape `(items + 1,)`): Occurrences in the training split; row 0 is padding.
+
+    Returns:
+        `np.ndarray` of shape `(items + 1,)` of strings; row 0 means nothing.
+    """
+    descending = np.sort(frequencies[1:])[::-1]
+    threshold = descending[int(np.ceil(HEAD_SHARE * len(descending))) - 1]
+    return np.where(frequencies == 0, "cold", np.where(frequencies >= threshold, "head", "tail"))
+
+
+def metrics_by_frequency(ranks: np.ndarray, targets: np.ndarray, frequencies: np.ndarray) -> dict[str, dict]:
+    """
+    Users and metrics by the group of the target, see [`frequency_groups`]; groups without a user are left out.
+
+    Args:
+        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
+        targets (`np.ndarray` of shape `(users,)`): Rows of the targets.
+        frequencies (`np.ndarray` of shape `(items + 1,)`): Occurrences in the training split.
+    """
+    groups = frequency_groups(frequencies)[targets]
+    return _grouped(ranks, {name: groups == name for name in ("cold", "tail", "head")})
+
+
+def metrics_by_history_length(ranks: np.ndarray, lengths: np.ndarray) -> dict[str, dict]:
+    """
+    Users and metrics by the number of items before the target; groups without a user are left out.
+
+    Args:
+        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
+        lengths (`np.ndarray` of shape `(users,)`): Items in each history.
+    """
+    inside = {
+        f"{first}+" if last is None else f"{first}-{last}": (lengths >= first) & (lengths <= (last or np.inf))
+        for first, last in HISTORY_LENGTHS
+    }
+    return _grouped(ranks, inside)
+
+
+def _grouped(ranks: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, dict]:
+    return {
+        name: {"users": int(inside.sum())} | metrics(ranks[inside]) for name, inside in groups.items() if inside.any()
+    }
