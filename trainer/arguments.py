@@ -277,6 +277,26 @@ class EvaluateArguments(StageArguments):
 
 
 @dataclass(kw_only=True)
+class IndexArguments(StageArguments):
+    """Write the items of a recommender as a FAISS index of inner products."""
+
+    model_dir: str = field(metadata={"help": "Directory written by `mmesid finetune`."})
+    kind: Literal["exact", "hnsw"] = field(
+        default="exact",
+        metadata={
+            "help": "exact: the ranking of `recommend`; hnsw: a graph, close to it and faster at scale."
+        },
+    )
+    hnsw_links: int = field(default=32, metadata={"help": "hnsw: neighbours that an item is linked to."})
+    hnsw_construction_width: int = field(
+        default=200, metadata={"help": "hnsw: candidates among which an item's neighbours are sought."}
+    )
+    hnsw_search_width: int = field(
+        default=128, metadata={"help": "hnsw: candidates that a query keeps; more find more and take longer."}
+    )
+
+
+@dataclass(kw_only=True)
 class RecommendArguments:
     """Recommend items to users, named by the raw ids of the items in their histories."""
 

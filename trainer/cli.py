@@ -27,6 +27,7 @@ STAGES = {
     "finetune": "all of these -> recommender checkpoint",
     "evaluate": "recommender and baselines -> full-ranking metrics",
     "recommend": "recommender and histories -> recommendations",
+    "index": "recommender -> FAISS index of its items, for retrieval",
     "push": "directory of a stage -> repository on the Hub",
 }
 
@@ -38,6 +39,7 @@ OUTPUT_NAMES = {
     "quantize": "quantizer",
     "finetune": "recommender",
     "evaluate": "evaluation",
+    "index": "index",
 }
 INPUT_NAMES = {
     "prepared_dir": "prepared",
@@ -199,6 +201,7 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
         "finetune": arguments.FinetuneArguments,
         "evaluate": arguments.EvaluateArguments,
         "recommend": arguments.RecommendArguments,
+        "index": arguments.IndexArguments,
         "push": arguments.PushArguments,
     }
     root = Path(recipe["output_dir"])

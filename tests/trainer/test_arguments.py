@@ -71,6 +71,6 @@ def test_help_explains_every_flag_and_class(arguments_class):
 
 def test_every_stage_has_its_class():
     names = {f"{name}Arguments" for name in ("Prepare", "SASRec", "Embed", "Quantize", "Finetune")}
-    names |= {f"{name}Arguments" for name in ("Evaluate", "Recommend", "Push")}
+    names |= {f"{name}Arguments" for name in ("Evaluate", "Recommend", "Index", "Push")}
     assert names <= {arguments_class.__name__ for arguments_class in STAGE_CLASSES}
     assert StageArguments in STAGE_CLASSES

@@ -20,6 +20,7 @@ CLASSES = {
     "finetune": stage_arguments.FinetuneArguments,
     "evaluate": stage_arguments.EvaluateArguments,
     "recommend": stage_arguments.RecommendArguments,
+    "index": stage_arguments.IndexArguments,
     "push": stage_arguments.PushArguments,
 }
 RECIPE = """
