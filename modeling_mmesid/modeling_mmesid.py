@@ -258,8 +258,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         elif config.base_model_name_or_path is not None:
             self.backbone.requires_grad_(False)
         if config.base_model_name_or_path is not None:
-            frozen = {name for name, parameter in self.backbone.named_parameters() if not parameter.requires_grad}
-            self._keys_to_ignore_on_save = {f"backbone.{name}" for name in frozen}
+            # Of the state rather than the parameters: a quantized weight also has the constants to unpack it.
+            trained = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
+            self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
 
     @torch.no_grad()
     def _init_weights(self, module):

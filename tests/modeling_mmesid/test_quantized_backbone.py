@@ -1,0 +1,68 @@
+"""QLoRA: an adapter on a backbone whose weights have four bits, on the CPU."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, LlamaModel, set_seed
+
+from modeling_mmesid import MMESIDForSequentialRecommendation
+from modeling_mmesid.packing import pack_histories
+
+from .conftest import item_tables, llama_config, settings
+
+
+pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+HISTORIES = [[1, 2, 3], [9], [30, 31]]
+
+
+@pytest.fixture(scope="module")
+def quantization():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(quantization, tmp_path_factory):
+    set_seed(1)
+    base = tmp_path_factory.mktemp("base") / "llama"
+    LlamaModel(llama_config(hidden_size=64, intermediate_size=128)).save_pretrained(base)
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        base, lora=LORA, backbone_kwargs={"quantization_config": quantization}, **settings()
+    )
+    model.initialize_items(**item_tables())
+    return model
+
+
+def test_training_moves_the_adapter_and_nothing_else_of_the_backbone(model):
+    assert model.backbone.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    batch = pack_histories([[1, 2, 3], [4, 5]], [5, 6], [7, 8], [[2, 3, 4], [5, 6]])
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    model.train()
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, tensor in model.backbone.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_checkpoint_holds_the_adapter_and_recommends_the_same(model, quantization, tmp_path):
+    model.eval().save_pretrained(tmp_path)
+    assert all("lora_" in name for name in load_file(tmp_path / "model.safetensors") if name.startswith("backbone."))
+    reloaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path, quantization_config=quantization)
+    assert reloaded.backbone.layers[1].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    expected, found = model.recommend(HISTORIES), reloaded.recommend(HISTORIES)
+    assert torch.equal(found.items, expected.items)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_full_precision_base_loads_too(model, tmp_path):
+    """The adapter is in full precision and the base model is fetched by name: four bits are a choice at load time."""
+    model.eval().save_pretrained(tmp_path)
+    full = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    assert full.backbone.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float32
+    quantized, exact = model.encode_histories(HISTORIES), full.encode_histories(HISTORIES)
+    assert torch.nn.functional.cosine_similarity(quantized, exact).min() > 0.95
+    assert not torch.equal(quantized, exact)
