@@ -197,6 +197,13 @@ class FinetuneArguments(StageTrainingArguments):
     vocab_size: int = field(
         default=4096, metadata={"help": "New Llama: largest vocabulary of the tokenizer trained on the catalogue."}
     )
+    quantization: Literal["nf4"] | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained decoder: nf4 loads its frozen weights in four bits under the adapter (QLoRA), which "
+            "takes the extra `qlora`; as they are by default."
+        },
+    )
     lora_r: int = field(
         default=8, metadata={"help": "Pretrained decoder: rank of LoRA; 0 trains the decoder in full."}
     )
@@ -283,9 +290,7 @@ class IndexArguments(StageArguments):
     model_dir: str = field(metadata={"help": "Directory written by `mmesid finetune`."})
     kind: Literal["exact", "hnsw"] = field(
         default="exact",
-        metadata={
-            "help": "exact: the ranking of `recommend`; hnsw: a graph, close to it and faster at scale."
-        },
+        metadata={"help": "exact: the ranking of `recommend`; hnsw: a graph, close to it and faster at scale."},
     )
     hnsw_links: int = field(default=32, metadata={"help": "hnsw: neighbours that an item is linked to."})
     hnsw_construction_width: int = field(

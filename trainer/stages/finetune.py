@@ -8,11 +8,12 @@ validation.
 """
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from hub_cards import save_card
 from modeling_mmesid import (
@@ -175,16 +176,40 @@ def build(
             "use_rslora": arguments.use_rslora,
             "use_dora": arguments.use_dora,
         }
-        attention = arguments.attn_implementation
         model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
             arguments.backbone_name_or_path,
             revision=arguments.backbone_revision,
             lora=lora if arguments.lora_r else None,
             freeze_backbone=arguments.freeze_backbone,
-            backbone_kwargs={} if attention is None else {"attn_implementation": attention},
+            backbone_kwargs=backbone_kwargs(arguments),
             **settings,
         )
     return processor, model
+
+
+def backbone_kwargs(arguments: FinetuneArguments) -> dict:
+    """
+    How `AutoModel.from_pretrained` loads the decoder.
+
+    Raises:
+        ValueError: If it is to be quantized, but bitsandbytes is not installed or it would be trained in full.
+    """
+    kwargs = {}
+    if arguments.attn_implementation is not None:
+        kwargs["attn_implementation"] = arguments.attn_implementation
+    if arguments.quantization is not None:
+        if not arguments.lora_r and not arguments.freeze_backbone:
+            raise ValueError("--quantization nf4 freezes the decoder, which --lora_r 0 trains in full; drop either.")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "--quantization nf4 needs bitsandbytes, which is not installed; pip install 'mmesid[qlora]'."
+            )
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=arguments.quantization,
+            bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+        )
+    return kwargs
 
 
 if __name__ == "__main__":

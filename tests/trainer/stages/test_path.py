@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 from trainer.backbone import train_tokenizer
@@ -193,17 +194,27 @@ def test_evaluating_on_another_catalogue_is_refused(tiny_run, tmp_path):
         )  # fmt: skip
 
 
-def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, tmp_path):
+@pytest.fixture
+def base(tiny_run, tmp_path):
+    """A decoder on disk, with its tokenizer."""
     data = PreparedDataset.load(tiny_run / "prepared")
     tokenizer = train_tokenizer(data.texts[1:], 400)
     torch.manual_seed(0)
     base = tmp_path / "base"
     LlamaModel(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
     ).save_pretrained(base)
     tokenizer.save_pretrained(base)
+    return base
+
+
+def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
     flags = [*finetune_flags(tiny_run, "lora"), "--backbone_name_or_path", str(base), "--lora_r", "4", "--output_dir"]
     finetune.main([*flags, str(tmp_path / "lora")])
 
@@ -216,6 +227,22 @@ def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, tmp_path):
         if "lora_" not in name:
             assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
     assert any(value.abs().max() > 0 for name, value in model.backbone.state_dict().items() if "lora_B" in name)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")
+def test_lora_on_a_quantized_backbone(tiny_run, base, tmp_path):
+    flags = [*finetune_flags(tiny_run, "unused"), "--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    finetune.main([*flags, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "qlora")])
+    assert StageRecord.load(tmp_path / "qlora").metrics["validation"]["mrr"] > 0
+    config = AutoConfig.from_pretrained(tmp_path / "qlora")
+    assert config.backbone_config.quantization_config["bnb_4bit_quant_type"] == "nf4"
+    assert AutoModel.from_pretrained(tmp_path / "qlora").recommend([[1, 2, 3]]).items.shape == (1, 10)
+
+
+def test_a_backbone_that_is_trained_in_full_cannot_be_quantized(tiny_run, base):
+    flags = [*finetune_flags(tiny_run, "unused"), "--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    with pytest.raises(ValueError, match="--lora_r 0 trains in full"):
+        finetune.main([*flags, "--lora_r", "0"])
 
 
 INTERRUPT = """
