@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
 from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDProcessor
@@ -35,13 +35,22 @@ NUM_QUANTIZERS, CODEBOOK_SIZE, CODEBOOK_DIM = 4, 256, 128
 LARGEST_LOSS_DIFFERENCE = 1e-4
 
 
+def data_folder(path: str) -> Path:
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"'{path}' does not exist; name a folder with sequences.txt and items.jsonl, as `mmesid prepare "
+            "--source sequences` reads it"
+        )
+    return Path(path)
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data_dir",
-        type=Path,
-        default=Path("../shared/data/beauty"),
+        type=data_folder,
+        default="../shared/data/beauty",
         help="Folder with sequences.txt and items.jsonl.",
     )
     parser.add_argument(
@@ -69,26 +78,17 @@ class Workload:
         splits (`dict[str, Sequences]`): Train, validation and test.
         frequencies (`torch.LongTensor`): `(items + 1,)` occurrences in the training split.
         prompt_ids (`tuple[list[int], list[int]]`): The paper's prompt before and after the items.
-        vocab_size (`int`): Size of the tokenizer's vocabulary.
+        tokenizer (`PreTrainedTokenizerFast`): Trained on the items' texts and the prompt.
     """
 
     splits: dict[str, Sequences]
     frequencies: torch.Tensor
     prompt_ids: tuple[list[int], list[int]]
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerFast
 
     @classmethod
     def load(cls, data_dir: Path) -> "Workload":
-        """
-        Reads the users and trains a tokenizer on the items' texts and the prompt.
-
-        Raises:
-            FileNotFoundError: If the folder or one of its files does not exist.
-        """
-        if not data_dir.is_dir():
-            raise FileNotFoundError(
-                f"'{data_dir}' does not exist; name a folder with sequences.txt and items.jsonl by --data_dir."
-            )
+        """Reads the users and trains a tokenizer on the items' texts and the prompt."""
         source = read_sequence_files(data_dir)
         users = build_sequences(source.interactions, len(source.catalogue.item_ids))
         user_ids = [source.interactions.user_ids[user] for user in users.users]

@@ -1,0 +1,106 @@
+"""The benchmarks of the recommender, tiny and on the generated shop: what they print and that both sides agree. How
+fast anything is, is not tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.data.synthetic import generate_catalogue
+
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+SMALL = ["--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--max_history", "12"]
+FLAGS = {
+    "finetune_speed": ["--users", "12", "--batch_users", "5", "--rounds", "2"],
+    "evaluation_speed": ["--users", "40", "--reference_users", "7", "--batch_users", "16", "--rounds", "2"],
+    "memory": ["--items", "100", "400", "--users", "4", "--form", "shared"],
+    "recommend_speed": ["--items", "300", "--rounds", "3"],
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    """The generated shop as a folder with sequences.txt and items.jsonl."""
+    folder = tmp_path_factory.mktemp("shop")
+    source = generate_catalogue(num_items=80, num_users=60)
+    catalogue, interactions = source.catalogue, source.interactions
+    items = [{"item": name, "title": title} for name, title in zip(catalogue.item_ids, catalogue.titles)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    with open(folder / "sequences.txt", "w") as file:
+        for user, user_id in enumerate(interactions.user_ids):
+            bought = interactions.items[np.flatnonzero(interactions.users == user)]
+            file.write(" ".join([user_id, *(catalogue.item_ids[item] for item in bought)]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(shop) -> dict[str, dict]:
+    """What every script prints, all of them run side by side."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, str(BENCHMARKS / f"{name}.py"), "--data_dir", str(shop), "--json", *SMALL, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for name, flags in FLAGS.items()
+    }
+    printed = {name: process.communicate() for name, process in processes.items()}
+    for name, process in processes.items():
+        assert process.returncode == 0, printed[name][1]
+    return {name: json.loads(output) for name, (output, _) in printed.items()}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_one_object_with_a_ratio_and_the_setting(results, name):
+    assert results[name]["ratio"] > 0
+    setting = results[name]["setting"]
+    assert (setting["hidden_size"], setting["num_hidden_layers"], setting["device"]) == (32, 1, "cpu")
+    # The real prompt: tokens before the items and closing ones behind.
+    assert min(setting["prompt_tokens"]) > 0
+    ratios = results[name].get("ratios", {"minimum": 0, "median": results[name]["ratio"], "maximum": np.inf})
+    assert ratios["minimum"] <= ratios["median"] == results[name]["ratio"] <= ratios["maximum"]
+
+
+@pytest.mark.parametrize("name", ["finetune_speed", "evaluation_speed"])
+def test_both_sides_have_the_same_loss(results, name):
+    losses = results[name]["loss"]
+    assert abs(losses["ours"] - losses["reference"]) < 1e-4
+    # Not the loss of a model that gives every item the same score.
+    assert abs(losses["ours"] - np.log(80)) > 1e-3
+
+
+def test_training_reads_the_same_targets_in_batches_of_sixteen(results):
+    result = results["finetune_speed"]
+    assert result["users"] == 12
+    assert result["steps"] == {"ours": 3, "reference": -(-result["targets"] // 16)}
+    assert all(peak > 2**26 for peak in result["peak_memory_bytes"].values())
+
+
+def test_evaluation_finds_the_same_ranks(results):
+    assert results["evaluation_speed"]["users"] == {"ours": 40, "reference": 7}
+    assert results["evaluation_speed"]["largest_rank_difference"] <= 1
+
+
+def test_memory_subtracts_what_has_a_row_an_item(results):
+    small, large = results["memory"]["catalogues"]["100"], results["memory"]["catalogues"]["400"]
+    # ID vectors, 32 wide in float32, and two states of Adam for each.
+    assert large["table_bytes"]["parameters"] == large["table_bytes"]["gradients"] == 401 * 32 * 4
+    assert large["table_bytes"]["optimizer_states"] == 2 * 401 * 32 * 4
+    for measured in (small, large):
+        assert measured["remaining_bytes"] == measured["peak_bytes"] - sum(measured["table_bytes"].values()) > 0
+    assert results["memory"]["ratio"] == large["remaining_bytes"] / small["remaining_bytes"]
+
+
+def test_missing_data_is_one_sentence(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "recommend_speed.py"), "--data_dir", str(tmp_path / "nowhere")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "nowhere' does not exist; name a folder" in process.stderr
+    assert "Traceback" not in process.stderr
