@@ -29,8 +29,7 @@ from trainer.data.windows import TrainingWindows
 
 logging.set_verbosity_error()
 
-# Collaborative and text as in the data folder of Amazon Beauty, a visual one as wide as its text.
-EMBEDDING_DIMS = {"collaborative": 64, "text": 384, "visual": 384}
+MODALITIES = ("collaborative", "text", "visual")
 NUM_QUANTIZERS, CODEBOOK_SIZE, CODEBOOK_DIM = 4, 256, 128
 LARGEST_LOSS_DIFFERENCE = 1e-4
 
@@ -62,6 +61,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--hidden_size", type=int, default=256, help="Width of the Llama.")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="Layers of the Llama.")
     parser.add_argument("--num_attention_heads", type=int, default=4, help="Attention heads of the Llama.")
+    # Collaborative and text as in the data folder of Amazon Beauty, visual as wide as text.
+    parser.add_argument(
+        "--embedding_dims",
+        type=int,
+        nargs=len(MODALITIES),
+        default=[64, 384, 384],
+        help=f"Widths of the item tables: {', '.join(MODALITIES)}.",
+    )
     parser.add_argument("--max_history", type=int, default=50, help="Longest history that is read.")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="Where to measure.")
     parser.add_argument("--bf16", action="store_true", help="Run the model under bfloat16 autocast.")
@@ -131,8 +138,8 @@ class Workload:
         config = MMESIDConfig(
             backbone_config=backbone_config,
             num_items=rows - 1,
-            modalities=list(EMBEDDING_DIMS),
-            embedding_dims=list(EMBEDDING_DIMS.values()),
+            modalities=list(MODALITIES),
+            embedding_dims=arguments.embedding_dims,
             num_quantizers=NUM_QUANTIZERS,
             codebook_size=CODEBOOK_SIZE,
             codebook_dim=CODEBOOK_DIM,
@@ -145,8 +152,10 @@ class Workload:
         model = MMESIDForSequentialRecommendation(config)
         model.initialize_items(
             frequencies,
-            embeddings={name: torch.randn(rows, dim) for name, dim in EMBEDDING_DIMS.items()},
-            codes={name: torch.randint(CODEBOOK_SIZE, (rows, NUM_QUANTIZERS)) for name in EMBEDDING_DIMS},
+            embeddings={
+                name: torch.randn(rows, dim) for name, dim in zip(MODALITIES, arguments.embedding_dims, strict=True)
+            },
+            codes={name: torch.randint(CODEBOOK_SIZE, (rows, NUM_QUANTIZERS)) for name in MODALITIES},
         )
         return model.to(arguments.device)
 
@@ -211,7 +220,7 @@ def setting(arguments: argparse.Namespace, model: MMESIDForSequentialRecommendat
         "form": arguments.form,
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.num_hidden_layers,
-        "embedding_dims": EMBEDDING_DIMS,
+        "embedding_dims": dict(zip(MODALITIES, arguments.embedding_dims, strict=True)),
         "prompt_tokens": [len(model.config.prompt_prefix_ids), len(model.config.prompt_suffix_ids)],
         "device": str(arguments.device),
         "bf16": arguments.bf16,
