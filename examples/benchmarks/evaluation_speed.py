@@ -9,8 +9,10 @@ The reference is timed on users drawn at random; its time grows with their numbe
 these users, and their ranks are compared.
 """
 
+import contextlib
 import json
 import random
+import sys
 import tempfile
 
 import numpy as np
@@ -67,10 +69,14 @@ def main() -> None:
             ),
         )
         histories = EvaluationHistories(users)
-        # The caches of the libraries are filled before the clock starts.
-        trainer.rank(EvaluationHistories(first_users(users, arguments.batch_users)))
-        reference.rank(model, sample[0]["history"], sample[0]["target"])
-        times = alternate(lambda: trainer.rank(histories), reference_evaluation, arguments.rounds, arguments.device)
+        # The trainer prints its metrics; standard output is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            # The caches of the libraries are filled before the clock starts.
+            trainer.rank(EvaluationHistories(first_users(users, arguments.batch_users)))
+            reference.rank(model, sample[0]["history"], sample[0]["target"])
+            times = alternate(
+                lambda: trainer.rank(histories), reference_evaluation, arguments.rounds, arguments.device
+            )
     loss, ranks = our_results(model, sample)
     reference_ranks = np.array([rank for rank, _ in reference_results])
     losses = {"ours": loss, "reference": float(np.mean([loss for _, loss in reference_results]))}
