@@ -125,15 +125,24 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
                     grad_table[1:][tile] += probabilities.T @ users
         scale = 1.0 / max(rows, 1)
         if needs_gradient:
-            ctx.save_for_backward(grad_hidden.mul_(scale), grad_table.mul_(scale))
+            # Not saved as tensors are, but handed over: the backward pass scales them in place, for a second table of
+            # a large catalogue would double what training holds.
+            ctx.gradients = grad_hidden.mul_(scale), grad_table.mul_(scale)
             ctx.dtypes = hidden.dtype, table.dtype
         return loss * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        grad_hidden, grad_table = ctx.saved_tensors
-        return (grad_hidden * grad_output).to(ctx.dtypes[0]), (grad_table * grad_output).to(ctx.dtypes[1]), None, None
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of this loss have been used; compute the loss again.")
+        (grad_hidden, grad_table), ctx.gradients = ctx.gradients, None
+        return (
+            grad_hidden.mul_(grad_output).to(ctx.dtypes[0]),
+            grad_table.mul_(grad_output).to(ctx.dtypes[1]),
+            None,
+            None,
+        )
 
 
 def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
