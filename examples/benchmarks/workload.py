@@ -97,12 +97,17 @@ class Workload:
     def load(cls, data_dir: Path) -> "Workload":
         """Reads the users and trains a tokenizer on the items' texts and the prompt."""
         source = read_sequence_files(data_dir)
-        users = build_sequences(source.interactions, len(source.catalogue.item_ids))
-        user_ids = [source.interactions.user_ids[user] for user in users.users]
-        tokenizer = train_tokenizer([*source.catalogue.texts, SYSTEM_PROMPT, USER_PROMPT], 4096)
+        sequences = build_sequences(source.interactions, len(source.catalogue))
+        user_ids = source.interactions.user_ids
+        splits = {}
+        for name in ("train", "validation", "test"):
+            users, histories, offsets, targets = sequences.split(name)
+            splits[name] = Sequences([user_ids[user] for user in users], histories, offsets, targets)
+        texts = source.catalogue.texts()
+        tokenizer = train_tokenizer([*texts, *[SYSTEM_PROMPT, USER_PROMPT] * len(texts)], 4096)
         return cls(
-            splits={name: Sequences(user_ids, *users.split(name)) for name in ("train", "validation", "test")},
-            frequencies=torch.from_numpy(users.training_frequencies()).long(),
+            splits=splits,
+            frequencies=torch.from_numpy(sequences.training_frequencies()).long(),
             prompt_ids=MMESIDProcessor(tokenizer, source.catalogue.item_ids).prompt_ids(),
             tokenizer=tokenizer,
         )

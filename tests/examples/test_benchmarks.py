@@ -29,7 +29,7 @@ def shop(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     source = generate_catalogue(num_items=80, num_users=60)
     catalogue, interactions = source.catalogue, source.interactions
-    items = [{"item": name, "title": title} for name, title in zip(catalogue.item_ids, catalogue.titles)]
+    items = [{"item": name, "title": title} for name, title in zip(catalogue.item_ids, catalogue.titles())]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     with open(folder / "sequences.txt", "w") as file:
         for user, user_id in enumerate(interactions.user_ids):

@@ -133,9 +133,9 @@ def build(
     """The processor and the untrained recommender around a pretrained decoder, or a new one; its items are still
     empty."""
     if arguments.backbone_name_or_path is None:
-        # With the prompt among its texts it cuts the prompt into words, not letters: a third of the tokens to read.
-        texts = [*data.texts[1:], arguments.system_prompt, arguments.user_prompt]
-        tokenizer = train_tokenizer(texts, arguments.vocab_size)
+        # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
+        prompt = [arguments.system_prompt, arguments.user_prompt]
+        tokenizer = train_tokenizer([*data.texts[1:], *prompt * data.num_items], arguments.vocab_size)
     else:
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.backbone_name_or_path, revision=arguments.backbone_revision
