@@ -511,13 +511,14 @@ class EmbedArguments(StageTrainingArguments):
     modality: str = field(
         metadata={"help": "Name of the table: collaborative, text, visual, or another one of your choice."}
     )
-    encoder: Literal["sasrec", "sentence", "dual_encoder", "train_dual_encoder"] | None = field(
+    encoder: Literal["sasrec", "sentence", "vision", "dual_encoder", "llm2clip", "train_dual_encoder"] | None = field(
         default=None,
         metadata={
             "help": "sasrec: the item embeddings of a checkpoint; sentence: a sentence-transformers model for texts; "
-            "dual_encoder: a CLIP or SigLIP model for texts or pictures; train_dual_encoder: one trained first on the "
-            "catalogue's own pairs of text and picture, from scratch or from a model. By default sasrec for "
-            "the modality collaborative, sentence for text, dual_encoder for visual."
+            "vision: a backbone for pictures (ViT, DINOv2, ConvNeXt ...); dual_encoder: a CLIP or SigLIP model for "
+            "texts or pictures; llm2clip: a CLIP model whose texts a Llama reads; train_dual_encoder: a dual encoder "
+            "trained first on the catalogue's own pairs of text and picture, from scratch or from a model. By default "
+            "sasrec for the modality collaborative, sentence for text, dual_encoder for visual."
         },
     )
     model_name_or_path: str | None = field(
@@ -528,6 +529,27 @@ class EmbedArguments(StageTrainingArguments):
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code that the model's repository brings; takes a full commit hash as --revision."},
+    )
+    text_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "llm2clip: the Llama that reads texts, for example "
+            "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned."
+        },
+    )
+    text_model_revision: str | None = field(
+        default=None, metadata={"help": "llm2clip: branch, tag or commit of the Llama on the Hub."}
+    )
+    image_processor_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "llm2clip: where the image processor comes from, the model itself by default; "
+            "openai/clip-vit-large-patch14-336 for the published models."
+        },
+    )
     from_file: str | None = field(
         default=None,
         metadata={
@@ -542,6 +564,10 @@ class EmbedArguments(StageTrainingArguments):
     normalize: bool = field(default=True, metadata={"help": "Scale what a text or picture encoder gives to length 1."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Precision of a named encoder; tables are float32 in any case."}
+    )
+    shard_size: int = field(
+        default=512,
+        metadata={"help": "Texts or pictures between two writes to disk: what an interruption loses at most."},
     )
     caption_column: Literal["title", "text"] = field(
         default="text", metadata={"help": "train_dual_encoder: the text that goes with a picture."}

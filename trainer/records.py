@@ -1,5 +1,6 @@
 """The record a stage leaves beside its outputs: what makes a rerun skip, a resume safe and a model card honest."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -223,6 +224,8 @@ class StageRun:
         # Also those of earlier settings; not those of a stage that shares the directory.
         for checkpoints in self.checkpoints_dir.parent.glob(f"{self.record_path.stem}-*"):
             shutil.rmtree(checkpoints)
+        with contextlib.suppress(OSError):  # Not there, or not empty: a stage that shares the directory is at work.
+            self.checkpoints_dir.parent.rmdir()
         write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
         print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
 

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..data.images import BadImageError, decode_image
+from .encoding import check_weights
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -86,30 +87,39 @@ class DualEncoder:
         processor (`ProcessorMixin`): The model's tokenizer and image processor.
     """
 
+    pooling = "projected"
+
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         self.model = model.to(PartialState().device)
         self.processor = processor
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
     ) -> "DualEncoder":
         """
         Args:
             name_or_path (`str`): A repository on the Hub or a directory.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+            trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
 
         Raises:
-            ValueError: If the model is no dual encoder.
+            ValueError: If the model is no dual encoder, or its checkpoint lacks weights.
         """
-        model = AutoModel.from_pretrained(name_or_path, revision=revision, dtype=dtype)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model, loading = AutoModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
         if not {"get_text_features", "get_image_features"} <= set(dir(type(model))):
             raise ValueError(
                 f"'{name_or_path}' is a {type(model).__name__}, which is no dual encoder of texts and pictures; name "
                 "a CLIP or SigLIP model, or use --encoder sentence for texts."
             )
-        return cls(model, AutoProcessor.from_pretrained(name_or_path, revision=revision))
+        check_weights(name_or_path, loading["missing_keys"])
+        return cls(model, AutoProcessor.from_pretrained(name_or_path, **source))
 
     @classmethod
     def from_captions(
@@ -188,61 +198,15 @@ class DualEncoder:
                 settings |= {"padding": "max_length", "return_attention_mask": False}
         return self.processor(text=texts, images=images, return_tensors="pt", **settings)
 
-    def encode_texts(self, texts: list[str], batch_size: int = 64, disable_tqdm: bool = False) -> torch.Tensor:
-        """
-        Args:
-            texts (`list[str]`): `num_texts` texts; those longer than the model's limit are cut.
-            batch_size (`int`, *optional*, defaults to 64): Texts encoded at a time, which are of similar length.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
-
-        Returns:
-            `torch.Tensor`: `(num_texts, dimension)` in float32, on the CPU.
-        """
-        longest_first = sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
-        return self._encode(
-            longest_first,
-            lambda indices: self.prepare(texts=[texts[index] for index in indices]),
-            self.model.get_text_features,
-            batch_size,
-            tqdm(total=len(texts), desc="texts", unit="text", disable=disable_tqdm),
-        )
-
-    def encode_images(
-        self, images: Sequence[Image.Image], batch_size: int = 64, disable_tqdm: bool = False
-    ) -> torch.Tensor:
-        """
-        Args:
-            images (`Sequence[PIL.Image.Image]`): `num_images` pictures, read one batch at a time.
-            batch_size (`int`, *optional*, defaults to 64): Pictures encoded at a time.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
-
-        Returns:
-            `torch.Tensor`: `(num_images, dimension)` in float32, on the CPU.
-        """
-        return self._encode(
-            range(len(images)),
-            lambda indices: self.prepare(images=[images[index] for index in indices]),
-            self.model.get_image_features,
-            batch_size,
-            tqdm(total=len(images), desc="images", unit="image", disable=disable_tqdm),
-        )
-
     @torch.inference_mode()
-    def _encode(self, order: Sequence[int], prepare, get_features, batch_size: int, progress: tqdm) -> torch.Tensor:
+    def embed(self, batch: BatchFeature) -> torch.Tensor:
+        """Embeddings of prepared texts, or of prepared pictures, `(batch, dimension)` in float32, on the CPU."""
         self.model.eval()
-        embeddings = None
-        with progress:
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
-                inputs = prepare(indices).to(self.model.device, self.model.dtype)
-                features = get_features(**inputs)
-                # Up to transformers 4, and in remote code, the features come as they are.
-                features = features if isinstance(features, torch.Tensor) else features.pooler_output
-                if embeddings is None:
-                    embeddings = torch.empty(len(order), features.shape[1])
-                embeddings[list(indices)] = features.float().cpu()
-                progress.update(len(indices))
-        return embeddings
+        get_features = self.model.get_image_features if "pixel_values" in batch else self.model.get_text_features
+        features = get_features(**batch.to(self.model.device, self.model.dtype))
+        # In remote code the features come as they are.
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output
+        return features.float().cpu()
 
 
 def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:

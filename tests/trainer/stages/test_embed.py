@@ -2,6 +2,12 @@
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +18,22 @@ from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 from trainer.data.prepared import ITEMS_FILE, PreparedDataset
 from trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
+from trainer.encoders.llm2clip import LLM2CLIPEncoder
 from trainer.encoders.tables import load_table
+from trainer.encoders.vision import VisionEncoder
 from trainer.records import StageRecord, file_digest
 from trainer.stages import prepare
 from trainer.stages.embed import main
@@ -26,6 +42,8 @@ from trainer.stages.embed import main
 COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
 NUM_ITEMS = len(COLOURS) ** 2
 WITHOUT_PICTURE, WITHOUT_TEXT = 5, 7
+# Equal bytes take equal numbers of threads.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY_CLIP = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "64", "--projection_dim", "32"]
 
 
@@ -241,7 +259,11 @@ def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepare
         ("collaborative", [], "encoder sasrec needs --model_name_or_path, the directory that `mmesid sasrec` wrote"),
         ("audio", [], "modality called 'audio'; choose one with --encoder"),
         ("text", ["--model_name_or_path", "x", "--from_file", "y"], "leave out --from_file, or"),
-        ("text", ["--model_name_or_path", "x", "--column", "image"], "encoder sentence reads no pictures"),
+        (
+            "text",
+            ["--model_name_or_path", "x", "--column", "image"],
+            "encoder sentence reads title or text of an item, not image",
+        ),
         ("../text", ["--from_file", "y"], "cannot name a modality"),
         (
             "visual",
@@ -278,3 +300,102 @@ def test_a_catalogue_without_pictures_or_with_too_few_is_refused(prepared, tmp_p
 def test_an_unknown_name_gives_the_librarys_own_error(prepared, tmp_path):
     with pytest.raises(OSError, match="huggingface.co"):
         embed(prepared, tmp_path, "visual", "--model_name_or_path", "nobody/nothing")
+
+
+def test_a_vision_backbone_reads_pictures_and_leaves_items_without_one_missing(prepared, tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    processor = BitImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "dinov2")
+    flags = ["--encoder", "vision", "--model_name_or_path", tmp_path / "dinov2", "--normalize", "false"]
+    table, present, record = embed(prepared, tmp_path / "out", "visual", *flags)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE]
+    assert not table[WITHOUT_PICTURE].any()
+    encoder = VisionEncoder(str(tmp_path / "dinov2"))
+    picture = PreparedDataset.load(prepared).items()["image"][9]
+    torch.testing.assert_close(table[10], encoder.embed(encoder.prepare(images=[picture]))[0], rtol=1e-4, atol=1e-5)
+    assert (record.details["pooling"], record.details["dimension"]) == ("pooler_output", 16)
+    assert "model_name_or_path" in record.inputs
+
+    half, _, record = embed(prepared, tmp_path / "half", "visual", *flags, "--dtype", "bfloat16")
+    assert record.details["dtype"] == "bfloat16" and 0 < (half - table).abs().max() < 0.1
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_llm2clip_reads_texts_and_pictures_by_the_flags_of_its_models(
+    prepared, llama, llm2clip, image_processor, tmp_path
+):
+    flags = ["--encoder", "llm2clip", "--model_name_or_path", llm2clip, "--trust_remote_code", "true"]
+    text, present, record = embed(
+        prepared, tmp_path, "text", *flags, "--text_model_name_or_path", llama, "--normalize", "false"
+    )
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_TEXT]
+    encoder = LLM2CLIPEncoder(llm2clip, text_model_name_or_path=llama, trust_remote_code=True)
+    texts = PreparedDataset.load(prepared).texts
+    for row in (1, NUM_ITEMS):
+        torch.testing.assert_close(
+            text[row], encoder.embed(encoder.prepare(texts=[texts[row]]))[0], rtol=1e-4, atol=1e-5
+        )
+    assert record.details["pooling"] == "mean, bidirectional, projected"
+    assert record.details["text_encoder"] == llama
+    assert {"model_name_or_path", "text_model_name_or_path"} <= set(record.inputs)
+
+    visual, present, record = embed(
+        prepared, tmp_path, "visual", *flags, "--image_processor_name_or_path", image_processor
+    )
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE] and visual.shape[1] == text.shape[1]
+
+    with pytest.raises(ValueError, match="--trust_remote_code true may run"):
+        embed(prepared, tmp_path / "refused", "text", *flags[:4], "--text_model_name_or_path", llama)
+
+
+def in_process(prepared, output_dir, checkpoint, *launcher) -> list[str]:
+    """One picture a shard, so that there is time to kill it."""
+    return [
+        sys.executable, *launcher, "-m", "trainer.stages.embed", "--prepared_dir", str(prepared), "--output_dir",
+        str(output_dir), "--modality", "visual", "--model_name_or_path", str(checkpoint), "--disable_tqdm", "true",
+        "--use_cpu", "true", "--per_device_eval_batch_size", "1", "--shard_size", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, trained, tmp_path_factory):
+    """The table of one process that nothing happened to."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    command = in_process(prepared, directory, trained / "visual_encoder")
+    subprocess.run(command, check=True, env=ONE_THREAD, capture_output=True)
+    return directory / "visual.safetensors"
+
+
+def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, uninterrupted, tmp_path):
+    command = in_process(prepared, tmp_path / "killed", trained / "visual_encoder")
+    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))) < 5:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    shards = sorted(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))
+    assert 5 <= len(shards) < NUM_ITEMS - 1 and not (tmp_path / "killed" / "visual.safetensors").exists()
+
+    # In a copy, a finished shard holds something else than its picture: it is read, not encoded again.
+    shutil.copytree(tmp_path / "killed", tmp_path / "marked")
+    mark = torch.zeros(1, 32)
+    mark[0, 7] = 1.0
+    save_file({"embeddings": mark}, tmp_path / "marked" / shards[2].relative_to(tmp_path / "killed"))
+    for name in ("killed", "marked"):
+        subprocess.run(in_process(prepared, tmp_path / name, trained / "visual_encoder"), check=True, env=ONE_THREAD)
+    assert (tmp_path / "killed" / "visual.safetensors").read_bytes() == uninterrupted.read_bytes()
+    marked, _ = load_table(tmp_path / "marked" / "visual.safetensors", "visual", NUM_ITEMS)
+    whole, _ = load_table(uninterrupted, "visual", NUM_ITEMS)
+    assert (marked != whole).any(dim=1).nonzero().flatten().tolist() == [3] and torch.equal(marked[3], mark[0])
+    assert {file.name for file in (tmp_path / "killed").iterdir()} == {"visual.json", "visual.safetensors"}
+
+
+def test_two_processes_give_the_bytes_of_one(prepared, trained, uninterrupted, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = in_process(prepared, tmp_path, trained / "visual_encoder", *launcher)
+    subprocess.run(command, check=True, env=ONE_THREAD, capture_output=True)
+    assert (tmp_path / "visual.safetensors").read_bytes() == uninterrupted.read_bytes()

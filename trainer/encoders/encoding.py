@@ -1,0 +1,132 @@
+"""
+What an encoder is, and how it encodes a catalogue: in batches of similar length, in shards that survive a kill,
+divided among processes.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+
+KEY = "embeddings"
+
+
+class Encoder(Protocol):
+    """
+    Of texts, of pictures, or of both: one that reads no texts takes no `texts`, one that reads no pictures takes no
+    `images`.
+
+    Attributes:
+        pooling (`str`): How token or patch states become one vector, for the record.
+    """
+
+    pooling: str
+
+    def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> Any:
+        """One batch as [`~Encoder.embed`] takes it, on the CPU; a data loader's worker may call it."""
+
+    def embed(self, batch: Any) -> torch.Tensor:
+        """The embeddings of a prepared batch, `(batch, dimension)` in float32, on the CPU."""
+
+
+def encode(
+    encoder: Encoder,
+    shards_dir: str | os.PathLike,
+    *,
+    texts: list[str] | None = None,
+    images: Sequence[Image.Image] | None = None,
+    batch_size: int = 64,
+    shard_size: int = 512,
+    num_workers: int = 0,
+    disable_tqdm: bool = False,
+) -> torch.Tensor:
+    """
+    Encodes texts or pictures.
+
+    Batches, and the shards that they make up, depend on the inputs alone. Every process encodes its share of the
+    shards and writes each in one move; shards that are there already are not encoded again. So an interrupted run that
+    is started again gives the bytes of one that was not, and so do several processes on equal machines with an equal
+    number of threads.
+
+    Args:
+        encoder (`Encoder`): The encoder.
+        shards_dir (`str` or `os.PathLike`):
+            Where the shards lie, made if it does not exist; the caller sees to it that one directory never meets two
+            encoders or two catalogues, and removes it. All processes must see it.
+        texts (`list[str]`, *optional*): `num_inputs` texts.
+        images (`Sequence[PIL.Image.Image]`, *optional*): Instead of texts, `num_inputs` pictures, read one by one.
+        batch_size (`int`, *optional*, defaults to 64): Inputs encoded at a time.
+        shard_size (`int`, *optional*, defaults to 512): Inputs of a shard, rounded to whole batches.
+        num_workers (`int`, *optional*, defaults to 0): Processes of the data loader that read and prepare batches.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+    Returns:
+        `torch.Tensor`: `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs, in every process.
+    """
+    state = PartialState()
+    inputs, kind = (texts, "texts") if images is None else (images, "images")
+    order = range(len(inputs))
+    if kind == "texts":
+        # Little padding; and the batch that needs most memory comes first.
+        order = sorted(order, key=lambda index: len(texts[index]), reverse=True)
+    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    per_shard = max(shard_size // batch_size, 1)
+    shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
+    shards_dir = Path(shards_dir)
+    shards_dir.mkdir(parents=True, exist_ok=True)
+    files = [shards_dir / f"{number:06d}.safetensors" for number in range(len(shards))]
+    # Neighbours are equally long: dealt out one by one, every process has the same work.
+    mine = range(state.process_index, len(shards), state.num_processes)
+    pending = [number for number in mine if not files[number].is_file()]
+    loader = DataLoader(
+        inputs,
+        batch_sampler=[batch for number in pending for batch in shards[number]],
+        collate_fn=lambda batch: encoder.prepare(**{kind: batch}),
+        num_workers=num_workers,
+    )
+    prepared = iter(loader)
+    total = sum(len(batch) for number in mine for batch in shards[number])
+    todo = sum(len(batch) for number in pending for batch in shards[number])
+    disable_tqdm = disable_tqdm or not state.is_local_main_process
+    with tqdm(total=total, initial=total - todo, desc=kind, unit=kind[:-1], disable=disable_tqdm) as progress:
+        for number in pending:
+            parts = []
+            for batch in shards[number]:
+                parts.append(encoder.embed(next(prepared)))
+                progress.update(len(batch))
+            partial = files[number].with_name(f".{files[number].name}.partial")
+            save_file({KEY: torch.cat(parts).contiguous()}, partial)
+            os.replace(partial, files[number])
+    state.wait_for_everyone()
+
+    embeddings = None
+    for file, shard in zip(files, shards):
+        part = load_file(file)[KEY]
+        if embeddings is None:
+            embeddings = torch.empty(len(inputs), part.shape[1])
+        embeddings[[index for batch in shard for index in batch]] = part
+    return embeddings
+
+
+def check_weights(name_or_path: str, missing_keys: Sequence[str]) -> None:
+    """
+    Refuses a model with weights that its checkpoint does not hold: `transformers` makes up random ones and only warns,
+    and embeddings of random weights look like any others.
+
+    Raises:
+        ValueError: If there are missing keys.
+    """
+    if missing_keys:
+        names = sorted(missing_keys)
+        raise ValueError(
+            f"'{name_or_path}' lacks {len(names)} weights of the model that its config.json names, for example "
+            f"'{names[0]}'; name a complete checkpoint, or one whose code --trust_remote_code true may run."
+        )

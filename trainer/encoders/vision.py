@@ -1,0 +1,77 @@
+"""Vision backbones that `AutoModel` loads (ViT, DINOv2, ConvNeXt, Swin ...): one vector a picture."""
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, BatchFeature
+
+from .encoding import check_weights
+
+
+class VisionEncoder:
+    """
+    A vision backbone and its image processor. Its embedding of a picture is what the model itself calls pooled
+    (`pooler_output`: the normalised CLS token of DINOv2, the normalised mean over positions of ConvNeXt ...); where
+    the model or the checkpoint has no pooler, the CLS token of the last layer; where there is no such token either,
+    the mean over positions.
+
+    Args:
+        name_or_path (`str`): A repository on the Hub or a directory.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+
+    Attributes:
+        pooling (`str`): `"pooler_output"`, `"CLS token"` or `"mean over positions"`.
+
+    Raises:
+        ValueError: If the model does not read pictures alone, or its checkpoint lacks weights.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ):
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model, loading = AutoModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
+        if model.main_input_name != "pixel_values":
+            raise ValueError(
+                f"'{name_or_path}' is a {type(model).__name__}, which is no encoder of pictures alone; name a vision "
+                "backbone, or use --encoder dual_encoder for a CLIP or SigLIP model."
+            )
+        # A classifier is saved without the pooler that AutoModel puts on top.
+        poolers = {key for key in loading["missing_keys"] if key.startswith("pooler.")}
+        check_weights(name_or_path, loading["missing_keys"] - poolers)
+        self.model = model.eval().to(PartialState().device)
+        self.processor = AutoImageProcessor.from_pretrained(name_or_path, **source)
+
+        outputs = self._outputs(self.prepare(images=[Image.new("RGB", (64, 64))]))
+        if not poolers and getattr(outputs, "pooler_output", None) is not None:
+            self.pooling = "pooler_output"
+        elif any(name.endswith("cls_token") for name, _ in model.named_parameters()):
+            self.pooling = "CLS token"
+        else:
+            self.pooling = "mean over positions"
+
+    def prepare(self, images: list[Image.Image]) -> BatchFeature:
+        return self.processor(images=images, return_tensors="pt")
+
+    def embed(self, batch: BatchFeature) -> torch.Tensor:
+        outputs = self._outputs(batch)
+        if self.pooling == "pooler_output":
+            # `(batch, width, 1, 1)` of a convolutional network.
+            embeddings = outputs.pooler_output.flatten(start_dim=1)
+        elif self.pooling == "CLS token":
+            embeddings = outputs.last_hidden_state[:, 0]
+        elif outputs.last_hidden_state.dim() == 4:
+            embeddings = outputs.last_hidden_state.mean(dim=(2, 3))
+        else:
+            embeddings = outputs.last_hidden_state.mean(dim=1)
+        return embeddings.float().cpu()
+
+    @torch.inference_mode()
+    def _outputs(self, batch: BatchFeature):
+        return self.model(**batch.to(self.model.device, self.model.dtype))
