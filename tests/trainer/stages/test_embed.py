@@ -42,8 +42,6 @@ from trainer.stages.embed import main
 COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
 NUM_ITEMS = len(COLOURS) ** 2
 WITHOUT_PICTURE, WITHOUT_TEXT = 5, 7
-# Equal bytes take equal numbers of threads.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY_CLIP = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "64", "--projection_dim", "32"]
 
 
@@ -352,32 +350,34 @@ def test_llm2clip_reads_texts_and_pictures_by_the_flags_of_its_models(
         embed(prepared, tmp_path / "refused", "text", *flags[:4], "--text_model_name_or_path", llama)
 
 
-def in_process(prepared, output_dir, checkpoint, *launcher) -> list[str]:
+def one_by_one(prepared, output_dir, checkpoint) -> list[str]:
     """One picture a shard, so that there is time to kill it."""
     return [
-        sys.executable, *launcher, "-m", "trainer.stages.embed", "--prepared_dir", str(prepared), "--output_dir",
-        str(output_dir), "--modality", "visual", "--model_name_or_path", str(checkpoint), "--disable_tqdm", "true",
-        "--use_cpu", "true", "--per_device_eval_batch_size", "1", "--shard_size", "1",
+        "--prepared_dir", str(prepared), "--output_dir", str(output_dir), "--modality", "visual",
+        "--model_name_or_path", str(checkpoint), "--disable_tqdm", "true", "--use_cpu", "true",
+        "--per_device_eval_batch_size", "1", "--shard_size", "1",
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(prepared, trained, tmp_path_factory):
-    """The table of one process that nothing happened to."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    command = in_process(prepared, directory, trained / "visual_encoder")
-    subprocess.run(command, check=True, env=ONE_THREAD, capture_output=True)
-    return directory / "visual.safetensors"
+@pytest.fixture
+def one_thread():
+    """Equal bytes take equal numbers of threads, here and in the environment returned."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield os.environ | {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(threads)
 
 
-def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, uninterrupted, tmp_path):
-    command = in_process(prepared, tmp_path / "killed", trained / "visual_encoder")
-    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path, one_thread):
+    checkpoint = trained / "visual_encoder"
+    main(one_by_one(prepared, tmp_path / "whole", checkpoint))
+    command = [sys.executable, "-m", "trainer.stages.embed", *one_by_one(prepared, tmp_path / "killed", checkpoint)]
+    process = subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))) < 5:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    shards = sorted(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))
+    shards = sorted(tmp_path.glob("killed/checkpoints/*/*/[0-9]*.safetensors"))
     assert 5 <= len(shards) < NUM_ITEMS - 1 and not (tmp_path / "killed" / "visual.safetensors").exists()
 
     # In a copy, a finished shard holds something else than its picture: it is read, not encoded again.
@@ -386,16 +386,21 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, uninterr
     mark[0, 7] = 1.0
     save_file({"embeddings": mark}, tmp_path / "marked" / shards[2].relative_to(tmp_path / "killed"))
     for name in ("killed", "marked"):
-        subprocess.run(in_process(prepared, tmp_path / name, trained / "visual_encoder"), check=True, env=ONE_THREAD)
-    assert (tmp_path / "killed" / "visual.safetensors").read_bytes() == uninterrupted.read_bytes()
-    marked, _ = load_table(tmp_path / "marked" / "visual.safetensors", "visual", NUM_ITEMS)
-    whole, _ = load_table(uninterrupted, "visual", NUM_ITEMS)
+        main(one_by_one(prepared, tmp_path / name, checkpoint))
+    tables = [tmp_path / name / "visual.safetensors" for name in ("killed", "whole", "marked")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    whole, marked = (load_table(table, "visual", NUM_ITEMS)[0] for table in tables[1:])
     assert (marked != whole).any(dim=1).nonzero().flatten().tolist() == [3] and torch.equal(marked[3], mark[0])
     assert {file.name for file in (tmp_path / "killed").iterdir()} == {"visual.json", "visual.safetensors"}
 
 
-def test_two_processes_give_the_bytes_of_one(prepared, trained, uninterrupted, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = in_process(prepared, tmp_path, trained / "visual_encoder", *launcher)
-    subprocess.run(command, check=True, env=ONE_THREAD, capture_output=True)
-    assert (tmp_path / "visual.safetensors").read_bytes() == uninterrupted.read_bytes()
+def test_two_processes_give_the_bytes_of_one(prepared, trained, tmp_path, one_thread):
+    checkpoint = trained / "visual_encoder"
+    main(one_by_one(prepared, tmp_path / "one", checkpoint))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "trainer.stages.embed", *one_by_one(prepared, tmp_path / "two", checkpoint)]
+    finished = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "two/visual.safetensors").read_bytes() == (tmp_path / "one/visual.safetensors").read_bytes()
+    record = StageRecord.load(tmp_path / "two" / "visual.json")
+    assert record.fingerprint == StageRecord.load(tmp_path / "one" / "visual.json").fingerprint
