@@ -277,7 +277,7 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         encoder = DualEncoder.from_pretrained(
             arguments.model_name_or_path, arguments.revision, trust_remote_code=arguments.trust_remote_code
         )
-        run.details.update(describe(arguments))
+        run.details.update(describe(arguments), base_model=arguments.model_name_or_path)
     trainer = DualEncoderTrainer(
         encoder,
         trainer_arguments(arguments, run),

@@ -202,6 +202,9 @@ def test_a_named_dual_encoder_can_be_trained_further(prepared, trained, tmp_path
     assert not torch.equal(before["visual_projection.weight"], after["visual_projection.weight"])
     assert table.shape == (NUM_ITEMS + 1, 32)
     assert record.metrics["held_out"]["mrr"] > 0.4, "training goes on from where it stood"
+    card = (tmp_path / "visual_encoder" / "README.md").read_text()
+    assert "from visual_encoder" in card and str(trained) not in card
+    assert "from scratch" in (trained / "visual_encoder" / "README.md").read_text()
 
 
 def test_a_table_is_imported(prepared, tmp_path):
