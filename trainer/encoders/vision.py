@@ -1,11 +1,10 @@
 """Vision backbones that `AutoModel` loads (ViT, DINOv2, ConvNeXt, Swin ...): one vector a picture."""
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, BatchFeature
 
-from .encoding import check_weights
+from .encoding import check_weights, place
 
 
 class VisionEncoder:
@@ -45,7 +44,7 @@ class VisionEncoder:
         # A classifier is saved without the pooler that AutoModel puts on top.
         poolers = {key for key in loading["missing_keys"] if key.startswith("pooler.")}
         check_weights(name_or_path, loading["missing_keys"] - poolers)
-        self.model = model.eval().to(PartialState().device)
+        self.model = place(model.eval())
         self.processor = AutoImageProcessor.from_pretrained(name_or_path, **source)
 
         outputs = self._outputs(self.prepare(images=[Image.new("RGB", (64, 64))]))
