@@ -54,6 +54,15 @@ class MMRQVAEConfig(PreTrainedConfig):
             Weight of the alignment; 0 leaves it out.
         alignment_temperature (`float`, *optional*, defaults to 0.1):
             Temperature of the InfoNCE.
+        sinkhorn_epsilons (`list[float]`, *optional*):
+            Balancing of the codes, one temperature a level, relative to the mean squared distance; 0 leaves a level to
+            the nearest code. Training finds Sinkhorn's potentials of the codes and the checkpoint keeps them, so that
+            an item gets the same code in training, in the export and alone. By default no level is balanced; the paper
+            balances the last of four by 0.003.
+        resolve_collisions (`bool`, *optional*, defaults to `False`):
+            Whether the semantic IDs of a catalogue are made unique within each modality: of the items that share one,
+            all but the first move to the nearest ID that is free. [`MMRQVAEModel.encode`], which knows no other items,
+            gives the ID before.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of code vectors before the k-means initialisation.
     """
@@ -75,6 +84,8 @@ class MMRQVAEConfig(PreTrainedConfig):
     alignment: str = "info_nce"
     alignment_loss_weight: float | int = 0.01
     alignment_temperature: float | int = 0.1
+    sinkhorn_epsilons: list[float] | tuple[float, ...] | None = None
+    resolve_collisions: bool = False
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -82,6 +93,8 @@ class MMRQVAEConfig(PreTrainedConfig):
             self.encoder_hidden_dims = [512] if self.objective == "distance" else [512, 256]
         if self.encoder_projection is None:
             self.encoder_projection = self.objective == "distance"
+        if self.sinkhorn_epsilons is None:
+            self.sinkhorn_epsilons = [0.0] * self.num_quantizers
         self._check()
         super().__post_init__(**kwargs)
 
@@ -122,6 +135,11 @@ class MMRQVAEConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if len(self.sinkhorn_epsilons) != self.num_quantizers or min(self.sinkhorn_epsilons) < 0:
+            raise ValueError(
+                f"`sinkhorn_epsilons` must give one number, 0 or more, for each of the {self.num_quantizers} levels, "
+                f"got {list(self.sinkhorn_epsilons)}."
+            )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got '{self.objective}'.")
         if self.alignment not in ALIGNMENTS:

@@ -63,16 +63,22 @@ class MMRQVAEOutput(ModelOutput):
 
 
 class MMRQVAEVectorQuantization(nn.Module):
-    """One level: chooses the nearest of its code vectors."""
+    """One level: chooses the nearest of its code vectors, in squared distance minus the code's `offset`."""
 
     def __init__(self, config: MMRQVAEConfig):
         super().__init__()
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim))
+        # What balances the codes; 0 where the level is not balanced.
+        self.register_buffer("offsets", torch.zeros(config.codebook_size))
 
     def encode(self, hidden_states: torch.Tensor) -> torch.LongTensor:
         # A code must not depend on whether it was assigned under autocast.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return pairwise_squared_distances(hidden_states.float(), self.codebook.float()).argmin(-1)
+            return self.costs(hidden_states).argmin(-1)
+
+    def costs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What each code costs each row of `hidden_states`, `(batch_size, codebook_size)`."""
+        return pairwise_squared_distances(hidden_states.float(), self.codebook.float()) - self.offsets.float()
 
     def decode(self, codes: torch.LongTensor) -> torch.Tensor:
         return nn.functional.embedding(codes, self.codebook)
@@ -157,6 +163,7 @@ class MMRQVAEPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, MMRQVAEVectorQuantization):
             init.normal_(module.codebook, std=self.config.initializer_range)
+            init.zeros_(module.offsets)
         elif isinstance(module, MMRQVAEBranch):
             init.zeros_(module.input_mean)
             init.ones_(module.input_scale)

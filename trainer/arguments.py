@@ -144,6 +144,23 @@ class QuantizeArguments(StageTrainingArguments):
         default=1.0, metadata={"help": "How much more distances to near items count in the objective `distance`."}
     )
     codebook_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the code vectors."})
+    codebook_ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Move code vectors by averages of their residuals that keep this share of the old value a step, "
+            "such as 0.99, in place of gradients; 0: gradients. Not with `distance`."
+        },
+    )
+    sinkhorn_epsilons: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Balance the codes of each level by Sinkhorn's algorithm with this temperature, such as "
+            "0 0 0 0.003; none by default."
+        },
+    )
+    resolve_collisions: bool = field(
+        default=False, metadata={"help": "Make the IDs of every modality unique by moving items to free ones nearby."}
+    )
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the items held out to choose the checkpoint."}
     )

@@ -3,6 +3,7 @@ held-out items."""
 
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,14 +18,26 @@ from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from .arguments import QuantizeArguments
+from .collisions import resolve_collisions, shared
 from .kmeans import kmeans
 from .metrics.codes.codes import code_health
 from .metrics.forgetting.forgetting import mean_tau, pooled_tau
+from .sinkhorn import sinkhorn_offsets
 
 
 logger = logging.get_logger(__name__)
 
 ENCODING_BATCH = 8_192
+# The k-means looks at this many items a code at most, and at no more than 2^26 numbers: more do not move the code
+# vectors, and the latents of a large catalogue would not fit.
+KMEANS_ITEMS = 256
+KMEANS_NUMBERS = 2**26
+BALANCING_ITEMS = 8_192
+# Held-out items are at most so many: what the model makes of them is held until the end of the evaluation.
+HELD_OUT_ITEMS = 10_000
+# Odd, so that no level of an ID is shifted out of its hash.
+HASH_FACTOR = 6_364_136_223_846_793_005
+ABSENT = torch.iinfo(torch.int64).min
 # Held-out items whose distances are compared, and to how many others each: evaluation takes a second, whatever the
 # catalogue.
 TAU_ITEMS = 512
@@ -80,9 +93,9 @@ class ItemTables(Dataset):
         }
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple["ItemTables", "ItemTables"]:
-        """Two datasets: all rows but a random `fraction`, and that fraction (three items at least)."""
+        """Two datasets: all rows but a random `fraction`, and that fraction (three items at least, 10,000 at most)."""
         order = torch.randperm(len(self), generator=generator)
-        held_out = max(round(fraction * len(self)), 3)
+        held_out = max(min(round(fraction * len(self)), HELD_OUT_ITEMS), 3)
         return (
             ItemTables(self.embeddings, self.present, self.rows[order[held_out:]].sort().values),
             ItemTables(self.embeddings, self.present, self.rows[order[:held_out]].sort().values),
@@ -92,9 +105,10 @@ class ItemTables(Dataset):
 @torch.no_grad()
 def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
     """
-    Fits what needs no gradient, on a full pass: the inputs' mean and scale, the principal directions as the projection
-    of encoders that are one, the code vectors by k-means of what the levels before leave, and linear decoders by least
-    squares.
+    Fits what needs no gradient: the inputs' mean and scale, the principal directions as the projection of encoders
+    that have one, the code vectors by k-means of what the levels before leave, the offsets of balanced levels, and
+    linear decoders by least squares. Tables are read batch by batch; the k-means looks at 256 random items a code
+    where there are more.
 
     Args:
         model ([`MMRQVAEModel`]): Changed in place.
@@ -116,87 +130,139 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
                 f"fewer than the {config.codebook_size} codes of a level; "
                 f"set codebook_size to {2 ** max(int(math.log2(max(len(rows), 2))) - 2, 1)} or less."
             )
-        device = branch.input_mean.device
-        table = dataset.embeddings[modality]
-        batches = [batch.to(device, torch.float32) for batch in table[rows].split(ENCODING_BATCH)]
-        mean = sum(batch.double().sum(0) for batch in batches) / len(rows)
-        variance = sum((batch - mean).square().sum() for batch in batches) / mean.numel() / len(rows)
-        branch.input_mean.copy_(mean)
-        branch.input_scale.copy_(variance.sqrt().clamp_min(1e-12))
-        if config.encoder_projection:
-            _fit_projection(branch, batches)
-            if modality != config.modalities[0]:
-                anchor = model.branches[config.modalities[0]]
-                _rotate_projection(branch, anchor, dataset, modality, config.modalities[0])
-        latents = torch.cat([branch.encode(batch) for batch in batches])
-        residual = latents.clone()
-        for layer in tqdm(branch.quantizer.layers, desc=f"k-means of {modality}", unit="level", delay=2):
+        _fit_inputs(branch, dataset, modality, rows)
+        if config.encoder_projection and modality != config.modalities[0]:
+            _rotate_projection(model.branches[config.modalities[0]], branch, dataset, config.modalities[0], modality)
+        sample = rows
+        limit = max(min(KMEANS_ITEMS * config.codebook_size, KMEANS_NUMBERS // config.codebook_dim), 1)
+        if len(rows) > limit:
+            chosen = torch.randperm(len(rows), generator=generator)[: max(limit, config.codebook_size)]
+            sample = rows[chosen.sort().values]
+        residual = torch.cat([branch.encode(batch) for batch in _batches(branch, dataset, modality, sample)])
+        levels = zip(branch.quantizer.layers, config.sinkhorn_epsilons)
+        for layer, epsilon in tqdm(
+            levels, total=config.num_quantizers, desc=f"k-means of {modality}", unit="level", delay=2
+        ):
             layer.codebook.copy_(kmeans(residual, config.codebook_size, generator))
+            _balance(layer, residual, epsilon)
             for part in residual.split(ENCODING_BATCH):
                 part -= layer.decode(layer.encode(part))
         if config.encoder_projection:
-            fit_linear_decoder(branch, latents - residual, batches)
+            _fit_linear_decoder(branch, dataset, modality, rows)
 
 
-def _fit_projection(branch, batches: list[torch.Tensor]) -> None:
-    """Principal directions: distances survive a rotation, and where the latent is narrower than the embedding, the
-    directions of least variance go."""
-    covariance = sum(branch.standardize(batch).T.double() @ branch.standardize(batch).double() for batch in batches)
-    directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
-    kept = min(branch.projection.shape)
-    branch.projection.zero_()
-    branch.projection[:kept] = directions[:kept].to(branch.projection.dtype)
+def _batches(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor):
+    """The embeddings of `rows`, a batch at a time, where the model is."""
+    for part in rows.split(ENCODING_BATCH):
+        yield dataset.embeddings[modality][part].to(branch.input_mean.device, torch.float32)
 
 
-def _rotate_projection(branch, anchor, dataset: ItemTables, modality: str, anchor_modality: str) -> None:
+def _fit_inputs(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> None:
+    """The inputs' mean and scale, and the principal directions: distances survive a rotation, and where the latent is
+    narrower than the embedding, the directions of least variance go."""
+    total = sum(batch.double().sum(0) for batch in _batches(branch, dataset, modality, rows))
+    mean = total / len(rows)
+    covariance = 0
+    for batch in _batches(branch, dataset, modality, rows):
+        centred = batch.double() - mean
+        covariance = covariance + centred.T @ centred / len(rows)
+    branch.input_mean.copy_(mean)
+    branch.input_scale.copy_(covariance.diagonal().mean().sqrt().clamp_min(1e-12))
+    if branch.projects:
+        directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
+        kept = min(branch.projection.shape)
+        branch.projection.zero_()
+        branch.projection[:kept] = directions[:kept].to(branch.projection.dtype)
+
+
+def _balance(layer, residual: torch.Tensor, epsilon: float) -> None:
+    """Sets the offsets that spread a level's residuals evenly over its codes."""
+    if epsilon > 0 and len(residual):
+        step = math.ceil(len(residual) / BALANCING_ITEMS)
+        squared = pairwise_squared_distances(residual[::step].float(), layer.codebook.float())
+        layer.offsets.copy_(sinkhorn_offsets(squared, epsilon))
+
+
+def _rotate_projection(anchor, branch, dataset: ItemTables, anchor_modality: str, modality: str) -> None:
     """Turns the latents of a modality towards the anchor's, which no distance within the modality notices."""
-    device = branch.input_mean.device
     both = dataset.rows[dataset.present[modality][dataset.rows] & dataset.present[anchor_modality][dataset.rows]]
     products = 0
-    for rows in both.split(ENCODING_BATCH):
-        left, right = (
-            nn.functional.linear(
-                part.standardize(dataset.embeddings[name][rows].to(device, torch.float32)), part.projection
-            )
-            for name, part in ((anchor_modality, anchor), (modality, branch))
-        )
+    for left, right in zip(
+        _batches(anchor, dataset, anchor_modality, both), _batches(branch, dataset, modality, both)
+    ):
+        left = nn.functional.linear(anchor.standardize(left), anchor.projection)
+        right = nn.functional.linear(branch.standardize(right), branch.projection)
         products = products + left.double().T @ right.double()
     if len(both):
         left, _, right = torch.linalg.svd(products)
         branch.projection.copy_((left @ right).to(branch.projection.dtype) @ branch.projection)
 
 
-def fit_linear_decoder(branch, quantized: torch.Tensor, batches: list[torch.Tensor]) -> None:
-    """The decoder that makes the least squared error on `quantized`, whose rows are those of the `batches` of
-    embeddings."""
-    targets = torch.cat([branch.standardize(batch) for batch in batches]).double()
-    inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
-    gram = inputs.T @ inputs
+def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> None:
+    """The decoder that makes the least squared error of all linear ones."""
+    gram = products = 0
+    for batch in _batches(branch, dataset, modality, rows):
+        quantized = branch.quantizer.decode(branch.quantizer.encode(branch.encode(batch)))
+        inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
+        gram = gram + inputs.T @ inputs
+        products = products + inputs.T @ branch.standardize(batch).double()
     # The ridge keeps directions that no code vector uses at zero.
     gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram, inputs.T @ targets)
+    solution = torch.linalg.solve(gram, products)
     branch.decoder[0].weight.copy_(solution[:-1].T)
     branch.decoder[0].bias.copy_(solution[-1])
 
 
 @torch.no_grad()
-def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Codes `(items + 1, num_quantizers)` in int16 (in int32 for over 32,767 codes a level) and quantized vectors
-    `(items + 1, codebook_dim)` of all rows of the dataset's tables a modality, on the CPU; -1 and 0 where the modality
-    is missing."""
+def encode_items(
+    model: MMRQVAEModel, dataset: ItemTables, return_quantized: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    Semantic IDs of all rows of the dataset's tables, unique within a modality if `config.resolve_collisions`.
+
+    Args:
+        model ([`MMRQVAEModel`]): Put into evaluation mode.
+        dataset ([`ItemTables`]): Its tables are read a batch at a time.
+        return_quantized (`bool`, *optional*, defaults to `True`): Whether to hold the quantized vectors as well, which
+            take `4 * codebook_dim` bytes an item.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: Codes `(items + 1, num_quantizers)` in int16 (in
+        int32 for over 32,767 codes a level) and quantized vectors `(items + 1, codebook_dim)` a modality, on the CPU;
+        -1 and 0 where the modality is missing.
+    """
     model.eval()
     dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
     codes, quantized = {}, {}
     for modality, table in dataset.embeddings.items():
-        mask = dataset.present[modality]
-        codes[modality] = torch.full((len(table), model.config.num_quantizers), -1, dtype=dtype)
-        quantized[modality] = torch.zeros(len(table), model.config.codebook_dim)
-        batches = mask.nonzero()[:, 0].split(ENCODING_BATCH)
-        for rows in tqdm(batches, desc=f"semantic IDs of {modality}", unit="batch", delay=2):
-            output = model.encode({modality: table[rows].to(model.device)})
-            codes[modality][rows] = output.codes[modality].to("cpu", dtype)
-            quantized[modality][rows] = output.quantized[modality].float().cpu()
+        present = dataset.present[modality].nonzero()[:, 0]
+        found = torch.empty(len(present), model.config.num_quantizers, dtype=dtype)
+        starts = range(0, len(present), ENCODING_BATCH)
+        for start in tqdm(starts, desc=f"semantic IDs of {modality}", unit="batch", delay=2):
+            part = slice(start, start + ENCODING_BATCH)
+            found[part] = (
+                model.encode({modality: table[present[part]].to(model.device)}).codes[modality].to("cpu", dtype)
+            )
+        if model.config.resolve_collisions:
+            moved = shared(found).nonzero()[:, 0]
+            latents = model.branches[modality].encode(table[present[moved]].to(model.device, torch.float32))
+            resolve_collisions(found, moved, latents.cpu(), model.code_vectors(modality).float().cpu())
+        codes[modality] = torch.full((len(table), found.shape[1]), -1, dtype=dtype)
+        codes[modality][present] = found
+        if return_quantized:
+            quantized[modality] = quantized_rows(model, modality, codes[modality])
     return codes, quantized
+
+
+@torch.no_grad()
+def quantized_rows(model: MMRQVAEModel, modality: str, codes: torch.Tensor) -> torch.Tensor:
+    """Quantized vectors `(rows, codebook_dim)`, on the CPU, of `codes` `(rows, num_quantizers)`; 0 where these are
+    -1."""
+    quantized = torch.zeros(len(codes), model.config.codebook_dim)
+    for rows in (codes[:, 0] >= 0).nonzero()[:, 0].split(ENCODING_BATCH):
+        part = codes[rows].to(model.device, torch.long)
+        quantized[rows] = model.branches[modality].quantizer.decode(part).float().cpu()
+    return quantized
 
 
 def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str, float]:
@@ -213,28 +279,49 @@ def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str
     return metrics
 
 
-def history_metrics(
-    embeddings: torch.Tensor,
-    present: torch.Tensor,
-    quantized: torch.Tensor,
+@dataclass
+class HistoryDistances:
+    """
+    Distances from users' targets to the items of their histories.
+
+    Args:
+        users (`np.ndarray` of shape `(pairs,)`): Whose pair it is.
+        before (`np.ndarray` of shape `(pairs,)`): Euclidean distance of the embeddings.
+        after (`np.ndarray` of shape `(pairs,)`): Euclidean distance of the quantized vectors.
+    """
+
+    users: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """`tau`, the mean of the users' Kendall's taus, and `tau_pooled`, over the pairs of all users."""
+        return {
+            "tau": mean_tau(self.users, self.before, self.after),
+            "tau_pooled": pooled_tau(self.before, self.after),
+        }
+
+
+def history_distances(
+    model: MMRQVAEModel,
+    modality: str,
+    dataset: ItemTables,
+    codes: torch.Tensor,
     sequences,
     users: int = 1500,
     seed: int = 0,
-) -> dict[str, float]:
+) -> HistoryDistances:
     """
-    Kendall's tau between target-to-history distances before and after quantization, over a seeded sample of users.
+    Distances from target to history before and after quantization, over a seeded sample of users.
 
     Args:
-        embeddings (`torch.Tensor` of shape `(items + 1, embedding_dim)`): Original vectors.
-        present (`torch.BoolTensor` of shape `(items + 1,)`): Which items have the modality; pairs with others are left
-            out.
-        quantized (`torch.Tensor` of shape `(items + 1, codebook_dim)`): Quantized vectors.
+        model ([`MMRQVAEModel`]): Its code vectors make the quantized items.
+        modality (`str`): One of the model's.
+        dataset ([`ItemTables`]): The tables; pairs with an item that lacks the modality are left out.
+        codes (`torch.Tensor` of shape `(items + 1, num_quantizers)`): Codes of the modality, by [`encode_items`].
         sequences ([`~trainer.data.prepared.Sequences`]): Histories and targets.
         users (`int`, *optional*, defaults to 1500): Size of the sample.
         seed (`int`, *optional*, defaults to 0): Seed of the sample.
-
-    Returns:
-        `dict[str, float]`: `tau`, the mean of the users' taus, and `tau_pooled`, over the pairs of all users.
     """
     sample = np.random.default_rng(seed).permutation(len(sequences))[:users]
     groups, targets, histories = [], [], []
@@ -245,19 +332,26 @@ def history_metrics(
         targets.append(np.full(len(history), example["target"], dtype=np.int64))
         histories.append(history)
     groups, targets, histories = (torch.from_numpy(np.concatenate(parts)) for parts in (groups, targets, histories))
+    present = dataset.present[modality]
     kept = present[targets] & present[histories]
     groups, targets, histories = groups[kept], targets[kept], histories[kept]
-    before, after = ((table[targets] - table[histories]).norm(dim=1).numpy() for table in (embeddings, quantized))
-    return {"tau": mean_tau(groups.numpy(), before, after), "tau_pooled": pooled_tau(before, after)}
+    table = dataset.embeddings[modality]
+    before = (table[targets] - table[histories]).norm(dim=1)
+    left, right = (quantized_rows(model, modality, codes[rows]) for rows in (targets, histories))
+    return HistoryDistances(groups.numpy(), before.numpy(), (left - right).norm(dim=1).numpy())
 
 
 class MMRQVAETrainer(Trainer):
     """
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 
-    Once an epoch the codes that no item of the epoch chose are moved to random residuals of the last batch. Evaluation
-    on held-out items measures `tau` (Kendall's tau of their distances to near and random ones among them, mean over
-    the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance),
+    Once an epoch the codes that no item of the epoch chose are moved to random residuals of the last batch, the
+    offsets of balanced levels are found anew, and the health of the codes is logged: `use@l_<modality>` (share of the
+    codes that are chosen), `dead@l_<modality>` (how many were not, and are revived), `perplexity@l_<modality>`, and
+    `collisions_<modality>` (share of the items whose ID another has as well).
+
+    Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and random ones among them,
+    mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance),
     `recall@1_<modality>` (how often an item's quantized anchor finds its own quantized vector of the modality among
     those of all held-out items) and the loss.
 
@@ -289,6 +383,16 @@ class MMRQVAETrainer(Trainer):
             **kwargs,
         )
         config = model.config
+        if args.codebook_ema_decay > 0:
+            if config.objective == "distance":
+                raise ValueError(
+                    "codebook_ema_decay moves code vectors to the means of their residuals, which the objective "
+                    "'distance' does not want; set it to 0, or choose another objective."
+                )
+            for branch in model.branches.values():
+                for layer in branch.quantizer.layers:
+                    layer.codebook.requires_grad_(False)
+        self._identities: dict[str, list[torch.Tensor]] = {name: [] for name in config.modalities}
         self._counts = {name: torch.zeros(config.num_quantizers, config.codebook_size) for name in config.modalities}
         self._steps_counted = 0
         self._losses: dict[str, float] = {}
@@ -316,7 +420,9 @@ class MMRQVAETrainer(Trainer):
             for name in ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss"):
                 self._losses[name] = self._losses.get(name, 0.0) + float(output[name].detach())
             for modality, codes in output.codes.items():
-                kept = codes[inputs["present"][modality]].cpu()
+                present = inputs["present"][modality]
+                self._identities[modality].append(_identities(codes).masked_fill(~present, ABSENT))
+                kept = codes[present].cpu()
                 for level in range(kept.shape[1]):
                     self._counts[modality][level] += torch.bincount(
                         kept[:, level], minlength=self._counts[modality].shape[1]
@@ -329,6 +435,8 @@ class MMRQVAETrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.codebook_ema_decay > 0:
+            self._average_codebooks(self._prepare_inputs(inputs))
         self._steps_counted += 1
         if self._steps_counted >= self._steps_in_epoch():
             self._end_epoch(self._prepare_inputs(inputs))
@@ -339,7 +447,8 @@ class MMRQVAETrainer(Trainer):
 
     @torch.no_grad()
     def _end_epoch(self, inputs: dict) -> None:
-        """Revives the codes that no item chose and logs the use of the codes and the parts of the loss."""
+        """Revives the codes that no item chose, balances, and logs the health of the codes and the parts of the
+        loss."""
         model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
         logs = {name: value / self._steps_counted for name, value in self._losses.items()}
         for modality, counts in self._counts.items():
@@ -348,9 +457,15 @@ class MMRQVAETrainer(Trainer):
             perplexity = torch.exp(torch.special.entr(shares).sum(1))
             for level in range(len(counts)):
                 logs[f"use@{level + 1}_{modality}"] = float((counts[level] > 0).float().mean())
+                logs[f"dead@{level + 1}_{modality}"] = int((counts[level] == 0).sum())
                 logs[f"perplexity@{level + 1}_{modality}"] = float(perplexity[level])
+            identities = self.accelerator.gather(torch.cat(self._identities[modality]))
+            _, owners = torch.unique(identities[identities != ABSENT], return_counts=True)
+            logs[f"collisions_{modality}"] = float(owners[owners > 1].sum() / owners.sum().clamp_min(1))
             self._revive(model, modality, counts == 0, inputs)
+            self._balance(model, modality)
             self._counts[modality].zero_()
+            self._identities[modality].clear()
         self._losses.clear()
         self._steps_counted = 0
         self.log(logs)
@@ -377,6 +492,34 @@ class MMRQVAETrainer(Trainer):
                     if name in state:
                         state[name][codes] = 0
             residual = residual - layer.decode(layer.encode(residual))
+
+    def _balance(self, model: MMRQVAEModel, modality: str) -> None:
+        """Finds the offsets of balanced levels anew, from the same items every time and on every process."""
+        if not any(model.config.sinkhorn_epsilons):
+            return
+        dataset, branch = self.train_dataset, model.branches[modality]
+        rows = dataset.rows[dataset.present[modality][dataset.rows]]
+        rows = rows[:: math.ceil(max(len(rows), 1) / BALANCING_ITEMS)]
+        residual = branch.encode(dataset.embeddings[modality][rows].to(self.args.device, torch.float32))
+        for layer, epsilon in zip(branch.quantizer.layers, model.config.sinkhorn_epsilons):
+            _balance(layer, residual, epsilon)
+            residual = residual - layer.decode(layer.encode(residual))
+
+    @torch.no_grad()
+    def _average_codebooks(self, inputs: dict) -> None:
+        """Moves every code vector that was chosen towards the mean of the residuals that chose it."""
+        model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
+        for modality, branch in model.branches.items():
+            residual = branch.encode(inputs["embeddings"][modality][inputs["present"][modality]]).float()
+            for layer in branch.quantizer.layers:
+                codes = layer.encode(residual)
+                vectors = layer.decode(codes)
+                counts = torch.bincount(codes, minlength=len(layer.codebook)).to(residual.dtype)
+                sums = torch.zeros_like(layer.codebook, dtype=residual.dtype).index_add_(0, codes, residual)
+                counts, sums = (self.accelerator.reduce(value, "sum") for value in (counts, sums))
+                means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], layer.codebook)
+                layer.codebook.lerp_(means.to(layer.codebook.dtype), 1 - self.args.codebook_ema_decay)
+                residual = residual - vectors
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns the loss, what the model made of the items, and the items."""
@@ -428,9 +571,22 @@ def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
     anchor, other = (
         values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12) for values in (anchor, other)
     )
-    scores = anchor @ other.T
     # A tie counts against: items that share all their codes are not told apart.
-    return float(((scores >= scores.diagonal()[:, None]).sum(1) == 1).mean())
+    own = (anchor * other).sum(1, keepdims=True)
+    tolerance = 1e-6
+    rivals = [
+        (anchor[start : start + 1024] @ other.T >= own[start : start + 1024] - tolerance).sum(1)
+        for start in range(0, len(anchor), 1024)
+    ]
+    return float((np.concatenate(rivals) == 1).mean())
+
+
+def _identities(codes: torch.Tensor) -> torch.Tensor:
+    """One number an ID, `(items,)`: a hash, by arithmetic modulo 2^64, of `codes` `(items, num_quantizers)`."""
+    identities = torch.zeros_like(codes[:, 0])
+    for level in range(codes.shape[1]):
+        identities = identities * HASH_FACTOR + codes[:, level]
+    return identities
 
 
 def _already_a_batch(batch: dict) -> dict:

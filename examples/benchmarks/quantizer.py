@@ -24,7 +24,14 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 from trainer.arguments import QuantizeArguments
 from trainer.data.prepared import Sequences
 from trainer.encoders.tables import import_table
-from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_metrics, initialize
+from trainer.mmrqvae_trainer import (
+    ItemTables,
+    MMRQVAETrainer,
+    code_metrics,
+    encode_items,
+    history_distances,
+    initialize,
+)
 from trainer.records import peak_memory_bytes
 from trainer.training import fit
 
@@ -116,12 +123,13 @@ def measure(
         if training is not None:
             fit(trainer)
         evaluated = trainer.evaluate()
-    codes, quantized = encode_items(model, items)
+    codes, _ = encode_items(model, items, return_quantized=False)
     seconds = time.perf_counter() - start
     health = code_metrics(codes, model.config.codebook_size)
     row = {}
-    for modality, table in items.embeddings.items():
-        taus = history_metrics(table, items.present[modality], quantized[modality], sequences, seed=seed)
+    for modality, values in codes.items():
+        # The same users whatever the seed of the quantizer.
+        taus = history_distances(model, modality, items, values, sequences).metrics()
         row |= {f"{name}_{modality}": value for name, value in taus.items()}
     anchor = model.config.modalities[0]
     row["least use"] = min(value for name, value in health.items() if name.startswith("use@"))

@@ -1,6 +1,6 @@
 """
-Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items and how healthy
-they are.
+Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items, how healthy they
+are, and two pictures: the use of the codes and the distances before and after quantization.
 
     mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
         --output_dir runs/quickstart/quantizer
@@ -23,7 +23,8 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 from ..arguments import QuantizeArguments, parse
 from ..data.prepared import PreparedDataset
 from ..encoders.tables import load_table, table_path
-from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_metrics, initialize
+from ..figures import draw_code_use, draw_distances
+from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
 from ..records import StageRun
 from ..training import early_stopping, fit, trainer_arguments
 
@@ -31,6 +32,7 @@ from ..training import early_stopping, fit, trainer_arguments
 logger = logging.get_logger(__name__)
 
 SEMANTIC_IDS_NAME = "semantic_ids.parquet"
+FIGURES_NAME = "figures"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         alignment=arguments.alignment,
         alignment_loss_weight=arguments.alignment_loss_weight,
         alignment_temperature=arguments.alignment_temperature,
+        sinkhorn_epsilons=arguments.sinkhorn_epsilons,
+        resolve_collisions=arguments.resolve_collisions,
     )
     if not 0 < arguments.validation_fraction < 1:
         raise ValueError(
@@ -84,18 +88,27 @@ def main(argv: list[str] | None = None) -> None:
             if name.startswith(("eval_tau", "eval_reconstruction", "eval_recall", "eval_loss"))
         }
         if PartialState().is_main_process:
-            codes, quantized = encode_items(model, items)
+            codes, _ = encode_items(model, items, return_quantized=False)
             sequences = data.sequences("validation")
-            run.metrics["items"] = code_metrics(codes, config.codebook_size)
-            run.metrics["histories"] = {
-                modality: history_metrics(
-                    table, items.present[modality], quantized[modality], sequences, seed=arguments.seed
-                )
-                for modality, table in items.embeddings.items()
+            distances = {
+                modality: history_distances(model, modality, items, codes[modality], sequences, seed=arguments.seed)
+                for modality in codes
             }
+            run.metrics["items"] = code_metrics(codes, config.codebook_size)
+            run.metrics["histories"] = {modality: pairs.metrics() for modality, pairs in distances.items()}
             logger.warning("Semantic IDs: %s; %s", run.metrics["items"], run.metrics["histories"])
             model.save_pretrained(staging)
             write_semantic_ids(staging / SEMANTIC_IDS_NAME, data.item_ids, codes)
+            (staging / FIGURES_NAME).mkdir()
+            draw_code_use(staging / FIGURES_NAME / "code_use.png", codes, config.codebook_size)
+            draw_distances(
+                staging / FIGURES_NAME / "distances.png",
+                {modality: (pairs.before, pairs.after) for modality, pairs in distances.items()},
+                {
+                    modality: f"{modality}, Kendall's tau {metrics['tau']:.3f}"
+                    for modality, metrics in run.metrics["histories"].items()
+                },
+            )
             run.details.update(data=data.statistics, parameters=model.num_parameters())
             save_card(staging, dataclasses.asdict(run.draft_record()))
 

@@ -1,0 +1,58 @@
+"""Semantic IDs that no two items share."""
+
+import torch
+
+from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
+
+
+def shared(codes: torch.Tensor) -> torch.BoolTensor:
+    """Which rows of `codes` `(items, num_quantizers)` equal an earlier one."""
+    _, owners = torch.unique(codes, dim=0, return_inverse=True)
+    order = owners.argsort(stable=True)
+    later = torch.zeros(len(codes), dtype=torch.bool)
+    later[order[1:]] = owners[order[1:]] == owners[order[:-1]]
+    return later
+
+
+def resolve_collisions(codes: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor, vectors: torch.Tensor) -> None:
+    """
+    Moves items to the nearest free ID, one after the other: another code at the last level, and where all of them are
+    taken, another one at the level before as well.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(items, num_quantizers)`): IDs of all items; changed in place.
+        rows (`torch.LongTensor` of shape `(moved,)`): The items to move, as [`shared`] finds them.
+        latents (`torch.FloatTensor` of shape `(moved, codebook_dim)`): What was quantized of these items.
+        vectors (`torch.FloatTensor` of shape `(num_quantizers, codebook_size, codebook_dim)`): The code vectors.
+
+    Raises:
+        ValueError: If no ID is free that differs from an item's own at the last two levels alone.
+    """
+    taken = {tuple(values) for values in codes.tolist()}
+    for row, latent in zip(rows.tolist(), latents):
+        *prefix, _ = codes[row].tolist()
+        for moved in _candidates(tuple(prefix), latent, vectors):
+            if moved not in taken:
+                break
+        else:
+            raise ValueError(
+                f"The items that share the codes {prefix[:-1]} with row {row} take all IDs that begin so; "
+                "set a larger codebook_size or num_quantizers, or resolve_collisions to false."
+            )
+        taken.add(moved)
+        codes[row] = torch.tensor(moved, dtype=codes.dtype)
+
+
+def _candidates(prefix: tuple[int, ...], latent: torch.Tensor, vectors: torch.Tensor):
+    """IDs that begin as `prefix`, nearest first; then those that differ from it in its last code."""
+    residual = latent - sum((vectors[level, code] for level, code in enumerate(prefix)), torch.zeros_like(latent))
+    yield from ((*prefix, code) for code in _nearest_first(residual, vectors[-1]))
+    if prefix:
+        before = residual + vectors[-2, prefix[-1]]
+        for code in _nearest_first(before, vectors[-2]):
+            last = _nearest_first(before - vectors[-2, code], vectors[-1])
+            yield from ((*prefix[:-1], code, final) for final in last)
+
+
+def _nearest_first(point: torch.Tensor, vectors: torch.Tensor) -> list[int]:
+    return pairwise_squared_distances(point[None], vectors)[0].argsort(stable=True).tolist()
