@@ -17,7 +17,7 @@ def sinkhorn_offsets(squared_distances: torch.Tensor, epsilon: float, iterations
         iterations (`int`, *optional*, defaults to 50): Updates of the potentials.
 
     Returns:
-        `torch.Tensor` of shape `(codes,)`, of mean 0, in the unit of `squared_distances`.
+        `torch.Tensor` of shape `(codes,)`, in the unit of `squared_distances`.
     """
     scale = squared_distances.mean().clamp_min(torch.finfo(squared_distances.dtype).tiny) * epsilon
     affinities = -squared_distances / scale
@@ -29,5 +29,5 @@ def sinkhorn_offsets(squared_distances: torch.Tensor, epsilon: float, iterations
         # Every code is to receive 1 / codes of the mass.
         potentials = potentials - shares.logsumexp(0) - math.log(codes)
         # A code that is out of reach of every point must not end at infinity.
-        potentials = (potentials - potentials.mean()).clamp(-1 / epsilon, 1 / epsilon)
+        potentials = potentials.clamp(-1 / epsilon, 1 / epsilon)
     return potentials * scale

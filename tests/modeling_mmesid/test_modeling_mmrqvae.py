@@ -195,6 +195,8 @@ def test_bad_codes_are_refused_by_name():
         ({"alignment_loss_weight": -1.0}, "`alignment_loss_weight`"),
         ({"objective": "best"}, "'best'"),
         ({"alignment": "best"}, "'best'"),
+        ({"sinkhorn_epsilons": [0.0, 0.003]}, "`sinkhorn_epsilons`.*4 levels"),
+        ({"sinkhorn_epsilons": [0.0, 0.0, 0.0, -1.0]}, "`sinkhorn_epsilons`"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, named):

@@ -9,7 +9,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 from trainer.arguments import QuantizeArguments
-from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, initialize
+from trainer.mmrqvae_trainer import (
+    ItemTables,
+    MMRQVAETrainer,
+    code_metrics,
+    encode_items,
+    history_distances,
+    initialize,
+    quantized_rows,
+)
 
 
 def toy_items(items: int = 300, factors: int = 6) -> ItemTables:
@@ -128,6 +136,9 @@ def test_training_for_distances_improves_them_logs_health_and_encodes_present_it
     assert 0 <= after["eval_recall@1_text"] <= 1
     logged = [entry for entry in trainer.state.log_history if "perplexity@2_text" in entry]
     assert len(logged) == 8 and 1 <= logged[-1]["perplexity@2_text"] <= 16
+    assert logged[-1]["dead@1_text"] == round(16 * (1 - logged[-1]["use@1_text"]))
+    # 228 items and 256 IDs: some meet, not all.
+    assert 0 < logged[-1]["collisions_text"] < 1
     codes, quantized = encode_items(model, items)
     assert code_metrics(codes, 16)["use@1_text"] > 0.9
     missing = ~items.present["text"]
@@ -144,6 +155,123 @@ def test_dead_codes_are_moved_to_residuals(tmp_path):
     assert model.code_vectors("text").abs().max() < 100
     codes, _ = encode_items(model, items)
     assert code_metrics(codes, 16)["dead@2_text"] <= 2
+
+
+def test_balanced_levels_get_the_same_codes_in_training_in_the_export_and_alone(tmp_path):
+    items = toy_items()
+    perplexity = {}
+    for epsilon in (0.0, 0.003):
+        model = toy_model(objective="mse", encoder_projection=True, sinkhorn_epsilons=[0.0, epsilon])
+        initialize(model, items)
+        trainer = toy_trainer(tmp_path, model, items, num_train_epochs=2, load_best_model_at_end=False)
+        trainer.train()
+        codes, _ = encode_items(model, items)
+        perplexity[epsilon] = code_metrics(codes, 16)["perplexity@2_text"]
+        rows = items.present["text"].nonzero()[:9, 0]
+        batch = {"text": items.embeddings["text"][rows]}
+        assert torch.equal(codes["text"][rows].long(), model.train()(batch).codes["text"])
+        alone = [model.encode({"text": row[None]}).codes["text"][0] for row in batch["text"]]
+        assert torch.equal(codes["text"][rows].long(), torch.stack(alone))
+        offsets = [layer.offsets.abs().max() for layer in model.branches["text"].quantizer.layers]
+        assert offsets[0] == 0 and (offsets[1] > 0) == (epsilon > 0)
+    assert perplexity[0.003] > perplexity[0.0]
+
+
+def test_resolved_ids_are_unique_within_each_modality():
+    items, model = toy_items(), toy_model(codebook_size=24)
+    initialize(model, items)
+    before, _ = encode_items(model, items)
+    model.config.resolve_collisions = True
+    codes, quantized = encode_items(model, items)
+    for modality, present in items.present.items():
+        assert code_metrics(before, 24)[f"collisions_{modality}"] > 0
+        assert code_metrics(codes, 24)[f"collisions_{modality}"] == 0
+        assert ((codes[modality] >= 0).all(1) == present).all()
+        assert torch.equal(quantized[modality], quantized_rows(model, modality, codes[modality]))
+        kept = (codes[modality] == before[modality]).all(1)
+        assert len(torch.unique(before[modality][present], dim=0)) == (kept & present).sum()
+
+
+def test_averaged_code_vectors_go_to_the_means_of_their_residuals(tmp_path):
+    items, model = toy_items(), toy_model(objective="mse", num_quantizers=1)
+    initialize(model, items)
+    settings = {"codebook_ema_decay": 0.5, "learning_rate": 0.0, "load_best_model_at_end": False}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "num_train_epochs": 40}
+    trainer = toy_trainer(tmp_path, model, items, per_device_train_batch_size=300, **settings)
+    branch = model.branches["text"]
+    with torch.no_grad():
+        branch.quantizer.layers[0].codebook += 0.02 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    trainer.train()
+    rows = trainer.train_dataset.rows
+    latents = branch.encode(items.embeddings["text"][rows[items.present["text"][rows]]]).detach()
+    codes = branch.quantizer.encode(latents)[:, 0]
+    means = torch.stack([latents[codes == code].mean(0) for code in range(16)])
+    torch.testing.assert_close(model.code_vectors("text")[0].detach(), means, atol=1e-4, rtol=1e-4)
+
+
+def test_averages_are_refused_where_distances_decide(tmp_path):
+    with pytest.raises(ValueError, match="codebook_ema_decay.*'distance'"):
+        toy_trainer(tmp_path, toy_model(), toy_items(), codebook_ema_decay=0.9)
+
+
+def test_training_under_bf16_autocast_keeps_float32_weights_and_reproducible_codes(tmp_path):
+    items, model = toy_items(), toy_model()
+    initialize(model, items)
+    before = model.code_vectors("text").detach().clone()
+    trainer = toy_trainer(tmp_path, model, items, num_train_epochs=1, bf16=True, load_best_model_at_end=False)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert not torch.equal(model.code_vectors("text"), before)
+    assert np.isfinite(metrics["eval_loss"]) and 0 < metrics["eval_tau"] < 1
+
+
+def test_a_large_table_is_read_in_parts(tmp_path, monkeypatch):
+    class Recorder:
+        """A table that tells how many rows were asked for at once."""
+
+        def __init__(self, table):
+            self.table, self.largest = table, 0
+
+        def __len__(self):
+            return len(self.table)
+
+        def __getitem__(self, rows):
+            self.largest = max(self.largest, len(rows))
+            return self.table[rows]
+
+    monkeypatch.setattr("trainer.mmrqvae_trainer.ENCODING_BATCH", 64)
+    monkeypatch.setattr("trainer.mmrqvae_trainer.KMEANS_ITEMS", 6)
+    items, whole, model = toy_items(), toy_model(), toy_model()
+    read = ItemTables({name: Recorder(table) for name, table in items.embeddings.items()}, items.present, items.rows)
+    initialize(model, read)
+    codes, quantized = encode_items(model, read, return_quantized=False)
+    assert quantized == {} and all(table.largest <= 64 for table in read.embeddings.values())
+    # What does not come from the sample is that of the whole table.
+    initialize(whole, items)
+    for name in items.embeddings:
+        for buffer in ("input_mean", "input_scale", "projection"):
+            left, right = (getattr(one.branches[name], buffer) for one in (whole, model))
+            torch.testing.assert_close(left, right)
+    assert code_metrics(codes, 16)["use@1_text"] > 0.8
+
+
+def test_history_distances_are_those_of_present_pairs_and_identity_has_tau_one():
+    items, model = toy_items(), toy_model()
+    initialize(model, items)
+    codes, quantized = encode_items(model, items)
+    sequences = [{"history": [1, 2, 3, 4, 5], "target": 6}, {"history": [7, 8, 9], "target": 10}]
+    pairs = history_distances(model, "text", items, codes["text"], sequences)
+    expected = [
+        (user, (quantized["text"][item] - quantized["text"][example["target"]]).norm().item())
+        for user in np.random.default_rng(0).permutation(2)
+        for example in [sequences[user]]
+        for item in example["history"]
+        if items.present["text"][item] and items.present["text"][example["target"]]
+    ]
+    assert list(zip(pairs.users, pairs.after)) == [(user, pytest.approx(value)) for user, value in expected]
+    pairs.after = pairs.before * 2
+    assert pairs.metrics() == {"tau": pytest.approx(1), "tau_pooled": pytest.approx(1)}
 
 
 class Interruption(TrainerCallback):

@@ -1,6 +1,6 @@
 """
-Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items, how healthy they
-are, and two pictures: the use of the codes and the distances before and after quantization.
+Trains the MM-RQ-VAE on the items' embeddings and writes the checkpoint, the semantic IDs of all items, how healthy
+they are, and two pictures: the use of the codes, and the distances before and after quantization.
 
     mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
         --output_dir runs/quickstart/quantizer

@@ -84,6 +84,7 @@ def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current
         record.metrics["items"]
     )
     assert set(record.metrics["histories"]["text"]) == {"tau", "tau_pooled"}
+    assert {"figures/code_use.png", "figures/distances.png"} <= set(record.outputs)
     assert "toy" in (output / "README.md").read_text(encoding="utf-8")
 
     digest = file_digest(output / "model.safetensors")
