@@ -44,8 +44,8 @@ class MMRQVAEConfig(PreTrainedConfig):
         distance_focus (`float`, *optional*, defaults to 1.0):
             How much more the distances to near items count in the objective `"distance"`; 0 weighs all alike.
         codebook_loss_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the squared distance that pulls code vectors towards the residuals they stand for. Unused by the
-            objective `"distance"`.
+            Weight of the squared distance that pulls code vectors towards the residuals they stand for; for the
+            objective `"distance"`, their sum towards the latent.
         commitment_loss_weight (`float`, *optional*, defaults to 0.25):
             Weight of the squared distance that pulls residuals towards their code vectors.
         alignment (`str`, *optional*, defaults to `"info_nce"`):

@@ -38,9 +38,11 @@ class MMRQVAEOutput(ModelOutput):
             Mean squared error of reconstructions that train the decoder alone, for the objective `"distance"`; 0 for
             the others.
         codebook_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
-            Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities.
+            Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities; for
+            the objective `"distance"` of their sum to the (constant) latent.
         commitment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
-            Squared distance of residuals to (constant) code vectors, mean over levels, summed over the modalities.
+            Squared distance of residuals to (constant) code vectors, mean over levels, summed over the modalities; for
+            the objective `"distance"` of the latent to the (constant) sum of its code vectors.
         alignment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             Alignment of the anchor with every other modality, summed.
         codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality):
@@ -306,6 +308,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                         distance_correlation_loss(inputs[mask], quantized[modality][mask], self.config.distance_focus)
                     )
                     decoding.append(_mean_squared_error(outputs[mask], inputs[mask]))
+                    # Distances leave the scale open; where code vectors outgrow the latents, residuals lose their sense.
+                    codebook.append(_mean_squared_error(vectors[mask], latents[mask].detach()))
                     commitment.append(_mean_squared_error(latents[mask], vectors[mask].detach()))
             else:
                 quantized[modality] = latents + (vectors - latents).detach()

@@ -132,6 +132,9 @@ class QuantizeArguments(StageTrainingArguments):
         },
     )
     objective_weight: float = field(default=3.0, metadata={"help": "Weight of the objective."})
+    codebook_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the pull of code vectors to what they stand for."}
+    )
     commitment_loss_weight: float = field(
         default=0.25, metadata={"help": "Weight of the commitment of residuals to their code vectors."}
     )

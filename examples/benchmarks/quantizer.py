@@ -1,8 +1,8 @@
 """
 How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, the default.
 
-    python examples/benchmarks/quantizer.py                   # a Markdown table, about ten minutes on two cores
-    python examples/benchmarks/quantizer.py --seeds 0 1 2     # mean over seeds
+    python examples/benchmarks/quantizer.py                   # a Markdown table, mean over three seeds
+    python examples/benchmarks/quantizer.py --seeds 0         # one seed, a third of the time
     python examples/benchmarks/quantizer.py --json            # one object: `tau` of the default setting, and the table
 
 The data are a folder with `sequences.txt` (a user and the rows of the user's items, oldest first, a line) and one
@@ -58,7 +58,7 @@ def main() -> None:
         default=["collaborative=collaborative_sasrec.safetensors", "text=text_minilm.safetensors"],
         help="modality=file in the folder, the anchor first.",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds to average over.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds to average over.")
     parser.add_argument(
         "--only", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS), help="Rows of the table."
     )

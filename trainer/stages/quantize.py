@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=arguments.objective,
         objective_weight=arguments.objective_weight,
         distance_focus=arguments.distance_focus,
+        codebook_loss_weight=arguments.codebook_loss_weight,
         commitment_loss_weight=arguments.commitment_loss_weight,
         alignment=arguments.alignment,
         alignment_loss_weight=arguments.alignment_loss_weight,
