@@ -29,8 +29,9 @@ class MMRQVAEConfig(PreTrainedConfig):
         codebook_dim (`int`, *optional*, defaults to 128):
             Width of the quantized latent and of every code vector.
         encoder_hidden_dims (`list[int]`, *optional*):
-            Widths of the hidden layers of every encoder, and in reverse of every decoder. Defaults to `[512]` for the
-            objective `"distance"`, whose decoders are linear, and to `[512, 256]` for the others.
+            Widths of the hidden layers of every encoder, and in reverse of every decoder. Defaults to none for the
+            objective `"distance"`, whose decoders are linear: an encoder that follows the distances gives up the
+            spread of the codes. Defaults to `[512, 256]` for the others.
         encoder_projection (`bool`, *optional*):
             Whether an encoder adds its output to a fixed orthogonal projection of the embedding, which keeps items
             apart when the quantizer is trained for distances; with an empty `encoder_hidden_dims` it is the projection
@@ -90,7 +91,7 @@ class MMRQVAEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.encoder_hidden_dims is None:
-            self.encoder_hidden_dims = [512] if self.objective == "distance" else [512, 256]
+            self.encoder_hidden_dims = [] if self.objective == "distance" else [512, 256]
         if self.encoder_projection is None:
             self.encoder_projection = self.objective == "distance"
         if self.sinkhorn_epsilons is None:

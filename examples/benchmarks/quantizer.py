@@ -42,7 +42,7 @@ DEFAULT = "distance (default)"
 # Those trained on reconstructions have encoders without a projection, whose code vectors have to keep up with them.
 RECONSTRUCTION = {"learning_rate": 1e-3, "codebook_learning_rate": 1e-3, "per_device_train_batch_size": 1024}
 QUANTIZERS = {
-    "residual k-means": ({"objective": "distance", "encoder_hidden_dims": []}, None),
+    "residual k-means": ({"objective": "distance"}, None),
     "MSE": ({"objective": "mse"}, RECONSTRUCTION),
     "MMD (paper)": ({"objective": "paper"}, RECONSTRUCTION),
     DEFAULT: ({"objective": "distance"}, {}),

@@ -118,6 +118,26 @@ def test_loss_is_the_weighted_sum_of_its_parts_and_trains_every_parameter(object
     assert without == []
 
 
+def test_distances_leave_the_scale_open_and_the_codebook_loss_settles_it():
+    model, embeddings = small_model(alignment_loss_weight=0.0, encoder_hidden_dims=[]), batch()
+    output = model(embeddings)
+    expected = sum(
+        (model.branches[name].encode(values) - output.quantized[name]).square().mean()
+        for name, values in embeddings.items()
+    )
+    torch.testing.assert_close(output.codebook_loss, expected)
+    with torch.no_grad():
+        for branch in model.branches.values():
+            for layer in branch.quantizer.layers:
+                layer.codebook.mul_(2)
+            # The same codes, for latents and code vectors grow alike.
+            branch.projection.mul_(2)
+    grown = model(embeddings)
+    assert all(torch.equal(grown.codes[name], output.codes[name]) for name in embeddings)
+    torch.testing.assert_close(grown.objective_loss, output.objective_loss)
+    torch.testing.assert_close(grown.codebook_loss, 4 * output.codebook_loss)
+
+
 def test_a_batch_without_any_item_of_a_modality_has_a_finite_loss():
     model, embeddings = small_model(objective="paper"), batch()
     present = {name: torch.full((20,), name != "text") for name in MODALITIES}
