@@ -308,7 +308,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                         distance_correlation_loss(inputs[mask], quantized[modality][mask], self.config.distance_focus)
                     )
                     decoding.append(_mean_squared_error(outputs[mask], inputs[mask]))
-                    # Distances leave the scale open; where code vectors outgrow the latents, residuals lose their sense.
+                    # Distances leave the scale open: code vectors that outgrow the latents leave no residuals.
                     codebook.append(_mean_squared_error(vectors[mask], latents[mask].detach()))
                     commitment.append(_mean_squared_error(latents[mask], vectors[mask].detach()))
             else:
