@@ -1,10 +1,10 @@
 """The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner
 product."""
 
-import copy
 import inspect
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
-from .packing import pack_histories, packed_attention_mask, packed_block_mask
+from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
 
@@ -249,7 +250,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         self.items = MMESIDItems(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.output_dropout = nn.Dropout(config.output_dropout)
-        self.backbone = AutoModel.from_config(copy.deepcopy(config.backbone_config)) if backbone is None else backbone
+        self.backbone = AutoModel.from_config(deepcopy(config.backbone_config)) if backbone is None else backbone
         self.post_init()
         if config.lora is not None:
             # After `post_init`, which would draw the adapter anew and undo its start as a zero. Freezes the rest of
@@ -313,7 +314,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
         # mask.
-        config = MMESIDConfig(backbone_config=copy.deepcopy(backbone.config), **config_kwargs)
+        config = MMESIDConfig(backbone_config=deepcopy(backbone.config), **config_kwargs)
         return cls(config, backbone=backbone)
 
     @classmethod
@@ -415,7 +416,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             for key in [key for key in weights if key.startswith(f"{name}.")]:
                 del weights[key]
             # A copy: the adapter goes on training in this one.
-            merged = copy.deepcopy(layer)
+            merged = deepcopy(layer)
             merged.merge()
             weights |= {f"{name}.{key}": tensor for key, tensor in merged.get_base_layer().state_dict().items()}
         quantized = next(
@@ -426,7 +427,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 f"The backbone is quantized ('{quantized}'), so nothing can be merged into it; load the checkpoint "
                 "without quantization_config and save that with merge_backbone=True."
             )
-        config = copy.deepcopy(self.config)
+        config = deepcopy(self.config)
         config.lora = config.base_model_name_or_path = config.base_model_revision = None
         with torch.device("meta"):
             model = type(self)(config)
@@ -663,7 +664,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         copy: torch.Tensor | None = None,
         candidates: torch.Tensor | None = None,
         candidate_log_counts: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        shared_prompt: bool = False,
     ) -> SequentialRecommendationOutput:
         """
         Takes what [`~modeling_mmesid.packing.pack_histories`] returns; all of shape `(batch, length)` unless said
@@ -684,9 +685,31 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 loss is then estimated from them, and no table of all items is built.
             candidate_log_counts (`torch.FloatTensor` of shape `(candidates,)`, *optional*): Logarithm of how often
                 each candidate is expected among the draws.
-            past_key_values (`Cache`, *optional*): What [`~MMESIDForSequentialRecommendation.prompt_cache`] returns,
-                where the inputs were packed without the prompt's prefix.
+            shared_prompt (`bool`, *optional*, defaults to `False`): The inputs were packed without the prompt's
+                prefix, which all users share: it is run once, in front of the whole batch.
         """
+        past_key_values = None
+        if shared_prompt and self.config.prompt_prefix_ids:
+            if self.training and any(
+                layer.gradient_checkpointing
+                for layer in self.backbone.modules()
+                if isinstance(layer, GradientCheckpointingLayer)
+            ):
+                # Recomputed layers keep no keys and values.
+                input_ids, items, labels, lengths, position_ids, shared_length, copy = prepend_prompt(
+                    self.config.prompt_prefix_ids,
+                    input_ids,
+                    items,
+                    labels,
+                    lengths,
+                    position_ids,
+                    shared_length,
+                    copy,
+                )
+            else:
+                past_key_values = self._prompt_cache_for(len(items))
+                if position_ids is not None:
+                    position_ids = position_ids + len(self.config.prompt_prefix_ids)
         if labels is None:
             table, index = None, items
         elif candidates is None:
@@ -707,7 +730,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         # Padding is on the right, where no causal query looks.
         hidden_states = self.backbone(
             inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
-            attention_mask=None if copy is None else self._packed_mask(shared_length, copy, word_embeddings.dtype),
+            attention_mask=None
+            if copy is None
+            else self._packed_mask(shared_length, copy, past_key_values is not None, word_embeddings.dtype),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
@@ -728,29 +753,32 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             )
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
-    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, dtype: torch.dtype):
+    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, behind_prompt: bool, dtype: torch.dtype):
+        prompt_length = len(self.config.prompt_prefix_ids) if behind_prompt else 0
         if self.backbone.config._attn_implementation == "flex_attention":
-            return packed_block_mask(shared_length, copy)
-        visible = packed_attention_mask(shared_length, copy)
+            return packed_block_mask(shared_length, copy, prompt_length)
+        visible = packed_attention_mask(shared_length, copy, prompt_length)
         # Additive, which eager attention and SDPA both take.
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
-    @torch.no_grad()
-    def prompt_cache(self, batch_size: int) -> Cache | None:
-        """
-        Keys and values of the prompt before the items, which all users share, for `batch_size` users; `None` if there
-        is no such prompt. It is computed once and again only after the backbone has changed.
-        """
-        if not self.config.prompt_prefix_ids:
-            return None
-        state = tensor_versions(self.backbone), torch.is_autocast_enabled(self.device.type)
-        if self._prompt_cache is None or self._prompt_cache_state != state:
-            prefix = torch.tensor([self.config.prompt_prefix_ids], device=self.device)
-            # By embedding, so that a backbone that scales tokens but not vectors does the same as in `forward`.
-            embedded = self.backbone.get_input_embeddings()(prefix)
-            self._prompt_cache = self.backbone(inputs_embeds=embedded, use_cache=True).past_key_values
-            self._prompt_cache_state = state
-        cache = copy.deepcopy(self._prompt_cache)
+    def _prompt_states(self) -> Cache:
+        """Keys and values of the prompt before the items, of one user."""
+        prefix = torch.tensor([self.config.prompt_prefix_ids], device=self.device)
+        # By embedding, so that a backbone that scales tokens but not vectors does the same as behind the prompt.
+        embedded = self.backbone.get_input_embeddings()(prefix)
+        return self.backbone(inputs_embeds=embedded, use_cache=True).past_key_values
+
+    def _prompt_cache_for(self, batch_size: int) -> Cache:
+        """The same for `batch_size` users; without gradients it is computed again only after the backbone has
+        changed."""
+        if torch.is_grad_enabled() or self.training:
+            cache = self._prompt_states()
+        else:
+            state = tensor_versions(self.backbone), torch.is_autocast_enabled(self.device.type)
+            if self._prompt_cache is None or self._prompt_cache_state != state:
+                self._prompt_cache, self._prompt_cache_state = self._prompt_states(), state
+            # A copy: the backbone appends to what it is given.
+            cache = deepcopy(self._prompt_cache)
         cache.batch_repeat_interleave(batch_size)
         return cache
 
@@ -774,11 +802,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         targets = [rows[1:] + rows[:1]]
         states = []
         for packed in (True, False):
-            inputs = pack_histories(
-                [rows], self.config.prompt_prefix_ids, self.config.prompt_suffix_ids or [0], targets, packed=packed
-            )
+            inputs = pack_histories([rows], (), self.config.prompt_suffix_ids or [0], targets, packed=packed)
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            states.append(self(**inputs).user_embeddings.float())
+            states.append(self(**inputs, shared_prompt=True).user_embeddings.float())
         self.train(was_training)
         # A wrong mask changes the states altogether; rounding in half precision by some per cent.
         difference = (states[0] - states[1]).norm() / states[1].norm()
@@ -790,11 +816,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a history."""
         latest = [history[-self.config.max_history :] for history in histories]
-        cache = None if self.training or torch.is_grad_enabled() else self.prompt_cache(len(latest))
-        prefix_ids = self.config.prompt_prefix_ids if cache is None else ()
-        inputs = pack_histories(latest, prefix_ids, self.config.prompt_suffix_ids)
+        inputs = pack_histories(latest, (), self.config.prompt_suffix_ids)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return self(**inputs, past_key_values=cache).user_embeddings
+        return self(**inputs, shared_prompt=True).user_embeddings
 
 
 __all__ = ["MMESIDForSequentialRecommendation"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
@@ -103,7 +104,36 @@ def _append(row: dict[str, np.ndarray], **parts: np.ndarray) -> None:
         row[name] = np.concatenate([row[name], part])
 
 
-def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+def prepend_prompt(
+    prefix_ids: Sequence[int],
+    input_ids: torch.Tensor,
+    items: torch.Tensor,
+    labels: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    shared_length: torch.Tensor | None,
+    copy: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """What [`pack_histories`] returned without `prefix_ids`, as it returns it with them."""
+    prefix = torch.tensor(prefix_ids, device=items.device)
+    count = len(prefix)
+
+    def joined(front: torch.Tensor, tensor: torch.Tensor | None, shift: int = 0) -> torch.Tensor | None:
+        return None if tensor is None else torch.cat([front.expand(len(items), count), tensor + shift], dim=1)
+
+    positions = torch.arange(count, device=items.device)
+    return (
+        joined(prefix, input_ids),
+        joined(torch.zeros_like(prefix), items),
+        joined(torch.full_like(prefix, -100), labels),
+        None if lengths is None else lengths + count,
+        joined(positions, position_ids, count),
+        joined(positions + 1, shared_length, count),
+        joined(torch.zeros_like(prefix), copy),
+    )
+
+
+def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor, prompt_length: int = 0) -> torch.Tensor:
     """
     Who sees whom in a packed sequence: a query sees the first `shared_length` positions, and in its own copy what is
     not behind it.
@@ -111,25 +141,28 @@ def packed_attention_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> to
     Args:
         shared_length (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
         copy (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
+        prompt_length (`int`, *optional*, defaults to `0`): Keys before the sequence, which every query sees.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, 1, length, length)`, true where a query (third axis) sees a key (fourth
-        axis). Padding sees itself, so that no row is empty.
+        `torch.BoolTensor` of shape `(batch, 1, length, prompt_length + length)`, true where a query (third axis) sees
+        a key (fourth axis). Padding sees itself, so that no row is empty.
     """
     index = torch.arange(copy.shape[1], device=copy.device)
     behind = index[None, :, None] >= index[None, None, :]
     shared = (copy[:, None, :] == 0) & (index[None, None, :] < shared_length[:, :, None])
     own = (copy[:, :, None] == copy[:, None, :]) & (copy[:, :, None] != 0) & behind
-    return (shared | own)[:, None]
+    return nn.functional.pad(shared | own, (prompt_length, 0), value=True)[:, None]
 
 
-def packed_block_mask(shared_length: torch.Tensor, copy: torch.Tensor) -> BlockMask:
+def packed_block_mask(shared_length: torch.Tensor, copy: torch.Tensor, prompt_length: int = 0) -> BlockMask:
     """The same as [`packed_attention_mask`] for FlexAttention, which skips the blocks that nobody sees."""
 
     def visible(batch, head, query, key):
-        shared = (copy[batch, key] == 0) & (key < shared_length[batch, query])
-        own = (copy[batch, query] == copy[batch, key]) & (copy[batch, query] != 0) & (query >= key)
-        return shared | own
+        # Of a key in the prompt the place behind it is looked up, and not used.
+        place = torch.clamp(key - prompt_length, min=0)
+        shared = (copy[batch, place] == 0) & (place < shared_length[batch, query])
+        own = (copy[batch, query] == copy[batch, place]) & (copy[batch, query] != 0) & (query >= place)
+        return (key < prompt_length) | shared | own
 
     batch, length = copy.shape
-    return create_block_mask(visible, batch, None, length, length, device=copy.device)
+    return create_block_mask(visible, batch, None, length, prompt_length + length, device=copy.device)

@@ -15,13 +15,12 @@ class HistoryCollator:
     Batches for models that read items and text.
 
     Training examples (`history`, `targets`) become model inputs with labels. Evaluation examples (`history`, `target`)
-    become the inputs that read the latest `max_history` items behind the kept prompt
-    ([`~modeling_mmesid.MMESIDForSequentialRecommendation.prompt_cache`]), with `seen` (`(batch, longest)`, the whole
-    history, to be masked) and `target` (`(batch,)`).
+    become the inputs that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole history, to
+    be masked) and `target` (`(batch,)`). The prompt before the items, which all users share, is left to the model
+    (`shared_prompt`).
 
     Args:
         max_history (`int`): Longest history that the model reads.
-        prefix_ids (`Sequence[int]`, *optional*, defaults to `()`): Prompt tokens before the items.
         suffix_ids (`Sequence[int]`, *optional*, defaults to `()`): Prompt tokens after the items.
         pad_to_multiple_of (`int`, *optional*, defaults to `8`): Padded length is a multiple of this.
         packed (`bool`, *optional*, defaults to `True`): Whether the training prefixes of a user share a sequence.
@@ -32,7 +31,6 @@ class HistoryCollator:
     """
 
     max_history: int
-    prefix_ids: Sequence[int] = ()
     suffix_ids: Sequence[int] = ()
     pad_to_multiple_of: int = 8
     packed: bool = True
@@ -49,7 +47,7 @@ class HistoryCollator:
         training = "targets" in examples[0]
         batch = pack_histories(
             [example["history"] if training else example["history"][-self.max_history :] for example in examples],
-            self.prefix_ids if training else (),
+            (),
             self.suffix_ids,
             [example["targets"] for example in examples] if training else None,
             self.pad_to_multiple_of,

@@ -57,7 +57,6 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
                 )
         collator = HistoryCollator(
             config.max_history,
-            config.prompt_prefix_ids,
             config.prompt_suffix_ids,
             packed=packed,
             num_candidates=num_candidates,
@@ -65,8 +64,11 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         )
         super().__init__(model, args, data_collator=collator, **kwargs)
 
+    def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
+        return super().compute_loss(model, inputs | {"shared_prompt": True}, *args, **kwargs)
+
     def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**inputs, past_key_values=self.model.prompt_cache(len(inputs["items"]))).user_embeddings
+        return model(**inputs, shared_prompt=True).user_embeddings
 
 
 def smoothed_popularity(frequencies: torch.Tensor, exponent: float = 0.75) -> torch.Tensor:

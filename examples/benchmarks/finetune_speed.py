@@ -48,7 +48,7 @@ class Training:
         if side == "reference":
             self.batches = reference.batches(examples, arguments.seed)
             return
-        collator = HistoryCollator(arguments.max_history, *workload.prompt_ids)
+        collator = HistoryCollator(arguments.max_history, workload.prompt_ids[1])
         size = arguments.batch_users
         self.batches = [collator(examples[start : start + size]) for start in range(0, len(examples), size)]
 
@@ -56,7 +56,8 @@ class Training:
         with precision(self.arguments):
             if self.side == "reference":
                 return reference.loss(self.model, batch)
-            return self.model(**{name: tensor.to(self.arguments.device) for name, tensor in batch.items()}).loss
+            inputs = {name: tensor.to(self.arguments.device) for name, tensor in batch.items()}
+            return self.model(**inputs, shared_prompt=True).loss
 
     def targets(self, batch) -> int:
         return len(batch) if self.side == "reference" else int((batch["labels"] != -100).sum())

@@ -62,12 +62,12 @@ def measure(arguments: argparse.Namespace) -> dict:
     for example in examples:
         items = generator.integers(1, arguments.memory_at + 1, len(example["history"]) + 1)
         example |= {"history": items[:-1], "targets": items[1:]}
-    batch = HistoryCollator(arguments.max_history, *workload.prompt_ids)(examples)
+    batch = HistoryCollator(arguments.max_history, workload.prompt_ids[1])(examples)
     batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
 
     def step() -> None:
         with precision(arguments):
-            loss = model(**batch).loss
+            loss = model(**batch, shared_prompt=True).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -82,19 +82,25 @@ def test_packed_states_and_gradients_are_those_of_one_prefix_a_row(model, length
     sequences = [random.integers(1, NUM_ITEMS + 1, size=length) for length in lengths]
     histories, targets = [s[:-1] for s in sequences], [s[1:] for s in sequences]
     results = []
-    for packed in (True, False):
+    for inputs in (
+        pack_histories(histories, PREFIX, suffix, targets, packed=False),
+        pack_histories(histories, PREFIX, suffix, targets),
+        pack_histories(histories, (), suffix, targets) | {"shared_prompt": True},
+        pack_histories(histories, (), suffix, targets, packed=False) | {"shared_prompt": True},
+    ):
         model.zero_grad()
-        output = model(**pack_histories(histories, PREFIX, suffix, targets, packed=packed))
+        output = model(**inputs)
         output.loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         results.append((output, gradients))
-    (packed, packed_gradients), (rows, row_gradients) = results
+    (rows, row_gradients), *others = results
     assert len(rows.user_embeddings) == sum(lengths) - len(lengths)
-    torch.testing.assert_close(packed.user_embeddings, rows.user_embeddings, rtol=0, atol=1e-5)
-    torch.testing.assert_close(packed.loss, rows.loss, rtol=0, atol=1e-5)
-    for name, gradient in packed_gradients.items():
-        scale = row_gradients[name].abs().max().clamp(min=1.0)
-        torch.testing.assert_close(gradient / scale, row_gradients[name] / scale, rtol=0, atol=1e-5, msg=name)
+    for output, gradients in others:
+        torch.testing.assert_close(output.user_embeddings, rows.user_embeddings, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.loss, rows.loss, rtol=0, atol=1e-5)
+        for name, gradient in gradients.items():
+            scale = row_gradients[name].abs().max().clamp(min=1.0)
+            torch.testing.assert_close(gradient / scale, row_gradients[name] / scale, rtol=0, atol=1e-5, msg=name)
 
 
 def test_padding_on_the_right_changes_nobody(model):
@@ -164,12 +170,23 @@ def test_users_read_behind_the_kept_prompt_are_the_same(model):
         parameter.div_(1.5)
 
 
-def test_block_mask_for_flex_attention_is_the_same_mask():
-    batch = pack_histories([[3, 9, 1, 22], [5]], PREFIX, [7, 8], [[9, 1, 22, 4], [6]], pad_to_multiple_of=128)
-    block_mask = packed_block_mask(batch["shared_length"], batch["copy"])
-    dense = torch.zeros_like(packed_attention_mask(batch["shared_length"], batch["copy"]))
+@pytest.mark.parametrize("prompt_length", [0, 3])
+def test_block_mask_for_flex_attention_is_the_same_mask(prompt_length):
+    batch = pack_histories([[3, 9, 1, 22], [5]], PREFIX, [7, 8], [[9, 1, 22, 4], [6]], pad_to_multiple_of=32)
+    expected = packed_attention_mask(batch["shared_length"], batch["copy"], prompt_length)
+    block_mask = packed_block_mask(batch["shared_length"], batch["copy"], prompt_length)
+    dense = torch.zeros_like(expected)
     for user in range(2):
         for query in range(dense.shape[2]):
             for key in range(dense.shape[3]):
                 dense[user, 0, query, key] = block_mask.mask_mod(*map(torch.tensor, (user, 0, query, key)))
-    assert torch.equal(dense, packed_attention_mask(batch["shared_length"], batch["copy"]))
+    assert torch.equal(dense, expected)
+
+
+def test_recomputed_layers_read_the_prompt_with_every_user():
+    model = model_of(FAMILIES["llama"])
+    inputs = pack_histories([[3, 9, 1], [5]], (), [7, 8], [[9, 1, 5], [6]]) | {"shared_prompt": True}
+    expected = model(**inputs).loss
+    model.activation_checkpointing_enable()
+    model.train()
+    torch.testing.assert_close(model(**inputs).loss, expected, rtol=0, atol=1e-5)
