@@ -5,10 +5,22 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .checkpoints import CheckpointConfig
+
+
+# Where the code that travels with a checkpoint has its pipeline.
+CUSTOM_PIPELINES = {
+    "sequential-recommendation": {
+        "impl": "pipeline_mmesid.SequentialRecommendationPipeline",
+        "pt": ["AutoModel"],
+    }
+}
 
 
 @strict
-class MMESIDConfig(PreTrainedConfig):
+class MMESIDConfig(CheckpointConfig):
     r"""
     Configuration of [`MMESIDForSequentialRecommendation`] ([Wang et al., 2025](https://arxiv.org/abs/2509.02017)).
 
@@ -91,7 +103,13 @@ class MMESIDConfig(PreTrainedConfig):
         self.embedding_dims = [] if self.embedding_dims is None else self.embedding_dims
         self.prompt_prefix_ids = [] if self.prompt_prefix_ids is None else self.prompt_prefix_ids
         self.prompt_suffix_ids = [] if self.prompt_suffix_ids is None else self.prompt_suffix_ids
+        # The installed package has registered the task: `pipeline` is not to ask for the checkpoint's own code.
+        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
 
     @property
     def hidden_size(self) -> int:

@@ -4,7 +4,8 @@ import keyword
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedConfig
+
+from .checkpoints import CheckpointConfig
 
 
 OBJECTIVES = ("distance", "paper", "mse", "mmd_mse")
@@ -12,7 +13,7 @@ ALIGNMENTS = ("info_nce", "mmd")
 
 
 @strict
-class MMRQVAEConfig(PreTrainedConfig):
+class MMRQVAEConfig(CheckpointConfig):
     r"""
     Configuration of a [`MMRQVAEModel`]: the shape of its encoders, codebooks and decoders, and the loss that it
     returns.

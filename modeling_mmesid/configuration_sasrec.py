@@ -1,11 +1,12 @@
 """Configuration of SASRec."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .checkpoints import CheckpointConfig
 
 
 @strict
-class SASRecConfig(PreTrainedConfig):
+class SASRecConfig(CheckpointConfig):
     r"""
     Configuration of [`SASRecForSequentialRecommendation`], a causal self-attention encoder over item histories
     ([Kang and McAuley, 2018](https://arxiv.org/abs/1808.09781)).

@@ -15,13 +15,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
+from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_safetensors
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
+from .pipeline_mmesid import SequentialRecommendationPipeline
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
 
@@ -218,7 +221,7 @@ def tensor_versions(module: nn.Module) -> list[tuple]:
     return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
 
 
-class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
+class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, PreTrainedModel):
     """
     Sequential recommendation with a language model over multimodal items and trained semantic IDs.
 
@@ -306,7 +309,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
         backbone = AutoModel.from_pretrained(
-            pretrained_backbone_name_or_path, revision=revision, **(backbone_kwargs or {})
+            pretrained_backbone_name_or_path, revision=revision, use_safetensors=True, **(backbone_kwargs or {})
         )
         if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
@@ -314,7 +317,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
         # mask.
-        config = MMESIDConfig(backbone_config=deepcopy(backbone.config), **config_kwargs)
+        backbone_config = deepcopy(backbone.config)
+        # Often a path of this machine, which a checkpoint that is published must not tell.
+        backbone_config._name_or_path = ""
+        config = MMESIDConfig(backbone_config=backbone_config, **config_kwargs)
         return cls(config, backbone=backbone)
 
     @classmethod
@@ -324,14 +330,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         `quantization_config`, `device_map` and `attn_implementation` passed on.
 
         Raises:
+            OSError: If the checkpoint holds no weights in safetensors, or its base model cannot be loaded.
             ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model
             does not have.
         """
-        hub_kwargs = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            if name in kwargs
-        }
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
@@ -349,9 +352,19 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
             )
             if name in kwargs
         }
-        backbone = AutoModel.from_pretrained(
-            config.base_model_name_or_path, revision=config.base_model_revision, **backbone_kwargs
-        )
+        require_safetensors(pretrained_model_name_or_path, **hub_kwargs)
+        try:
+            backbone = AutoModel.from_pretrained(
+                config.base_model_name_or_path,
+                revision=config.base_model_revision,
+                use_safetensors=True,
+                **backbone_kwargs,
+            )
+        except OSError as error:
+            raise OSError(
+                f"'{pretrained_model_name_or_path}' needs its base model '{config.base_model_name_or_path}', which "
+                f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
+            ) from error
         model = cls(config, backbone=backbone)
         weights = load_file(cached_file(pretrained_model_name_or_path, "model.safetensors", **hub_kwargs))
         keys = model.load_state_dict(weights, strict=False)
@@ -373,8 +386,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         **kwargs,
     ) -> None:
         """
-        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, and the LoRA adapter also to `adapter/` in
-        PEFT's format.
+        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, with the code of the pipeline, and the LoRA
+        adapter also to `adapter/` in PEFT's format.
 
         Args:
             save_directory (`str` or `os.PathLike`): Where to.
@@ -388,6 +401,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, PreTrainedModel):
         if merge_backbone and self.config.base_model_name_or_path is not None:
             return self._merged().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            custom_object_save(SequentialRecommendationPipeline, save_directory)
         if self.config.lora is None or not is_main_process:
             return
         adapter_dir = os.path.join(save_directory, "adapter")

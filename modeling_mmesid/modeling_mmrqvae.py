@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .checkpoints import SafetensorsMixin
 from .configuration_mmrqvae import MMRQVAEConfig
 from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squared_distances
 
@@ -150,7 +151,7 @@ def _mlp(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class MMRQVAEPreTrainedModel(PreTrainedModel):
+class MMRQVAEPreTrainedModel(SafetensorsMixin, PreTrainedModel):
     config: MMRQVAEConfig
     base_model_prefix = "mmrqvae"
     main_input_name = "embeddings"

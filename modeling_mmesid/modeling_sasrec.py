@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .checkpoints import SafetensorsMixin
 from .configuration_sasrec import SASRecConfig
 from .loss_catalogue import catalogue_cross_entropy
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput, pad_histories
@@ -49,7 +50,7 @@ class SASRecLayer(nn.Module):
         return hidden_states + self.dropout(feed_forward)
 
 
-class SASRecPreTrainedModel(PreTrainedModel):
+class SASRecPreTrainedModel(SafetensorsMixin, PreTrainedModel):
     config: SASRecConfig
     base_model_prefix = "model"
     main_input_name = "items"

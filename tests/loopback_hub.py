@@ -11,11 +11,12 @@ import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKEN = "hf_loopback"
 REPOSITORY = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 # Outside the API the address of a model has no prefix.
 PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
 LFS_SUFFIXES = (".safetensors", ".parquet")
@@ -26,6 +27,7 @@ class Repository:
 
     def __init__(self, private: bool):
         self.private = private
+        self.gated = False
         self.commits: dict[str, dict[str, bytes]] = {"0" * 40: {}}
         self.branches = {"main": "0" * 40}
 
@@ -42,6 +44,12 @@ class Repository:
         self.branches[branch] = digest.hexdigest()
         return digest.hexdigest()
 
+    def open_pull_request(self, branch: str) -> str:
+        """Makes the branch of a new pull request and returns its name."""
+        number = 1 + sum(name.startswith("refs/pr/") for name in self.branches)
+        self.branches[f"refs/pr/{number}"] = self.branches[branch]
+        return f"refs/pr/{number}"
+
 
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
@@ -50,6 +58,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large_files: dict[str, bytes] = {}
+        # How many more large files are taken before the connection breaks; None never breaks.
+        self.uploads_left: int | None = None
 
     @property
     def url(self) -> str:
@@ -64,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are not worth a line each."""
 
     def handle_request(self):
-        self.path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        self.path, self.query = unquote(address.path), parse_qs(address.query)
         self.body = self.read_body()
         for methods, pattern, needs_token, answer in ROUTES:
             match = re.fullmatch(pattern, self.path)
@@ -107,8 +118,12 @@ class Handler(BaseHTTPRequestHandler):
     def repository(self, kind: str, repo: str, revision: str = "main") -> tuple[Repository, str] | None:
         """The repository and the commit of the revision; answers 404 itself and returns `None` where there is none."""
         repository = self.server.repositories.get((kind, repo))
-        if repository is None:
-            return self.error(404, "RepoNotFound", "Repository not found")
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if repository is None or (repository.private and not known):
+            # To a stranger a private repository looks like none.
+            return self.error(404 if known else 401, "RepoNotFound", "Repository not found")
+        if repository.gated and not known:
+            return self.error(403, "GatedRepo", f"Access to model {repo} is restricted.")
         commit = repository.resolve(revision)
         if commit is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -142,11 +157,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def preupload(self, kind: str, repo: str, revision: str):
-        files = json.loads(self.body)["files"]
-        modes = {file["path"]: "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular" for file in files}
-        self.answer(
-            200, {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
-        )
+        if (found := self.repository(kind, repo, revision)) is None:
+            return
+        repository, commit = found
+        files = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            large = path.endswith(LFS_SUFFIXES)
+            content = repository.commits[commit].get(path)
+            digest = None if content is None else (large_digest(content) if large else git_digest(content))
+            mode = "lfs" if large else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": digest})
+        self.answer(200, {"files": files})
 
     def commit(self, kind: str, repo: str, revision: str):
         if (found := self.repository(kind, repo, revision)) is None:
@@ -162,9 +183,14 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.large_files[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
+        page = f"{self.server.url}/{'' if kind == 'models' else 'datasets/'}{repo}"
+        pull_request = {}
+        if "create_pr" in self.query:
+            revision = repository.open_pull_request(revision)
+            pull_request = {"pullRequestUrl": f"{page}/discussions/{revision.rpartition('/')[2]}"}
         commit = repository.commit(revision, files)
-        url = f"{self.server.url}/{repo}/commit/{commit}"
-        self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        url = f"{page}/commit/{commit}"
+        self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""} | pull_request)
 
     def large_file_batch(self, kind: str | None, repo: str):
         objects = []
@@ -175,8 +201,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
 
     def receive_large_file(self, oid: str):
-        if hashlib.sha256(self.body).hexdigest() != oid:
+        if large_digest(self.body) != oid:
             return self.error(400, "BadRequest", "The content does not have this digest.")
+        if self.server.uploads_left is not None:
+            if self.server.uploads_left == 0:
+                self.server.uploads_left = None
+                return self.error(507, "InsufficientStorage", "The upload broke off.")
+            self.server.uploads_left -= 1
         self.server.large_files[oid] = self.body
         self.answer(200)
 
@@ -193,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
                 "private": repository.private,
                 "tags": [],
                 "siblings": siblings,
-                "gated": False,
+                "gated": "manual" if repository.gated else False,
             },
         )
 
@@ -224,6 +255,30 @@ class Handler(BaseHTTPRequestHandler):
         tag = f'"{git_digest(content)}"'
         self.answer(200, content, "application/octet-stream", ETag=tag, X_Repo_Commit=commit)
 
+    def gate(self, kind: str, repo: str):
+        self.server.repositories[kind, repo].gated = True
+        self.answer(200)
+
+    def break_uploads(self, after: str):
+        self.server.uploads_left = int(after)
+        self.answer(200)
+
+    def list_large_files(self):
+        self.answer(200, sorted(self.server.large_files))
+
+    def send_everything(self):
+        """Every byte that was ever published, names of files included."""
+        published = b""
+        for (kind, repo), repository in self.server.repositories.items():
+            for files in repository.commits.values():
+                for name, content in files.items():
+                    published += f"\n{kind}/{repo}/{name}\n".encode() + content
+        self.answer(200, published, "application/octet-stream")
+
+
+def large_digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
 
 def git_digest(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -235,14 +290,19 @@ ROUTES = [
     ("POST", r"/api/validate-yaml", False, Handler.validate_card),
     ("POST", r"/api/repos/create", True, Handler.create_repository),
     ("POST", rf"/api/{REPOSITORY}/branch/(?P<branch>.+)", True, Handler.create_branch),
-    ("POST", rf"/api/{REPOSITORY}/preupload/(?P<revision>[^/]+)", True, Handler.preupload),
-    ("POST", rf"/api/{REPOSITORY}/commit/(?P<revision>[^/]+)", True, Handler.commit),
+    ("POST", rf"/api/{REPOSITORY}/preupload/{REVISION}", True, Handler.preupload),
+    ("POST", rf"/api/{REPOSITORY}/commit/{REVISION}", True, Handler.commit),
     ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", True, Handler.large_file_batch),
     ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})", False, Handler.receive_large_file),
-    ("GET", rf"/api/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?", False, Handler.describe),
-    ("GET", rf"/api/{REPOSITORY}/tree/(?P<revision>[^/]+)", False, Handler.list_files),
-    ("POST", rf"/api/{REPOSITORY}/paths-info/(?P<revision>[^/]+)", False, Handler.list_paths),
-    ("GET HEAD", rf"/{PAGE}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", False, Handler.send_file),
+    ("GET", rf"/api/{REPOSITORY}(?:/revision/{REVISION})?", False, Handler.describe),
+    ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}", False, Handler.list_files),
+    ("POST", rf"/api/{REPOSITORY}/paths-info/{REVISION}", False, Handler.list_paths),
+    ("GET HEAD", rf"/{PAGE}/resolve/{REVISION}/(?P<name>.+)", False, Handler.send_file),
+    # What only tests ask for: to gate a repository, to break uploads off, to see what arrived.
+    ("POST", rf"/_test/gate/{REPOSITORY}", False, Handler.gate),
+    ("POST", r"/_test/break_uploads/(?P<after>\d+)", False, Handler.break_uploads),
+    ("GET", r"/_test/large_files", False, Handler.list_large_files),
+    ("GET", r"/_test/everything", False, Handler.send_everything),
 ]
 
 

@@ -46,7 +46,7 @@ def test_round_trip_and_auto_class(model, tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, SASRecForSequentialRecommendation)
     assert torch.equal(loaded.recommend(histories).scores, model.recommend(histories).scores)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
 
 
 def test_heads_must_divide_the_width():

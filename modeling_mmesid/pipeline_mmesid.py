@@ -1,0 +1,110 @@
+"""`pipeline("sequential-recommendation")`: raw item ids in, recommended items out."""
+
+import os
+from collections.abc import Sequence
+
+from transformers import Pipeline
+
+
+TASK = "sequential-recommendation"
+
+
+class SequentialRecommendationPipeline(Pipeline):
+    """
+    Recommends items from histories of raw item ids, with a [`MMESIDForSequentialRecommendation`] and its
+    [`MMESIDProcessor`].
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import modeling_mmesid  # registers the task; elsewhere `trust_remote_code=True` takes the repository's code
+
+    >>> recommender = pipeline("sequential-recommendation", model="runs/quickstart/recommender")
+    >>> recommender(["item-7", "item-31"], top_k=1)
+    [{'item_id': 'item-12', 'title': 'Brass kettle', 'score': 7.31, 'contributions': {'id': 4.02, 'text': 3.29}}]
+    ```
+
+    Calls take a history, a list of item ids (oldest first), and return a list of items, best first; or a list of
+    histories, and return a list a user. An item is a dictionary of `item_id`, `title` (`None` if the processor has no
+    titles), `score` and `contributions`, which split the score by what the item is made of.
+
+    Args:
+        top_k (`int`, *optional*, defaults to `10`): Items to return a user.
+        exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
+        allowed_items (`list[str]`, *optional*): Ids of the items to choose from; the whole catalogue by default.
+        denied_items (`list[str]`, *optional*): Ids of items never to return.
+        batch_size (`int`, *optional*, defaults to `256`): Users at a time.
+
+    Raises:
+        ValueError: If an item id is not in the catalogue, or fewer than `top_k` items are left to recommend.
+    """
+
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_processor = True
+
+    def __call__(
+        self, histories: Sequence[str] | Sequence[Sequence[str]], batch_size: int | None = None, **kwargs
+    ) -> list[dict] | list[list[dict]]:
+        if len(histories) == 0:
+            return []
+        one_user = isinstance(histories[0], str)
+        # All users are one input to the base class: `recommend` makes the batches itself.
+        inputs = {"histories": [histories] if one_user else histories, "batch_size": batch_size or self._batch_size}
+        recommended = super().__call__(inputs, **kwargs)
+        return recommended[0] if one_user else recommended
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        exclude_history: bool | None = None,
+        allowed_items: Sequence[str] | None = None,
+        denied_items: Sequence[str] | None = None,
+    ) -> tuple[dict, dict, dict]:
+        settings = {
+            "top_k": top_k,
+            "exclude_history": exclude_history,
+            "allowed_items": allowed_items,
+            "denied_items": denied_items,
+        }
+        return {}, {name: value for name, value in settings.items() if value is not None}, {}
+
+    def preprocess(self, inputs: dict) -> dict:
+        return {"rows": self.processor(inputs["histories"]), "batch_size": inputs["batch_size"] or 256}
+
+    def _forward(self, model_inputs: dict, **settings) -> dict:
+        for name in ("allowed_items", "denied_items"):
+            if name in settings:
+                settings[name] = self.processor.convert_item_ids_to_rows(settings[name])
+        best = self.model.recommend(
+            model_inputs["rows"], batch_size=model_inputs["batch_size"], return_contributions=True, **settings
+        )
+        return {"rows": best.items, "scores": best.scores, "contributions": best.contributions}
+
+    def postprocess(self, model_outputs: dict) -> list[list[dict]]:
+        rows = model_outputs["rows"]
+        item_ids = self.processor.convert_rows_to_item_ids(rows)
+        titles = self.processor.convert_rows_to_titles(rows) if self.processor.titles is not None else None
+        scores = model_outputs["scores"].tolist()
+        contributions = {name: values.tolist() for name, values in model_outputs["contributions"].items()}
+        return [
+            [
+                {
+                    "item_id": item_id,
+                    "title": None if titles is None else titles[user][place],
+                    "score": scores[user][place],
+                    "contributions": {name: values[user][place] for name, values in contributions.items()},
+                }
+                for place, item_id in enumerate(ranking)
+            ]
+            for user, ranking in enumerate(item_ids)
+        ]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves model, processor and code, from which [`~transformers.pipeline`] makes the same pipeline."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+__all__ = ["SequentialRecommendationPipeline"]
