@@ -7,12 +7,24 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .licences import licence_metadata, slug
+
 
 CARD_NAME = "README.md"
 PAPER = "arXiv:2509.02017"
 SPLITS = ("validation", "test")
 RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
 METRIC_LABELS = {"hr": "HR", "ndcg": "nDCG", "mrr": "MRR"}
+
+# Metrics that have tables of their own.
+_RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_length")
+# Where a quantizer's record and a recommender's have the health of the codes.
+_CODE_HEALTH = ("items", "semantic_ids")
+
+_PICTURE_NOTES = {
+    "figures/singular_spectrum.png": " The fewer dimensions lie under the line, the fewer collapsed.",
+    "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
+}
 
 # What a stage makes, as a title and as the tag that finds it on the Hub.
 _SUBJECTS = {
@@ -30,11 +42,16 @@ _TEMPLATES = {
     "finetune": "recommender",
 }
 
-# Licences by the identifier under which the Hub knows them; any other text becomes `license: other` with a name.
-_HUB_LICENCES = set(
-    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 "
-    "cc-by-nc-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 odbl pddl unlicense unknown".split()
-)
+# Kinds of repositories that a card can link to, and what they are to a reader.
+LINKS = {
+    "dataset": "the prepared dataset",
+    "sasrec": "SASRec, the collaborative modality and a baseline",
+    "encoder": "the encoder of texts and pictures",
+    "quantizer": "the quantizer that made the semantic IDs",
+    "recommender": "the recommender",
+}
+# What a card calls its repository until it is known.
+UNKNOWN_REPOSITORY = "this/repository"
 
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
@@ -54,9 +71,7 @@ def save_card(directory: str | os.PathLike, record: dict) -> Path:
 
     Args:
         directory (`str` or `os.PathLike`): The directory of the checkpoint or dataset; `README.md` is written into it.
-        record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`).
-            `details["data"]` holds the statistics of the prepared dataset; `metrics["validation"]` and
-            `metrics["test"]` hold HR, nDCG and MRR of a model that ranks.
+        record (`dict`): The stage's record as a plain dictionary, see [`render_card`].
 
     Returns:
         `Path`: The file.
@@ -71,31 +86,60 @@ def save_card(directory: str | os.PathLike, record: dict) -> Path:
     return path
 
 
-def render_card(record: dict) -> str:
-    """The text of the card that [`save_card`] writes."""
+def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str, str] | None = None) -> str:
+    """
+    The text of a card.
+
+    Args:
+        record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`).
+            `details["data"]` holds the statistics of the prepared dataset; `metrics["validation"]` and
+            `metrics["test"]` hold HR, nDCG and MRR of a model that ranks, `metrics["test_confidence"]` their 95%
+            intervals, `metrics["test_by_frequency"]` and `metrics["test_by_history_length"]` the same by groups of
+            users; pictures are the PNG files under `figures/` among the record's outputs. What is missing reads "not
+            measured".
+        repo_id (`str`, *optional*, defaults to `"this/repository"`): Where the card will be, for the code in it.
+        links (`dict[str, str]`, *optional*): Related repositories by kind, a key of `LINKS`.
+
+    Raises:
+        ValueError: If there is no card for the record's stage, or no such kind of link.
+    """
     stage = record["stage"]
     if stage not in _TEMPLATES:
         raise ValueError(f"There is no card for the stage '{stage}'; the stages with one are {', '.join(_TEMPLATES)}.")
+    links = links or {}
+    for kind in links:
+        if kind not in LINKS:
+            raise ValueError(f"A card has no link to a '{kind}'; the kinds are {', '.join(LINKS)}.")
     title, _ = _SUBJECTS[stage]
     public = record | {"arguments": _public(record["arguments"]), "details": _public(record["details"])}
+    metrics = record["metrics"]
+    shown_apart = {*SPLITS, *_RANKING_DETAILS, *_CODE_HEALTH}
     body = _ENVIRONMENT.get_template(f"{_TEMPLATES[stage]}.md.jinja").render(
         title=title,
         record=public,
-        data=public["details"]["data"],
+        data={"source": "data that were not described", "synthetic": False} | public["details"].get("data", {}),
         splits=SPLITS,
         ranking_metrics=RANKING_METRICS,
-        figures={name: _flat(values) for name, values in record["metrics"].items() if name not in SPLITS},
+        confidence=metrics.get("test_confidence", {}),
+        groups={name: metrics.get(name) for name in ("test_by_frequency", "test_by_history_length")},
+        code_health=_code_health(next((metrics[name] for name in _CODE_HEALTH if name in metrics), {})),
+        figures={name: _flat(values) for name, values in metrics.items() if name not in shown_apart},
+        pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
+        picture_notes=_PICTURE_NOTES,
+        repo_id=repo_id,
+        links={kind: (LINKS[kind], name) for kind, name in links.items()},
         paper=PAPER,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return f"---\n{_front_matter(record).to_yaml()}\n---\n\n{body}\n"
+    return f"---\n{_front_matter(record, links).to_yaml()}\n---\n\n{body}\n"
 
 
-def _front_matter(record: dict) -> CardData:
-    data = _public(record["details"]["data"])
+def _front_matter(record: dict, links: dict[str, str]) -> CardData:
+    details = _public(record["details"])
+    data = {"source": "Undescribed data", "synthetic": False} | details.get("data", {})
     title, tag = _SUBJECTS[record["stage"]]
     tags = ["mmesid", "sequential-recommendation", tag] + ["synthetic"] * data["synthetic"]
-    common = {"tags": tags} | _licence(data.get("licence"))
+    common = {"tags": tags} | licence_metadata(data.get("licence"), details.get("base_model_licence"))
     if record["stage"] == "prepare":
         return DatasetCardData(
             pretty_name=f"{data['source']}, prepared for sequential recommendation",
@@ -107,7 +151,7 @@ def _front_matter(record: dict) -> CardData:
         EvalResult(
             task_type="sequential-recommendation",
             task_name="Sequential recommendation, full ranking",
-            dataset_type=_slug(data["source"]),
+            dataset_type=links.get("dataset", slug(data["source"])),
             dataset_name=data["source"],
             dataset_split=split,
             metric_type=name,
@@ -121,10 +165,30 @@ def _front_matter(record: dict) -> CardData:
     return ModelCardData(
         library_name="transformers",
         base_model=_hub_name(record["details"].get("base_model")),
+        datasets=[links["dataset"]] if "dataset" in links else None,
         model_name=f"{title} ({data['source']})",
         eval_results=results or None,
         **common,
     )
+
+
+def _code_health(metrics: dict) -> dict:
+    """
+    The metrics of [`trainer.metrics.codes`] by modality, as a table wants them: `{"text": {"levels": [{"use": 1.0,
+    "dead": 0, "perplexity": 200.1}, ...], "collisions": 0.01}, ...}`; the modality `""` is the ID of all together.
+    """
+    tables = {}
+    for name, value in metrics.items():
+        match = re.fullmatch(r"(use|dead|perplexity)@(\d+)_(.+)|(collisions)(?:_(.+))?", name)
+        if match is None:
+            continue
+        kind, level, modality = match[1], match[2], match[3] or match[5] or ""
+        table = tables.setdefault(modality, {"levels": {}, "collisions": None})
+        if kind is None:
+            table["collisions"] = value
+        else:
+            table["levels"].setdefault(int(level), {})[kind] = value
+    return tables
 
 
 def _hub_name(base_model: str | None) -> str | None:
@@ -132,20 +196,8 @@ def _hub_name(base_model: str | None) -> str | None:
     return base_model if base_model is not None and _public(base_model) == base_model else None
 
 
-def _licence(text: str | None) -> dict:
-    if text is None:
-        return {}
-    if text.lower() in _HUB_LICENCES:
-        return {"license": text.lower()}
-    return {"license": "other", "license_name": _slug(text)}
-
-
 def _size_category(examples: int) -> str:
     return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1B")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _public(value):
@@ -196,7 +248,23 @@ def _cell(value) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(_cell(inner) for inner in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{_label(name)} {_cell(inner)}" for name, inner in value.items())
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _interval(bounds: list[float]) -> str:
+    low, high = bounds
+    return f"{low:.4f} to {high:.4f}"
+
+
+def _caption(name: str) -> str:
+    """What a picture shows, from its file's name: `figures/fusion_weights.png` as "fusion weights"."""
+    return PurePosixPath(name).stem.replace("_", " ")
 
 
 def _duration(seconds: float) -> str:
@@ -210,4 +278,6 @@ def _duration(seconds: float) -> str:
 _ENVIRONMENT = Environment(
     loader=PackageLoader("hub_cards"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.filters.update(cell=_cell, duration=_duration, label=_label)
+_ENVIRONMENT.filters.update(
+    caption=_caption, cell=_cell, duration=_duration, interval=_interval, label=_label, share=_share
+)

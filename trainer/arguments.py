@@ -519,8 +519,22 @@ class PushArguments:
         default=None, metadata={"help": "Whether a new repository is private; by default as the account is set up."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if it does not exist."})
+    create_pr: bool = field(
+        default=False, metadata={"help": "Open a pull request with the files instead of changing the branch."}
+    )
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    links: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Related repositories that the card links to, kind=owner/name each; kinds are dataset, sasrec, "
+            "encoder, quantizer and recommender."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "List the files and stop before anything is sent."})
+    preview_dir: str | None = field(
+        default=None,
+        metadata={"help": "Also write the card and its pictures to this directory, as they will be sent."},
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,7 @@
 """Training the MME-SID recommender."""
 
+from pathlib import Path
+
 import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -7,6 +9,7 @@ from transformers.utils import logging
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 from .collators import HistoryCollator
+from .item_description import describe_items
 from .sequential_trainer import SequentialRecommendationTrainer
 
 
@@ -35,6 +38,8 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
             smoothed popularity; 0 takes the whole catalogue.
         **kwargs: Further arguments of [`~transformers.Trainer`].
     """
+
+    stage = "finetune"
 
     def __init__(
         self,
@@ -69,6 +74,14 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
 
     def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**inputs, shared_prompt=True).user_embeddings
+
+    def describe(self, directory: Path) -> tuple[dict, dict]:
+        config = self.model.config
+        details = {"modalities": config.modalities, "base_model": config.base_model_name_or_path}
+        if self.processing_class is None:
+            return {}, details
+        metrics, examples = describe_items(self.accelerator.unwrap_model(self.model), self.processing_class, directory)
+        return metrics, details | examples
 
 
 def smoothed_popularity(frequencies: torch.Tensor, exponent: float = 0.75) -> torch.Tensor:

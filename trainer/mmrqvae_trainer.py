@@ -19,6 +19,7 @@ from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from .arguments import QuantizeArguments
 from .collisions import resolve_collisions, shared
+from .hub_trainer import HubTrainerMixin
 from .kmeans import kmeans
 from .metrics.codes.codes import code_health
 from .metrics.forgetting.forgetting import mean_tau, pooled_tau
@@ -341,7 +342,7 @@ def history_distances(
     return HistoryDistances(groups.numpy(), before.numpy(), (left - right).norm(dim=1).numpy())
 
 
-class MMRQVAETrainer(Trainer):
+class MMRQVAETrainer(HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 
@@ -362,6 +363,9 @@ class MMRQVAETrainer(Trainer):
         eval_dataset ([`ItemTables`]): Held-out items.
         kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
     """
+
+    stage = "quantize"
+    evaluation_name = "held_out"
 
     def __init__(
         self,

@@ -192,7 +192,7 @@ class StageRun:
     def draft_record(self) -> StageRecord:
         """The record as it stands, for a card that is written inside the stage."""
         files = sorted(file for file in self.staging.rglob("*") if file.is_file())
-        return StageRecord(
+        return _record_now(
             stage=self.stage,
             fingerprint=self.fingerprint,
             arguments=self.arguments,
@@ -200,11 +200,7 @@ class StageRun:
             outputs={file.relative_to(self.staging).as_posix(): file_digest(file) for file in files},
             metrics=self.metrics,
             details=self.details,
-            versions={"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
-            hardware=hardware(),
             seconds=round(time.perf_counter() - self._start, 1),
-            peak_memory_bytes=peak_memory_bytes(),
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def _publish(self) -> None:
@@ -228,6 +224,43 @@ class StageRun:
             self.checkpoints_dir.parent.rmdir()
         write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
         print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+
+
+def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:
+    """
+    The record of work that a stage could have done, for the card of a Trainer that is used by itself.
+
+    Args:
+        stage (`str`): Name of the stage.
+        arguments (`dict`): The Trainer's arguments that differ from their defaults; plain values are recorded.
+        seconds (`float`): Wall-clock time.
+    """
+    plain = {
+        name: value
+        for name, value in arguments.items()
+        if name not in _PRESENTATION_ARGUMENTS and isinstance(value, (str, int, float, list))
+    }
+    return _record_now(
+        stage=stage,
+        fingerprint=json_digest([stage, plain]),
+        arguments=plain,
+        inputs={},
+        outputs={},
+        metrics={},
+        details={},
+        seconds=seconds,
+    )
+
+
+def _record_now(**content) -> StageRecord:
+    """A record with what belongs to this process and this moment."""
+    return StageRecord(
+        versions={"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        hardware=hardware(),
+        peak_memory_bytes=peak_memory_bytes(),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        **content,
+    )
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:

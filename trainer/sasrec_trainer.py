@@ -19,5 +19,7 @@ class SASRecTrainer(SequentialRecommendationTrainer):
     ```
     """
 
+    stage = "sasrec"
+
     def __init__(self, model: SASRecForSequentialRecommendation, args: TrainingArguments, **kwargs):
         super().__init__(model, args, data_collator=ItemCollator(model.config.max_position_embeddings), **kwargs)

@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
 
+from .hub_trainer import HubTrainerMixin
 from .metrics.ranking.ranking import Ranking
 
 
@@ -24,7 +25,7 @@ def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
     return compute_metrics
 
 
-class SequentialRecommendationTrainer(Trainer):
+class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
 

@@ -12,8 +12,9 @@ from .records import StageRun
 
 def trainer_arguments(arguments: StageTrainingArguments, run: StageRun) -> StageTrainingArguments:
     """The arguments as the `Trainer` needs them: its `output_dir` is where checkpoints go, not where the stage's
-    result goes."""
+    result goes, which still names the repository on the Hub."""
     arguments = copy.copy(arguments)
+    arguments.hub_model_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
     arguments.output_dir = str(run.checkpoints_dir)
     return arguments
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hub_cards import render_card, save_card
+from hub_cards import model_licence, render_card, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -78,20 +78,26 @@ def make_record(stage, **changes):
     return record | changes
 
 
-def snippet(card, replacements):
-    """The Python of a card's "How to load", on local files."""
-    code = re.search(r"## How to load.*?```python\n(.*?)```", card, re.DOTALL)[1]
-    for text, replacement in replacements.items():
-        assert text in code
-        code = code.replace(text, replacement)
-    return code
+def snippets(card, replacements):
+    """Every piece of Python of a card's "How to load", on local files."""
+    section = card.split("## How to load")[1].split("\n## ")[0]
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        for text, replacement in replacements.items():
+            assert text in code
+            code = code.replace(text, replacement)
+        yield code
 
 
 def run_snippet(stage, directory, capsys):
     wanted = 'snapshot_download("this/repository")' if stage == "quantize" else '"this/repository"'
     path = save_card(directory, make_record(stage))
-    exec(snippet(path.read_text(encoding="utf-8"), {wanted: repr(str(directory))}), {})
-    return capsys.readouterr().out
+    printed = []
+    for code in snippets(path.read_text(encoding="utf-8"), {wanted: repr(str(directory))}):
+        exec(code, {})
+        printed.append(capsys.readouterr().out)
+    # Each way to load prints the same.
+    assert printed and set(printed) == {printed[0]}
+    return printed[0]
 
 
 @pytest.mark.parametrize("stage", ["sasrec", "finetune"])
@@ -104,28 +110,90 @@ def test_figures_survive_the_round_trip_through_the_front_matter(stage):
     assert card.data.library_name == "transformers"
     assert {"mmesid", "sequential-recommendation"} <= set(card.data.tags)
     assert card.data.license == "cc-by-4.0"
-    assert "| HR@10 | 0.2500 | 0.1250 |" in card.text
-    assert "| nDCG@5 | 0.0625 | 0.0312 |" in card.text
+    assert "| HR@10 | 0.2500 | 0.1250 | not measured |" in card.text
+    assert "| nDCG@5 | 0.0625 | 0.0312 | not measured |" in card.text
 
 
 @pytest.mark.parametrize("stage", ["sasrec", "finetune"])
 def test_a_missing_figure_reads_not_measured(stage):
     card = ModelCard(render_card(make_record(stage)))
-    assert "| HR@5 | 0.1250 | not measured |" in card.text
+    assert "| HR@5 | 0.1250 | not measured | not measured |" in card.text
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
     without = ModelCard(render_card(make_record(stage, metrics={})))
-    assert without.text.count("| not measured | not measured |") == len(VALIDATION)
+    assert without.text.count("| not measured | not measured | not measured |") == len(VALIDATION)
     assert without.data.eval_results is None
 
 
 def test_a_quantizer_without_figures_says_so():
     assert "Not measured." in render_card(make_record("quantize", metrics={}))
-    measured = render_card(
-        make_record("quantize", metrics={"items": {"text": {"use@1_text": [1.0, 0.5], "collisions": 4}}})
-    )
-    assert "| text use@1 text | 1, 0.5 |" in measured
-    assert "| text collisions | 4 |" in measured
-    assert "Not measured." not in measured
+    assert "Not measured." not in render_card(make_record("quantize", metrics={"held_out": {"tau": 0.5}}))
+
+
+def test_the_health_of_codes_has_a_row_a_level():
+    items = {"collisions_text": 0.25, "collisions": 0.0625}
+    for level, use, dead in ((1, 1.0, 0), (2, 0.75, 64)):
+        items |= {f"use@{level}_text": use, f"dead@{level}_text": dead, f"perplexity@{level}_text": 100.5}
+    text = render_card(make_record("quantize", metrics={"items": items, "held_out": {"tau": 0.5}}))
+    assert "| codes of text | used | dead | perplexity |" in text
+    assert "| level 1 | 100.0% | 0 | 100.5 |\n| level 2 | 75.0% | 64 | 100.5 |" in text
+    assert "25.00% in text; 6.25% in all modalities together." in text
+    assert "| tau | 0.5 |" in text
+    assert text.count("use@") == 0
+
+
+def test_intervals_and_groups_of_users_are_shown():
+    metrics = {
+        "validation": VALIDATION,
+        "test": VALIDATION,
+        "test_confidence": {"ndcg@10": [0.08, 0.1]},
+        "test_by_frequency": {"cold": {"users": 7, "hr@10": 0.0, "mrr": 0.001}, "head": {"users": 1200, "hr@10": 0.5}},
+    }
+    text = render_card(make_record("finetune", metrics=metrics))
+    assert "| nDCG@10 | 0.0900 | 0.0900 | 0.0800 to 0.1000 |" in text
+    assert "| HR@10 | 0.2500 | 0.2500 | not measured |" in text
+    assert "| target | users | HR@10 | MRR |" in text
+    assert "| cold | 7 | 0.0000 | 0.0010 |\n| head | 1,200 | 0.5000 | not measured |" in text
+    assert "by items in the history: not measured." in text
+
+
+def test_semantic_ids_are_shown_with_titles():
+    examples = [
+        {"item_id": "a", "title": "Saddle | soft", "codes": {"collaborative": [1, 2], "text": [3, 4]}},
+        {"item_id": "b", "title": None, "codes": {"collaborative": None, "text": [3, 5]}},
+    ]
+    record = make_record("finetune")
+    record["details"]["semantic_id_examples"] = examples
+    text = render_card(record)
+    assert "| item | title | collaborative | text |" in text
+    assert "| a | Saddle \\| soft | 1-2 | 3-4 |\n| b |  | none | 3-5 |" in text
+
+
+def test_pictures_among_the_outputs_are_embedded():
+    outputs = {"figures/fusion_weights.png": "", "figures/notes.txt": "", "model.safetensors": ""}
+    text = render_card(make_record("finetune", outputs=outputs))
+    assert "![fusion weights](figures/fusion_weights.png)" in text
+    assert text.count("![") == 1
+    assert "![" not in render_card(make_record("finetune"))
+
+
+def test_the_repository_and_its_relatives_are_named():
+    links = {"dataset": "me/parts", "quantizer": "me/codes"}
+    card = ModelCard(render_card(make_record("finetune"), "me/recommender", links))
+    assert 'from_pretrained("me/recommender")' in card.text and "this/repository" not in card.text
+    assert "[me/parts](https://huggingface.co/datasets/me/parts): the prepared dataset" in card.text
+    assert "[me/codes](https://huggingface.co/me/codes)" in card.text
+    assert card.data.datasets == ["me/parts"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"me/parts"}
+    with pytest.raises(ValueError, match="no link to a 'cousin'"):
+        render_card(make_record("finetune"), links={"cousin": "me/other"})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_energy_is_told_only_where_it_was_measured(stage):
+    record = make_record(stage)
+    assert "Energy: not measured." in render_card(record)
+    record["details"]["energy_kwh"] = 0.25
+    assert "Energy: 0.25 kWh." in render_card(record)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -166,6 +234,27 @@ def test_terms_that_are_no_licence_of_the_hub_get_a_name():
     card = ModelCard(render_card(record))
     assert card.data.license is None
     assert "Terms: not stated." in card.text
+
+
+def test_licences_of_base_model_and_data_are_both_carried_over():
+    record = make_record("finetune")
+    record["details"] |= {"base_model": "me/llama", "base_model_licence": "llama3.2"}
+    card = ModelCard(render_card(record))
+    assert (card.data.license, card.data.license_name) == ("other", "cc-by-4.0-and-llama3.2")
+    assert "under these terms: CC-BY-4.0." in card.text and "me/llama is under: llama3.2." in card.text
+    record["details"]["base_model_licence"] = None
+    assert "me/llama is under: not stated on its card." in render_card(record)
+
+
+def test_the_licence_of_a_base_model_is_read_from_its_card(tmp_path):
+    assert model_licence(None) is None
+    assert model_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: tongyi-qianwen\n---\n# Base\n")
+    assert model_licence(tmp_path) == "tongyi-qianwen"
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    assert model_licence(tmp_path) == "apache-2.0"
+    (tmp_path / "README.md").write_text("# Base\n")
+    assert model_licence(tmp_path) is None
 
 
 def test_the_base_model_is_named():
@@ -226,7 +315,7 @@ def test_saving_again_replaces_the_card_and_leaves_nothing_else(tmp_path):
     first = path.read_bytes()
     assert save_card(tmp_path, record).read_bytes() == first
     save_card(tmp_path, record | {"metrics": {"validation": VALIDATION, "test": {"hr@10": 0.375}}})
-    assert "| HR@10 | 0.2500 | 0.3750 |" in path.read_text(encoding="utf-8")
+    assert "| HR@10 | 0.2500 | 0.3750 | not measured |" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -6,7 +6,6 @@ Ranks the whole catalogue for every held-out user and writes one table: populari
         --output_dir runs/quickstart/evaluation
 """
 
-import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
-from hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 from modeling_mmesid.recommendation import mask_histories, pad_histories, target_ranks
 
@@ -35,7 +33,8 @@ from ..metrics.ranking.analysis import (
     metrics_by_history_length,
 )
 from ..mmesid_trainer import MMESIDTrainer
-from ..records import StageRecord, StageRun
+from ..publishing import add_metrics
+from ..records import StageRun
 from ..sasrec_trainer import SASRecTrainer
 
 
@@ -85,9 +84,7 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
         (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
         for directory in directories:
-            record = StageRecord.load(directory)
-            record.metrics |= results[directory.name]
-            save_card(directory, dataclasses.asdict(record))
+            add_metrics(directory, results[directory.name])
 
 
 def model_ranks(directory: Path, data: PreparedDataset, arguments: EvaluateArguments) -> dict[str, np.ndarray]:

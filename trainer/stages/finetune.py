@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from hub_cards import save_card
+from hub_cards import model_licence, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -29,6 +29,7 @@ from ..backbone import new_llama_config, train_tokenizer
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
 from ..encoders.tables import load_table, table_path
+from ..item_description import describe_items
 from ..mmesid_trainer import MMESIDTrainer
 from ..mmrqvae_trainer import ItemTables, encode_items
 from ..records import StageRun
@@ -46,6 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     settings, tables = load_content(arguments, modalities, data.num_items) if modalities else ({}, {})
     processor, model = build(arguments, data, settings)
     model.initialize_items(data.frequencies, **tables)
+    run.details.update(
+        data=data.statistics,
+        base_model=arguments.backbone_name_or_path,
+        base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
+    )
     with run as staging:
         trainer = MMESIDTrainer(
             model,
@@ -57,19 +63,22 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=processor,
             callbacks=early_stopping(arguments),
         )
+        trainer.draft_record = run.draft_record
         fit(trainer)
         run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             model.save_pretrained(staging, merge_backbone=arguments.merge_backbone)
             processor.save_pretrained(staging)
+            metrics, details = describe_items(model, processor, staging)
+            run.metrics.update(metrics)
             run.details.update(
-                data=data.statistics,
+                details,
                 parameters=model.num_parameters(),
                 trainable_parameters=model.num_parameters(only_trainable=True),
                 modalities=model.config.modalities,
-                base_model=arguments.backbone_name_or_path,
             )
             save_card(staging, dataclasses.asdict(run.draft_record()))
+    trainer.publish(arguments.output_dir)
 
 
 def content_modalities(arguments: FinetuneArguments) -> list[str]:

@@ -8,10 +8,7 @@ they are, and two pictures: the use of the codes, and the distances before and a
 """
 
 import dataclasses
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from transformers import set_seed
@@ -26,12 +23,12 @@ from ..encoders.tables import load_table, table_path
 from ..figures import draw_code_use, draw_distances
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
 from ..records import StageRun
+from ..semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
 from ..training import early_stopping, fit, trainer_arguments
 
 
 logger = logging.get_logger(__name__)
 
-SEMANTIC_IDS_NAME = "semantic_ids.parquet"
 FIGURES_NAME = "figures"
 
 
@@ -76,11 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(arguments.seed)
     model = MMRQVAEModel(config)
     training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
+    run.details.update(data=data.statistics)
     with run as staging:
         initialize(model, training, arguments.seed)
         trainer = MMRQVAETrainer(
             model, trainer_arguments(arguments, run), training, held_out, callbacks=early_stopping(arguments)
         )
+        trainer.draft_record = run.draft_record
         fit(trainer)
         evaluated = trainer.evaluate()
         run.metrics["held_out"] = {
@@ -110,22 +109,12 @@ def main(argv: list[str] | None = None) -> None:
                     for modality, metrics in run.metrics["histories"].items()
                 },
             )
-            run.details.update(data=data.statistics, parameters=model.num_parameters())
+            run.details.update(
+                parameters=model.num_parameters(),
+                semantic_id_examples=semantic_id_examples(codes, data.frequencies, data.item_ids, data.titles),
+            )
             save_card(staging, dataclasses.asdict(run.draft_record()))
-
-
-def write_semantic_ids(path: Path, item_ids: list[str], codes: dict[str, torch.Tensor]) -> None:
-    """Writes a Parquet file of one row an item: `item_id`, and a list of codes a modality, null where the item lacks
-    it."""
-    columns = {"item_id": pa.array(item_ids[1:], pa.string())}
-    for modality, values in codes.items():
-        levels = values.shape[1]
-        missing = pa.array((values[1:, 0] < 0).numpy())
-        flat = pa.array(values[1:].flatten().numpy())
-        columns[modality] = pa.ListArray.from_arrays(
-            pa.array(range(0, levels * len(values), levels), pa.int32()), flat, mask=missing
-        )
-    pq.write_table(pa.table(columns), path)
+    trainer.publish(arguments.output_dir)
 
 
 if __name__ == "__main__":

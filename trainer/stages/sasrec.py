@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         hidden_dropout=arguments.hidden_dropout,
         attention_dropout=arguments.attention_dropout,
     )
+    run.details.update(data=data.statistics)
     with run as staging:
         trainer = SASRecTrainer(
             SASRecForSequentialRecommendation(config),
@@ -48,12 +49,14 @@ def main(argv: list[str] | None = None) -> None:
             eval_dataset=EvaluationHistories(data.sequences("validation")),
             callbacks=early_stopping(arguments),
         )
+        trainer.draft_record = run.draft_record
         fit(trainer)
         run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
-            run.details.update(data=data.statistics, parameters=trainer.model.num_parameters())
+            run.details.update(parameters=trainer.model.num_parameters())
             save_card(staging, dataclasses.asdict(run.draft_record()))
+    trainer.publish(arguments.output_dir)
 
 
 if __name__ == "__main__":

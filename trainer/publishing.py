@@ -1,0 +1,161 @@
+"""What of a stage's directory goes to the Hub, and how it gets there: for `mmesid push` and for the trainers."""
+
+import dataclasses
+import json
+import os
+import warnings
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+
+from hub_cards import render_card, save_card
+
+from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
+
+
+CARD_NAME = "README.md"
+RESULTS_NAME = "eval_results.json"
+
+# What the directory of each stage is on the Hub.
+REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "quantize": "model", "finetune": "model"}
+
+
+def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:
+    """Adds what was measured later to the record and the card of a stage's directory."""
+    directory = Path(directory)
+    record = StageRecord.load(directory)
+    record.metrics |= metrics
+    record.outputs[CARD_NAME] = file_digest(save_card(directory, dataclasses.asdict(record)))
+    write_text_atomic(directory / RECORD_NAME, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+
+
+def is_card_edited(directory: Path, record: StageRecord) -> bool:
+    """Whether somebody changed the card since it was written from the record."""
+    return file_digest(directory / CARD_NAME) != record.outputs[CARD_NAME]
+
+
+def publication(
+    directory: str | os.PathLike, repo_id: str, links: dict[str, str] | None = None
+) -> tuple[str, dict[str, Path | bytes]]:
+    """
+    What of a stage's directory goes to the Hub: the files that the stage wrote, what was measured, and the card, with
+    the repository's name in its code and links to related ones. A card that was edited by hand goes as it is. The
+    record stays behind.
+
+    Args:
+        directory (`str` or `os.PathLike`): The directory of a stage that has finished.
+        repo_id (`str`): The repository it goes to.
+        links (`dict[str, str]`, *optional*): Related repositories by kind, see [`hub_cards.render_card`].
+
+    Returns:
+        `tuple[str, dict[str, Path | bytes]]`: The type of the repository (`"model"` or `"dataset"`), and path or
+            content of every file by its name in the repository.
+
+    Raises:
+        FileNotFoundError: If no stage wrote the directory, or a file that it wrote is gone.
+        ValueError: If the stage is none whose result is published, or a file holds what is private.
+    """
+    directory = Path(directory)
+    if not (directory / RECORD_NAME).is_file():
+        raise FileNotFoundError(
+            f"'{directory}' has no {RECORD_NAME}; give the directory of a stage that has finished."
+        )
+    record = StageRecord.load(directory)
+    if record.stage not in REPO_TYPES:
+        raise ValueError(
+            f"'{directory}' was written by the stage '{record.stage}'; what goes to the Hub comes from "
+            f"{', '.join(REPO_TYPES)}."
+        )
+    for name in record.outputs:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"'{directory / name}' is gone; run `mmesid {record.stage}` again.")
+    files: dict[str, Path | bytes] = {name: directory / name for name in record.outputs}
+    if not is_card_edited(directory, record):
+        files[CARD_NAME] = render_card(dataclasses.asdict(record), repo_id, links).encode()
+    if record.metrics:
+        files[RESULTS_NAME] = (json.dumps(record.metrics, indent=2) + "\n").encode()
+    check_private(directory, files)
+    return REPO_TYPES[record.stage], dict(sorted(files.items()))
+
+
+def check_private(directory: Path, files: dict[str, Path | bytes]) -> None:
+    """
+    Raises:
+        ValueError: If a file holds the token, or the path of a directory of this machine.
+    """
+    if "config.json" in files:
+        content = files["config.json"]
+        config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        base_model = config.get("base_model_name_or_path")
+        if base_model is not None and Path(base_model).exists():
+            raise ValueError(
+                f"'{directory}' names its base model by the folder '{base_model}', which nobody else has; train on a "
+                "base model from the Hub, or save it with `merge_backbone=True`."
+            )
+    private = {"a directory of this machine": [Path.home(), Path.cwd(), directory.resolve()]}
+    needles = [(what, f"{path}/".encode()) for what, paths in private.items() for path in paths if len(path.parts) > 1]
+    if (token := get_token()) is not None:
+        needles.append(("your token for the Hub", token.encode()))
+    for name, content in files.items():
+        for what, needle in needles:
+            if _holds(content, needle):
+                raise ValueError(f"'{name}' of '{directory}' holds {what}; take it out before others read it.")
+
+
+def _holds(content: Path | bytes, needle: bytes, block_size: int = 2**24) -> bool:
+    if isinstance(content, bytes):
+        return needle in content
+    with open(content, "rb") as file:
+        tail = b""
+        while block := file.read(block_size):
+            if needle in tail + block:
+                return True
+            tail = block[-len(needle) :]
+    return False
+
+
+def upload(
+    files: dict[str, Path | bytes],
+    repo_id: str,
+    repo_type: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Makes repository and branch where they are missing and sends the files in one commit. Large files that an earlier
+    call sent before it broke off, and files that have not changed, are not sent again.
+
+    Args:
+        files (`dict[str, Path | bytes]`): Path or content of every file by its name in the repository.
+        repo_id (`str`): The repository, owner/name.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        private (`bool`, *optional*): Whether a new repository is private; by default as the account is set up.
+        revision (`str`, *optional*): The branch; `main` by default.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of changing the branch.
+        commit_message (`str`): Message of the commit.
+        token (`str`, *optional*): A token that may write; by default that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`].
+    """
+    api = HfApi(token=token)
+    # A pull request needs no right to write, which making the repository would ask for.
+    if not (create_pr and api.repo_exists(repo_id, repo_type=repo_type)):
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    with warnings.catch_warnings():
+        # Semantic IDs belong to the model that made them.
+        warnings.filterwarnings("ignore", message=".*about to commit a data file", category=UserWarning)
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
