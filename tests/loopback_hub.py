@@ -266,6 +266,11 @@ class Handler(BaseHTTPRequestHandler):
     def list_large_files(self):
         self.answer(200, sorted(self.server.large_files))
 
+    def history(self, kind: str, repo: str):
+        """The names of the files of every commit but the empty first one, oldest first."""
+        _, *commits = self.server.repositories[kind, repo].commits.values()
+        self.answer(200, [sorted(files) for files in commits])
+
     def send_everything(self):
         """Every byte that was ever published, names of files included."""
         published = b""
@@ -301,6 +306,7 @@ ROUTES = [
     # What only tests ask for: to gate a repository, to break uploads off, to see what arrived.
     ("POST", rf"/_test/gate/{REPOSITORY}", False, Handler.gate),
     ("POST", r"/_test/break_uploads/(?P<after>\d+)", False, Handler.break_uploads),
+    ("GET", rf"/_test/history/{REPOSITORY}", False, Handler.history),
     ("GET", r"/_test/large_files", False, Handler.list_large_files),
     ("GET", r"/_test/everything", False, Handler.send_everything),
 ]

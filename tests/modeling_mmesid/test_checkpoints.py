@@ -1,6 +1,8 @@
 """Checkpoints of earlier versions keep loading; those of later formats and those in pickles are refused."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmesid  # noqa: F401 (registers the Auto classes)
+from modeling_mmesid.checkpoints import FORMAT_VERSION
 
 
 # Written by version 0.1.0 at commit c622c0f, with the recommendations that it gave.
@@ -44,3 +47,49 @@ def test_an_earlier_processor_knows_its_items():
     processor = AutoProcessor.from_pretrained(EARLIER / "recommender")
     assert processor([["id-3", "id-40"]]) == [[3, 40]]
     assert processor.convert_rows_to_titles([1]) == ["part 1"]
+
+
+@pytest.mark.parametrize("name", ["recommender", "sasrec", "quantizer"])
+def test_a_newer_major_format_is_refused_with_a_sentence(name, tmp_path):
+    shutil.copytree(EARLIER / name, tmp_path / name)
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    # A setting of a newer format need not fit this one's types.
+    config |= {"format_version": FORMAT_VERSION + 1, "num_items": "many"}
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"has format {FORMAT_VERSION + 1}, .* reads formats up to {FORMAT_VERSION}"):
+        AutoModel.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["recommender", "recommender_lora", "sasrec", "quantizer"])
+def test_weights_in_a_pickle_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(EARLIER)
+    shutil.copytree(EARLIER / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, tmp_path / name / "pytorch_model.bin")
+    for arguments in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match=r"holds no model\.safetensors, and weights in pickle files are not read"):
+            AutoModel.from_pretrained(tmp_path / name, **arguments)
+
+
+def test_a_base_model_in_a_pickle_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(EARLIER / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, tmp_path / "base" / "pytorch_model.bin")
+    shutil.copytree(EARLIER / "recommender_lora", tmp_path / "recommender_lora")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="needs its base model 'base', which cannot be loaded"):
+        AutoModel.from_pretrained("recommender_lora")
+
+
+def test_what_is_saved_names_its_format_and_brings_its_code(tmp_path):
+    AutoModel.from_pretrained(EARLIER / "recommender").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == FORMAT_VERSION
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_mmesid.MMESIDConfig",
+        "AutoModel": "modeling_mmesid.MMESIDForSequentialRecommendation",
+    }
+    for name in [reference.split(".")[0] for reference in config["auto_map"].values()]:
+        assert (tmp_path / f"{name}.py").is_file()
+    # Whatever a module imports from its siblings came along.
+    for path in tmp_path.glob("*.py"):
+        for sibling in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE):
+            assert (tmp_path / f"{sibling}.py").is_file(), f"{path.name} needs {sibling}"

@@ -45,6 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     except HfHubHTTPError as error:
         raise ValueError(_explanation(error, arguments.repo_id)) from error
+    except RuntimeError as error:
+        # What huggingface_hub makes of a large file that could not be sent.
+        raise ValueError(
+            f"{error} Push to '{arguments.repo_id}' again: what arrived is not sent again. ({error.__cause__})"
+        ) from error
     print(f"push: wrote {commit.pr_url or commit.commit_url}")
 
 
@@ -76,17 +81,11 @@ def write_preview(directory: Path, files: dict[str, Path | bytes]) -> None:
 
 
 def _explanation(error: HfHubHTTPError, repo_id: str) -> str:
-    if error.response is None:
-        return f"The Hub could not be reached when '{repo_id}' was pushed ({error}); push again, what arrived is kept."
     status = error.response.status_code
     if status in (401, 403):
         return (
             f"The Hub does not let you write to '{repo_id}' ({status}); log in with `hf auth login`, or set HF_TOKEN "
             "to a token that may write there."
-        )
-    if status >= 500:
-        return (
-            f"The Hub broke off with {status} when '{repo_id}' was pushed; push again, what arrived is not sent again."
         )
     return f"The Hub answered {status} when '{repo_id}' was pushed: {error.server_message or error}."
 

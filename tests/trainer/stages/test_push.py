@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+from trainer.publishing import publication
 from trainer.records import StageRecord
-from trainer.stages.push import main, published_files
+from trainer.stages.push import main
 
 
 def write_stage(directory, stage, files):
@@ -116,11 +117,39 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(recommender, capsys, monkey
 
 
 def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_path):
-    assert published_files(recommender) == ("model", sorted(FILES))
+    repo_type, files = publication(recommender, "me/model")
+    assert repo_type == "model"
+    assert files == {name: recommender / name for name in sorted(FILES)}
     with pytest.raises(FileNotFoundError, match=r"has no record\.json"):
-        published_files(tmp_path)
+        publication(tmp_path, "me/model")
     with pytest.raises(ValueError, match="written by the stage 'evaluate'"):
-        published_files(write_stage(tmp_path / "evaluation", "evaluate", {"results.md": b""}))
+        publication(write_stage(tmp_path / "evaluation", "evaluate", {"results.md": b""}), "me/model")
     (recommender / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json' is gone; run `mmesid finetune` again"):
-        published_files(recommender)
+        publication(recommender, "me/model")
+
+
+def test_what_is_private_is_refused(recommender, monkeypatch):
+    secret = "hf_0123456789"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    publication(recommender, "me/model")
+    large = b"x" * (2**24 - 5)
+    for content, what in (
+        (f"notes in {recommender}/notes.md".encode(), "a directory of this machine"),
+        (large + secret.encode(), "your token"),
+    ):
+        (recommender / "odd [name].json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"'odd \[name\]\.json' of .* holds {what}"):
+            publication(recommender, "me/model")
+
+
+def test_a_base_model_on_the_builder_s_disk_is_refused(recommender, tmp_path):
+    (recommender / "config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match="names its base model by the folder"):
+        publication(recommender, "me/model")
+
+
+@pytest.mark.parametrize("link", ["me/data", "dataset=data", "cousin=me/data", "dataset=a/b/c"])
+def test_a_link_names_kind_and_repository(recommender, link):
+    with pytest.raises(ValueError, match=f"--links {link} does not have the form kind=owner/name"):
+        main(["--directory", str(recommender), "--repo_id", "me/model", "--links", link])

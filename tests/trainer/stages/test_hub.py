@@ -1,0 +1,342 @@
+"""The round trip: what the stages publish is loaded in fresh processes, with this package and without it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+
+from .conftest import finetune_flags
+
+
+def run_python(code, environment, *arguments, installed=True):
+    """
+    Starts a process and returns it.
+
+    Without `installed` it finds the libraries and not this package: an isolated interpreter that does not process the
+    `.pth` files of site-packages, by which an editable install is found, nor PYTHONPATH.
+    """
+    flags = []
+    if not installed:
+        flags = ["-I", "-S"]
+        code = (
+            f"import importlib.util, sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+            "for name in ('modeling_mmesid', 'trainer', 'hub_cards'):\n"
+            "    assert importlib.util.find_spec(name) is None, name\n"
+        ) + code
+    return subprocess.Popen(
+        [sys.executable, *flags, "-c", code, *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def printed(process):
+    """The last line that a process prints, as JSON."""
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return json.loads(stdout.splitlines()[-1])
+
+
+def ask(environment, path, method="GET"):
+    request = urllib.request.Request(f"{environment['HF_ENDPOINT']}/_test/{path}", method=method)
+    with urllib.request.urlopen(request) as response:
+        return response.read()
+
+
+@pytest.fixture(scope="module")
+def histories(tiny_run):
+    item_ids = MMESIDProcessor.from_pretrained(tiny_run / "recommender").item_ids
+    return [item_ids[3:7], item_ids[20:21], item_ids[40:60]]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_run, histories):
+    """Top 10 of the checkpoint on disk: item ids and, as they were computed, scores."""
+    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
+    processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
+    best = model.recommend(processor(histories))
+    return [processor.convert_rows_to_item_ids(best.items), best.scores.tolist()]
+
+
+PUSH = """
+import json, sys, urllib.request
+from huggingface_hub import HfApi, constants, hf_hub_download
+from trainer.cli import main
+
+root, api = sys.argv[1], HfApi()
+
+
+def push(directory, name, *flags):
+    try:
+        main(["push", "--directory", f"{root}/{directory}", "--repo_id", f"tester/{name}", *flags])
+    except SystemExit as stop:
+        assert stop.code == 2
+    return api.repo_info(f"tester/{name}", repo_type="dataset" if directory == "prepared" else "model").sha
+
+
+links = ["--links", "dataset=tester/shop", "sasrec=tester/sasrec", "quantizer=tester/codes", "recommender=tester/best"]
+push("prepared", "shop", *links)
+push("sasrec", "sasrec", *links)
+push("quantizer", "codes", *links)
+
+# The second large file breaks off; the push that follows sends what is missing, in one commit.
+request = urllib.request.Request(f"{constants.ENDPOINT}/_test/break_uploads/1", method="POST")
+urllib.request.urlopen(request)
+broken = push("recommender", "best", *links)
+first = push("recommender", "best", *links)
+again = push("recommender", "best", *links)
+
+# A pull request leaves main alone and can be loaded by its name.
+requested = push("recommender", "best", "--create_pr", "true")
+card = hf_hub_download("tester/best", "README.md", revision="refs/pr/1")
+print(json.dumps([broken, first, again, requested, "Related repositories" in open(card).read()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tiny_run, hub_environment):
+    return printed(run_python(PUSH, hub_environment, str(tiny_run)))
+
+
+def test_pushing_breaking_off_pushing_again_and_asking_for_a_pull(published, hub_environment):
+    broken, first, again, requested, links_in_pull_request = published
+    assert broken == "0" * 40 and first != broken, "the broken upload left a commit"
+    assert first == again, "nothing changed, and there is a new commit"
+    assert requested == first, "the pull request changed main"
+    assert not links_in_pull_request
+    # One commit on main, one on the pull request.
+    commits = json.loads(ask(hub_environment, "history/models/tester/best"))
+    assert len(commits) == 2
+    assert {
+        "README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
+        "semantic_ids.parquet", "eval_results.json", "figures/singular_spectrum.png", "modeling_mmesid.py",
+        "configuration_mmesid.py", "processing_mmesid.py", "pipeline_mmesid.py",
+    } <= set(commits[0])  # fmt: skip
+
+
+TOP_10 = """
+best = model.recommend(processor(histories))
+print(json.dumps([processor.convert_rows_to_item_ids(best.items), best.scores.tolist()]))
+"""
+IMPORTS = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+histories = json.loads(sys.argv[1])
+"""
+REMOTE = """
+model = AutoModel.from_pretrained("tester/best", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("tester/best", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+sasrec = AutoModel.from_pretrained("tester/sasrec", trust_remote_code=True)
+assert sasrec.recommend([[1, 2]], top_k=3).items.shape == (1, 3)
+quantizer = AutoModel.from_pretrained("tester/codes", trust_remote_code=True)
+assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2, 3)
+"""
+PIPELINE = """
+recommender = pipeline("sequential-recommendation", model="tester/best", trust_remote_code=True)
+users = recommender(histories, batch_size=2)
+assert recommender(histories[0], top_k=3) == [item for item in users[0][:3]]
+for item in users[0]:
+    assert set(item) == {"item_id", "title", "score", "contributions"}
+    assert set(item["contributions"]) == {"id", "collaborative", "text"}
+    assert abs(sum(item["contributions"].values()) - item["score"]) < 1e-3
+print(json.dumps([[[item[key] for item in user] for user in users] for key in ("item_id", "score")]))
+"""
+INSTALLED = """
+import modeling_mmesid
+
+try:
+    AutoModel.from_pretrained("tester/best", local_files_only=True, cache_dir=sys.argv[2])
+    raise AssertionError("a file came from nowhere")
+except OSError:
+    pass
+model = AutoModel.from_pretrained("tester/best", cache_dir=sys.argv[2])
+assert isinstance(model, modeling_mmesid.MMESIDForSequentialRecommendation)
+assert AutoConfig.from_pretrained("tester/best").num_items == model.config.num_items
+processor = AutoProcessor.from_pretrained("tester/best", cache_dir=sys.argv[2])
+rows = processor(histories)
+best = model.recommend(rows)
+for arguments in (
+    {"cache_dir": sys.argv[2], "local_files_only": True},
+    {"revision": "refs/pr/1"},
+    {"device_map": "cpu"},
+    {"dtype": torch.float32},
+):
+    other = AutoModel.from_pretrained("tester/best", **arguments).recommend(rows)
+    assert torch.equal(other.items, best.items) and torch.equal(other.scores, best.scores), arguments
+assert AutoModel.from_pretrained("tester/best", dtype=torch.bfloat16).dtype == torch.bfloat16
+# The task is registered: no flag, and none of the checkpoint's code.
+recommended = pipeline("sequential-recommendation", model="tester/best")(histories)
+assert [[item["score"] for item in user] for user in recommended] == best.scores.tolist()
+"""
+
+
+def test_three_ways_in_give_bit_equal_recommendations(published, expected, histories, hub_environment, tmp_path):
+    # The modules of remote code are kept under HF_HOME: each way has its own.
+    environments = [hub_environment | {"HF_HOME": str(tmp_path / name)} for name in ("a", "b", "c")]
+    given = json.dumps(histories)
+    ways = [
+        run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache")),
+        run_python(IMPORTS + REMOTE + TOP_10, environments[1], given, installed=False),
+        run_python(IMPORTS + PIPELINE, environments[2], given, installed=False),
+    ]
+    for way in ways:
+        assert printed(way) == expected
+
+
+ADAPTER = """
+import json, sys, urllib.request
+import torch
+from huggingface_hub import HfApi, constants
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, LlamaConfig, LlamaModel, pipeline
+from transformers.utils import is_bitsandbytes_available
+from modeling_mmesid import MMESIDForSequentialRecommendation
+
+
+def refused(name, **arguments):
+    try:
+        AutoModel.from_pretrained(name, **arguments)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+)
+LlamaModel(config).push_to_hub("tester/base")
+model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+    "tester/base", num_items=80, lora={"r": 2, "target_modules": ["up_proj", "down_proj"]}
+)
+model.initialize_items(torch.arange(81))
+model.eval().push_to_hub("tester/adapter", revision="v1")
+best = model.recommend([[1, 2, 3]])
+loaded = AutoModel.from_pretrained("tester/adapter", revision="v1")
+assert torch.equal(loaded.recommend([[1, 2, 3]]).scores, best.scores)
+assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(
+    HfApi().list_repo_files("tester/adapter", revision="v1")
+)
+assert AutoModel.from_pretrained(
+    "tester/adapter", revision="v1", dtype=torch.bfloat16, device_map="cpu"
+).backbone.dtype == torch.bfloat16
+if is_bitsandbytes_available():
+    quantized = AutoModel.from_pretrained(
+        "tester/adapter", revision="v1", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    assert "4bit" in type(quantized.backbone.layers[0].self_attn.q_proj).__name__.lower()
+    assert quantized.recommend([[1, 2, 3]]).items.shape == (1, 10)
+
+# Model, processor and pipeline as one, through the pipeline's own method.
+recommender = pipeline("sequential-recommendation", model="tester/best")
+recommender.push_to_hub("tester/pipeline")
+assert AutoProcessor.from_pretrained("tester/pipeline").item_ids == recommender.processor.item_ids
+
+# Weights in a pickle alone.
+api = HfApi()
+api.create_repo("tester/pickled")
+api.upload_file(repo_id="tester/pickled", path_in_repo="pytorch_model.bin", path_or_fileobj=b"pickle")
+config = recommender.model.config.to_json_string().encode()
+api.upload_file(repo_id="tester/pickled", path_in_repo="config.json", path_or_fileobj=config)
+urllib.request.urlopen(urllib.request.Request(f"{constants.ENDPOINT}/_test/gate/models/tester/base", method="POST"))
+print(json.dumps([
+    refused("tester/adapter", revision="v1", token=False, cache_dir=sys.argv[1]),
+    refused("tester/nothing"),
+    refused("tester/adapter", revision="v2"),
+    refused("tester/pickled"),
+    refused("tester/best", revision="0" * 40),
+]))
+"""
+
+
+def test_an_adapter_and_what_cannot_be_loaded(published, hub_environment, tmp_path):
+    gated, missing, no_revision, pickled, empty = printed(run_python(ADAPTER, hub_environment, str(tmp_path)))
+    assert "'tester/adapter' needs its base model 'tester/base'" in gated and "accept the terms" in gated
+    assert "tester/nothing" in missing and "not a valid model identifier" in missing
+    assert "v2" in no_revision
+    assert "'tester/pickled' holds no model.safetensors, and weights in pickle files are not read" in pickled
+    assert "config.json" in empty
+
+
+TRAIN = """
+import json, sys
+from huggingface_hub import HfApi
+from trainer.cli import main
+
+main(["finetune", *sys.argv[1:-1]])
+sha = HfApi().model_info("tester/trained").sha
+main(["push", "--directory", sys.argv[-1], "--repo_id", "tester/trained"])
+print(json.dumps([sha, HfApi().model_info("tester/trained").sha]))
+"""
+LONE_TRAINER = """
+import json, sys
+import torch
+from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModel, TrainingArguments
+from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+from trainer.data.prepared import PreparedDataset
+from trainer.data.windows import EvaluationHistories, TrainingWindows
+from trainer.sasrec_trainer import SASRecTrainer
+
+data = PreparedDataset.load(sys.argv[1])
+arguments = TrainingArguments(
+    sys.argv[2], num_train_epochs=1, eval_strategy="epoch", use_cpu=True, report_to="none", disable_tqdm=True,
+    push_to_hub=True, hub_model_id="tester/lone", hub_strategy="end", hub_token="hf_loopback",
+)
+trainer = SASRecTrainer(
+    SASRecForSequentialRecommendation(SASRecConfig(num_items=80, hidden_size=16)), arguments,
+    train_dataset=TrainingWindows(data.sequences("train"), 50),
+    eval_dataset=EvaluationHistories(data.sequences("validation")),
+)
+trainer.train()
+assert HfApi().list_repo_files("tester/lone") == []
+trainer.push_to_hub()
+card = ModelCard.load("tester/lone")
+measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+model = AutoModel.from_pretrained("tester/lone")
+assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recommend([[1, 2]]).items)
+arguments.hub_strategy = "checkpoint"
+try:
+    trainer.init_hf_repo()
+except ValueError as error:
+    print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank(), str(error)]))
+"""
+
+
+def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, tmp_path):
+    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "trained"), "--push_to_hub", "true"]
+    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "every_save", "--hub_token", "hf_loopback"]
+    stage = run_python(TRAIN, hub_environment, *flags, str(tmp_path / "trained"))
+    lone = run_python(LONE_TRAINER, hub_environment, str(tiny_run / "prepared"), str(tmp_path / "lone"))
+    after_training, after_push = printed(stage)
+    assert after_training == after_push, "`mmesid push` found something else to send"
+    *during, last = json.loads(ask(hub_environment, "history/models/tester/trained"))
+    assert during and all(set(files) == set(last) for files in during)
+    assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= set(last)
+
+    files, measured, ranked, error = printed(lone)
+    assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
+    assert {"README.md", "config.json", "model.safetensors", "modeling_sasrec.py", "eval_results.json"} <= set(files)
+    assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in [*files, *last])
+    assert "hub_strategy 'checkpoint' would publish pickles" in error
+
+
+def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):
+    everything = ask(hub_environment, "everything")
+    assert b"models/tester/best/model.safetensors" in everything
+    private = [hub_environment["HF_TOKEN"], hub_environment["HF_HOME"], str(tiny_run), str(Path.cwd()), os.getcwd()]
+    private += [f"{Path.home()}/", f"{sysconfig.get_path('purelib')}/"]
+    for secret in private:
+        assert secret.encode() not in everything, secret
+    code = b"".join(path.read_bytes() for path in Path(sys.modules["modeling_mmesid"].__file__).parent.glob("*.py"))
+    host = socket.gethostname().encode()
+    # A machine may be called by a word of ours.
+    assert host in code or host not in everything
