@@ -32,6 +32,10 @@ from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 ITEMS_PER_BLOCK = 2**15
 
 
+# What checkpoints of 0.1.0 lack.
+ADDED_BUFFERS = {"items.has_id", "items.removed", "items.fusion.log_range"}
+
+
 class MMESIDModality(nn.Module):
     """
     One modality of every item: the frozen embedding, projected, and the semantic ID, embedded by trainable code
@@ -91,6 +95,11 @@ class MMESIDFusion(nn.Module):
         self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
         self.hidden = nn.Linear(1, config.fusion_hidden_size)
         self.output = nn.Linear(config.fusion_hidden_size, num_sources)
+
+    @staticmethod
+    def log_range_of(frequencies: torch.Tensor) -> torch.Tensor:
+        """Smallest and largest log(1 + freq) of the items, `(2,)`, from frequencies by row."""
+        return torch.log1p(torch.stack(frequencies[1:].aminmax()).float())
 
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """
@@ -283,6 +292,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if isinstance(module, MMESIDFusion):
             init.normal_(module.hidden.weight, std=1.0)
             init.zeros_(module.output.weight)
+            # Also for checkpoints of 0.1.0, which lack it: the frequencies are loaded by now.
+            init.copy_(module.log_range, module.log_range_of(module.frequencies))
+        if isinstance(module, MMESIDItems):
+            init.ones_(module.has_id)
+            init.zeros_(module.removed)
 
     @classmethod
     def from_backbone_pretrained(
@@ -368,7 +382,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         model = cls(config, backbone=backbone)
         weights = load_file(cached_file(pretrained_model_name_or_path, "model.safetensors", **hub_kwargs))
         keys = model.load_state_dict(weights, strict=False)
-        missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save)
+        if "items.fusion.log_range" in keys.missing_keys:
+            fusion = model.items.fusion
+            fusion.log_range.copy_(fusion.log_range_of(fusion.frequencies))
+        missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS)
         if missing or keys.unexpected_keys:
             raise ValueError(
                 f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration "
@@ -501,7 +518,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
                 "give one a row, row 0 is padding."
             )
         self.items.fusion.frequencies.copy_(frequencies)
-        self.items.fusion.log_range.copy_(torch.log1p(torch.stack(frequencies[1:].aminmax()).float()))
+        self.items.fusion.log_range.copy_(self.items.fusion.log_range_of(frequencies))
         for name, modality in self.items.modalities.items():
             table = embeddings[name].float()
             has = (table != 0).any(-1) if present is None else present[name].clone()
