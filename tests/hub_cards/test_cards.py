@@ -130,13 +130,13 @@ def test_a_quantizer_without_figures_says_so():
 
 
 def test_the_health_of_codes_has_a_row_a_level():
-    items = {"collisions_text": 0.25, "collisions": 0.0625}
+    items = {"collisions_text": 0.25, "collisions_visual": 0.5, "collisions": 0.0625}
     for level, use, dead in ((1, 1.0, 0), (2, 0.75, 64)):
         items |= {f"use@{level}_text": use, f"dead@{level}_text": dead, f"perplexity@{level}_text": 100.5}
     text = render_card(make_record("quantize", metrics={"items": items, "held_out": {"tau": 0.5}}))
     assert "| codes of text | used | dead | perplexity |" in text
     assert "| level 1 | 100.0% | 0 | 100.5 |\n| level 2 | 75.0% | 64 | 100.5 |" in text
-    assert "25.00% in text; 6.25% in all modalities together." in text
+    assert "25.00% in text; 50.00% in visual; 6.25% in all modalities together." in text
     assert "| tau | 0.5 |" in text
     assert text.count("use@") == 0
 

@@ -144,7 +144,8 @@ assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2,
 PIPELINE = """
 recommender = pipeline("sequential-recommendation", model="tester/best", trust_remote_code=True)
 users = recommender(histories, batch_size=2)
-assert recommender(histories[0], top_k=3) == [item for item in users[0][:3]]
+one = recommender(histories[0], top_k=3, denied_items=[users[0][0]["item_id"]])
+assert [item["item_id"] for item in one] == [item["item_id"] for item in users[0][1:4]]
 for item in users[0]:
     assert set(item) == {"item_id", "title", "score", "contributions"}
     assert set(item["contributions"]) == {"id", "collaborative", "text"}
@@ -281,6 +282,7 @@ import json, sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 from trainer.data.prepared import PreparedDataset
 from trainer.data.windows import EvaluationHistories, TrainingWindows
@@ -303,7 +305,7 @@ card = ModelCard.load("tester/lone")
 measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
 model = AutoModel.from_pretrained("tester/lone")
 assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recommend([[1, 2]]).items)
-arguments.hub_strategy = "checkpoint"
+trainer.args.hub_strategy = HubStrategy.CHECKPOINT
 try:
     trainer.init_hf_repo()
 except ValueError as error:
