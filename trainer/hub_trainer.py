@@ -84,13 +84,14 @@ class HubTrainerMixin:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        # It reads from the directory that is made anew.
+        self._finish_current_push()
         directory = self._hub_directory()
         # On all processes, which may hold parts of the model each.
         self.save_model(str(directory), _internal_call=True)
         if not self.is_world_process_zero():
             return None
         (directory / TRAINING_ARGS_NAME).unlink()
-        self._finish_current_push()
         self._complete(directory)
         return self._send(directory, commit_message, token=token, revision=revision, in_background=not blocking)
 

@@ -116,6 +116,15 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(recommender, capsys, monkey
     assert last == f"push: would send {len(FILES)} files to the model repository 'tester/dry'"
 
 
+def test_a_preview_shows_card_and_pictures(tmp_path):
+    files = FILES | {"figures/spectrum.png": b"PNG"}
+    directory = write_stage(tmp_path / "recommender", "finetune", files)
+    flags = ["--dry_run", "true", "--preview_dir", str(tmp_path / "preview")]
+    main(["--directory", str(directory), "--repo_id", "tester/dry", *flags])
+    shown = {name: content for name, content in files.items() if name == "README.md" or name.startswith("figures")}
+    assert downloaded(tmp_path / "preview") == shown
+
+
 def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_path):
     repo_type, files = publication(recommender, "me/model")
     assert repo_type == "model"
