@@ -39,7 +39,7 @@ def run_python(code, environment, *arguments, installed=True):
 
 def printed(process):
     """The last line that a process prints, as JSON."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1])
 

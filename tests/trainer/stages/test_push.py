@@ -93,7 +93,7 @@ del os.environ["HF_TOKEN"]
 push("recommender", "tester/unknown")
 """
     process = subprocess.run(
-        [sys.executable, "-c", code], env=hub_environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code], env=hub_environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert process.returncode == 0, process.stderr
     assert downloaded(tmp_path / "first") == FILES
