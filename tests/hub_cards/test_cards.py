@@ -381,3 +381,12 @@ def test_the_recommender_card_and_the_readme_show_how_to_load(tmp_path, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(code.replace('"runs/quickstart/recommender"', repr(str(tmp_path))), {})
     assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "hub_cards" / "examples").glob("*/README.md")))
+def test_the_examples_are_whole(path):
+    card = ModelCard.load(path)
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation", "test"}
+    assert "this/repository" not in card.text and str(Path.home()) not in card.text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert pictures and all((path.parent / name).stat().st_size < 50_000 for name in pictures)
