@@ -1,4 +1,4 @@
-"""The pictures on a recommender's card, small PNGs drawn without a display."""
+"""The pictures on the cards, small PNGs drawn without a display."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-# Inches and dots an inch: 528 by 326 pixels, some fifteen kilobytes.
+# Inches and dots an inch of a panel: 528 by 326 pixels, some fifteen kilobytes.
 SIZE = (4.8, 2.96)
 RESOLUTION = 110
+# Points of a scatter: more only paint it black.
+MAXIMUM_POINTS = 5_000
 
 
 def draw_singular_spectrum(path: str | os.PathLike, spectra: dict[str, np.ndarray], threshold: float) -> None:
@@ -28,7 +30,8 @@ def draw_singular_spectrum(path: str | os.PathLike, spectra: dict[str, np.ndarra
     axes.set_yscale("log")
     # What is further down is rounding, and would squeeze the rest.
     axes.set_ylim(bottom=max(axes.get_ylim()[0], threshold / 100))
-    _save(figure, axes, path)
+    axes.legend(fontsize="small")
+    _save(figure, path)
 
 
 def draw_fusion_weights(path: str | os.PathLike, frequencies: np.ndarray, weights: dict[str, np.ndarray]) -> None:
@@ -45,11 +48,59 @@ def draw_fusion_weights(path: str | os.PathLike, frequencies: np.ndarray, weight
         axes.plot(frequencies, values, marker="." if len(frequencies) < 30 else None, label=name)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_ylim(0, 1)
-    _save(figure, axes, path)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_code_use(path: str | os.PathLike, codes: dict[str, np.ndarray], codebook_size: int) -> None:
+    """
+    How many items chose each code, most frequent first: one panel a modality, one line a level.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        codes (`dict[str, np.ndarray]` of shape `(items + 1, num_quantizers)` a modality):
+            Codes, -1 for items without the modality.
+        codebook_size (`int`): Codes a level chooses from.
+    """
+    figure = _figure(len(codes))
+    for panel, (modality, values) in zip(_panels(figure, len(codes)), codes.items()):
+        for level, column in enumerate(values[values[:, 0] >= 0].T, start=1):
+            panel.plot(np.sort(np.bincount(column, minlength=codebook_size))[::-1], label=f"level {level}")
+        panel.set(title=modality, xlabel="code, most frequent first", ylabel="items", ylim=(0, None))
+        panel.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_distances(
+    path: str | os.PathLike, distances: dict[str, tuple[np.ndarray, np.ndarray]], titles: dict[str, str]
+) -> None:
+    """
+    Distances after quantization over those before: one panel a modality, at most 5,000 evenly spaced pairs of items.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        distances (`dict[str, tuple[np.ndarray, np.ndarray]]` of shape `(pairs,)` each):
+            Distances before and after, by modality.
+        titles (`dict[str, str]`): What stands above each panel.
+    """
+    figure = _figure(len(distances))
+    for panel, (modality, (before, after)) in zip(_panels(figure, len(distances)), distances.items()):
+        spaced = np.linspace(0, len(before) - 1, min(len(before), MAXIMUM_POINTS)).astype(np.int64)
+        panel.scatter(before[spaced], after[spaced], s=3, alpha=0.3, linewidths=0)
+        panel.set(title=titles[modality], xlabel="distance of embeddings", ylabel="distance of quantized vectors")
+    _save(figure, path)
+
+
+def _figure(panels: int = 1) -> Figure:
+    return Figure(figsize=(SIZE[0] * panels, SIZE[1]), dpi=RESOLUTION, layout="constrained")
+
+
+def _panels(figure: Figure, count: int) -> np.ndarray:
+    return figure.subplots(1, count, squeeze=False)[0]
 
 
 def _axes(x_label: str, y_label: str):
-    figure = Figure(figsize=SIZE, dpi=RESOLUTION, layout="constrained")
+    figure = _figure()
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -57,8 +108,7 @@ def _axes(x_label: str, y_label: str):
     return figure, axes
 
 
-def _save(figure: Figure, axes, path: str | os.PathLike) -> None:
-    axes.legend(fontsize="small")
+def _save(figure: Figure, path: str | os.PathLike) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # Without the version of the library in the file: the same figures give the same bytes.
     figure.savefig(path, format="png", metadata={"Software": None})

@@ -15,12 +15,12 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from hub_cards import save_card
+from hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
 from ..data.prepared import PreparedDataset
 from ..encoders.tables import load_table, table_path
-from ..figures import draw_code_use, draw_distances
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
 from ..records import StageRun
 from ..semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
@@ -99,8 +99,11 @@ def main(argv: list[str] | None = None) -> None:
             logger.warning("Semantic IDs: %s; %s", run.metrics["items"], run.metrics["histories"])
             model.save_pretrained(staging)
             write_semantic_ids(staging / SEMANTIC_IDS_NAME, data.item_ids, codes)
-            (staging / FIGURES_NAME).mkdir()
-            draw_code_use(staging / FIGURES_NAME / "code_use.png", codes, config.codebook_size)
+            draw_code_use(
+                staging / FIGURES_NAME / "code_use.png",
+                {modality: values.numpy() for modality, values in codes.items()},
+                config.codebook_size,
+            )
             draw_distances(
                 staging / FIGURES_NAME / "distances.png",
                 {modality: (pairs.before, pairs.after) for modality, pairs in distances.items()},

@@ -1,10 +1,9 @@
 """Pictures are PNG files that show what they are given."""
 
 import numpy as np
-import torch
 from PIL import Image
 
-from trainer.figures import draw_code_use, draw_distances
+from hub_cards.figures import draw_code_use, draw_distances
 
 
 def pixels(path) -> np.ndarray:
@@ -14,10 +13,10 @@ def pixels(path) -> np.ndarray:
 
 
 def test_code_use_has_a_panel_a_modality_and_shows_the_codes(tmp_path):
-    even = torch.arange(64).remainder(8)[:, None].expand(64, 2)
+    even = np.repeat(np.arange(64)[:, None] % 8, 2, axis=1)
     draw_code_use(tmp_path / "one.png", {"text": even}, 8)
-    draw_code_use(tmp_path / "two.png", {"text": even, "visual": torch.full((3, 2), -1)}, 8)
-    draw_code_use(tmp_path / "skewed.png", {"text": even.clamp_max(1)}, 8)
+    draw_code_use(tmp_path / "two.png", {"text": even, "visual": np.full((3, 2), -1)}, 8)
+    draw_code_use(tmp_path / "skewed.png", {"text": even.clip(max=1)}, 8)
     one, two, skewed = (pixels(tmp_path / f"{name}.png") for name in ("one", "two", "skewed"))
     assert two.shape[1] > 1.5 * one.shape[1]
     assert one.shape == skewed.shape and (one != skewed).any()
