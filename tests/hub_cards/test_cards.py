@@ -380,7 +380,7 @@ def test_the_recommender_card_and_the_readme_show_how_to_load(tmp_path, capsys):
     ]
     assert run_snippet("finetune", tmp_path, capsys).splitlines() == expected
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     exec(code.replace('"runs/quickstart/recommender"', repr(str(tmp_path))), {})
     assert capsys.readouterr().out.splitlines() == expected
 
