@@ -66,7 +66,8 @@ def test_a_later_token_reaches_an_earlier_one_with_and_without_padding(llama):
         for model, reached in ((causal, False), (bidirectional, True)):
             with torch.inference_mode():
                 states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-            assert torch.equal(states[0, 1:4], states[1, 1:4]) is not reached
+            # To rounding: rows of a batch are not computed alike on several threads.
+            assert torch.allclose(states[0, 1:4], states[1, 1:4], rtol=0, atol=1e-5) is not reached
     with torch.inference_mode():
         # And what is padded reaches nothing.
         ids[0, 0], ids[1] = 7, ids[0]
