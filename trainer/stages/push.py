@@ -10,7 +10,9 @@ not sent again. `--preview_dir` writes the card and its pictures as the reposito
 
 from pathlib import Path
 
+import httpx2
 from accelerate import PartialState
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hub_cards import LINKS
@@ -45,6 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     except HfHubHTTPError as error:
         raise ValueError(_explanation(error, arguments.repo_id)) from error
+    except httpx2.TransportError as error:
+        raise ValueError(
+            f"The Hub at {constants.ENDPOINT} cannot be reached ({error}); look at the network or the variable "
+            f"HF_ENDPOINT, and push to '{arguments.repo_id}' again: what arrived is not sent again."
+        ) from error
     except RuntimeError as error:
         # What huggingface_hub makes of a large file that could not be sent.
         raise ValueError(

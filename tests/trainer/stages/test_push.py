@@ -108,6 +108,21 @@ push("recommender", "tester/unknown")
     assert "error: The Hub does not let you write to 'tester/unknown' (401); log in with `hf auth login`" in unknown
 
 
+def test_an_unreachable_hub_is_one_sentence(recommender, tmp_path, hub_environment):
+    flags = ["push", "--directory", str(recommender), "--repo_id", "tester/model"]
+    process = subprocess.run(
+        [sys.executable, "-m", "trainer.cli", *flags],
+        env=hub_environment | {"HF_ENDPOINT": "http://127.0.0.1:1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
+    assert "error: The Hub at http://127.0.0.1:1 cannot be reached" in process.stderr
+
+
 def test_a_dry_run_lists_the_files_and_sends_nothing(recommender, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     main(["--directory", str(recommender), "--repo_id", "tester/dry", "--dry_run", "true"])
