@@ -10,7 +10,9 @@ safetensors table of embeddings a modality, row 0 padding, such as Amazon Beauty
 """
 
 import argparse
+import contextlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -120,9 +122,11 @@ def measure(
         learnt, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(seed))
         initialize(model, learnt, seed)
         trainer = MMRQVAETrainer(model, arguments, learnt, held_out)
-        if training is not None:
-            fit(trainer)
-        evaluated = trainer.evaluate()
+        # The trainer prints its metrics; standard output is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            if training is not None:
+                fit(trainer)
+            evaluated = trainer.evaluate()
     codes, _ = encode_items(model, items, return_quantized=False)
     seconds = time.perf_counter() - start
     health = code_metrics(codes, model.config.codebook_size)
