@@ -8,7 +8,7 @@ from torch import nn
 from .checkpoints import CheckpointConfig
 
 
-OBJECTIVES = ("distance", "paper", "mse", "mmd_mse")
+OBJECTIVES = ("stress", "distance", "paper", "mse", "mmd_mse")
 ALIGNMENTS = ("info_nce", "mmd")
 
 
@@ -27,24 +27,29 @@ class MMRQVAEConfig(CheckpointConfig):
             Residual levels, that is codes an item has in one modality.
         codebook_size (`int`, *optional*, defaults to 256):
             Codes a level chooses from.
-        codebook_dim (`int`, *optional*, defaults to 128):
+        codebook_dim (`int`, *optional*, defaults to 256):
             Width of the quantized latent and of every code vector.
         encoder_hidden_dims (`list[int]`, *optional*):
             Widths of the hidden layers of every encoder, and in reverse of every decoder. Defaults to none for the
-            objective `"distance"`, whose decoders are linear: an encoder that follows the distances gives up the
-            spread of the codes. Defaults to `[512, 256]` for the others.
+            objectives `"stress"`, which has no encoder, and `"distance"`: an encoder that follows the distances gives
+            up the spread of the codes. Their decoders are linear. Defaults to `[512, 256]` for the others.
         encoder_projection (`bool`, *optional*):
             Whether an encoder adds its output to a fixed orthogonal projection of the embedding, which keeps items
             apart when the quantizer is trained for distances; with an empty `encoder_hidden_dims` it is the projection
             alone. Defaults to whether the objective is `"distance"`.
-        objective (`str`, *optional*, defaults to `"distance"`):
-            What the quantizer is trained for. `"distance"`: the distances between quantized items follow the distances
-            between their embeddings. `"paper"`: the multi-kernel MMD between embeddings and reconstructions. `"mse"`:
-            their mean squared error. `"mmd_mse"`: the sum of both.
+        objective (`str`, *optional*, defaults to `"stress"`):
+            What the quantizer is trained for. `"stress"`: codes and code vectors together make the distances between
+            quantized items follow those between their embeddings. `"distance"`: so do the code vectors, and an item
+            takes the codes nearest to its embedding, which needs no anchors. `"paper"`: the multi-kernel MMD between
+            embeddings and reconstructions. `"mse"`: their mean squared error. `"mmd_mse"`: the sum of both.
         objective_weight (`float`, *optional*, defaults to 3.0):
             Weight of the objective.
-        distance_focus (`float`, *optional*, defaults to 1.0):
-            How much more the distances to near items count in the objective `"distance"`; 0 weighs all alike.
+        distance_focus (`float`, *optional*, defaults to 0.8):
+            How much more the distances to near items count in the objectives `"stress"` and `"distance"`; 0 weighs all
+            alike.
+        num_anchors (`int`, *optional*, defaults to 16384):
+            Items that the checkpoint keeps for the objective `"stress"`, each with its embedding and its codes: other
+            items get the codes that keep their distances to these. Not more than there are items.
         codebook_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the squared distance that pulls code vectors towards the residuals they stand for; for the
             objective `"distance"`, their sum towards the latent.
@@ -75,12 +80,13 @@ class MMRQVAEConfig(CheckpointConfig):
     embedding_dims: list[int] | tuple[int, ...] = (64, 1280, 1280)
     num_quantizers: int = 4
     codebook_size: int = 256
-    codebook_dim: int = 128
+    codebook_dim: int = 256
     encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
     encoder_projection: bool | None = None
-    objective: str = "distance"
+    objective: str = "stress"
     objective_weight: float | int = 3.0
-    distance_focus: float | int = 1.0
+    distance_focus: float | int = 0.8
+    num_anchors: int = 16_384
     codebook_loss_weight: float | int = 1.0
     commitment_loss_weight: float | int = 0.25
     alignment: str = "info_nce"
@@ -92,7 +98,7 @@ class MMRQVAEConfig(CheckpointConfig):
 
     def __post_init__(self, **kwargs):
         if self.encoder_hidden_dims is None:
-            self.encoder_hidden_dims = [] if self.objective == "distance" else [512, 256]
+            self.encoder_hidden_dims = [] if self.objective in ("stress", "distance") else [512, 256]
         if self.encoder_projection is None:
             self.encoder_projection = self.objective == "distance"
         if self.sinkhorn_epsilons is None:
@@ -121,6 +127,7 @@ class MMRQVAEConfig(CheckpointConfig):
             "num_quantizers": self.num_quantizers,
             "codebook_size": self.codebook_size,
             "codebook_dim": self.codebook_dim,
+            "num_anchors": self.num_anchors,
             "encoder_hidden_dims": min(self.encoder_hidden_dims, default=1),
             "embedding_dims": min(self.embedding_dims),
             "alignment_temperature": self.alignment_temperature,
@@ -144,6 +151,17 @@ class MMRQVAEConfig(CheckpointConfig):
             )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got '{self.objective}'.")
+        if self.objective == "stress":
+            for name, set_ in {
+                "encoder_hidden_dims": self.encoder_hidden_dims,
+                "encoder_projection": self.encoder_projection,
+                "sinkhorn_epsilons": any(self.sinkhorn_epsilons),
+            }.items():
+                if set_:
+                    raise ValueError(
+                        f"`{name}` does not go with the objective 'stress', which searches for codes without an "
+                        "encoder; leave it out, or choose another objective."
+                    )
         if self.alignment not in ALIGNMENTS:
             raise ValueError(f"`alignment` must be one of {', '.join(ALIGNMENTS)}, got '{self.alignment}'.")
 

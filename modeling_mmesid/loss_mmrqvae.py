@@ -97,18 +97,86 @@ def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1
         return (nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, answers)) / 2
 
 
-def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:
+def near_weights(distances: torch.Tensor, others: torch.Tensor, focus: float) -> torch.Tensor:
     r"""
-    One minus the mean, over the items of a batch, of the correlation between an item's distances to the others before
-    and after quantization. It does not change when the quantized space is scaled.
+    What the distances of an item to others weigh: \\(\exp(-focus \cdot z)\\), where z is the distance in standard
+    deviations above the item's mean. Near items, which a sequence is made of, count for more than the many far ones.
 
-    In the correlation of an item the others weigh \\(\exp(-focus \cdot z)\\), where z is the distance before in
-    standard deviations above its mean: near items, which a sequence is made of, count for more than the many far ones.
+    Args:
+        distances (`torch.Tensor` of shape `(n, m)`): Distances of n items to m.
+        others (`torch.Tensor` of shape `(n, m)`): 1 where a distance counts, 0 where an item meets itself.
+        focus (`float`): How fast weights fall with the distance; 0 weighs all alike.
+
+    Returns:
+        `torch.Tensor` of shape `(n, m)`: Weights that sum to 1 in every row; 0 in a row in which none counts.
+    """
+    count = others.sum(1, keepdim=True).clamp_min(1)
+    mean = (distances * others).sum(1, keepdim=True) / count
+    deviation = ((distances - mean).square() * others).sum(1, keepdim=True).div(count).sqrt().clamp_min(1e-12)
+    # Near duplicates, many deviations below the mean, must not take the whole weight.
+    weights = torch.exp(-focus * ((distances - mean) / deviation).clamp_min(-3)) * others
+    return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def stress_weights(squared: torch.Tensor, focus: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Weights of the squared distances of items in the stress, and what their errors are relative to.
+
+    Args:
+        squared (`torch.Tensor` of shape `(n, m)`): Squared distances of embeddings. Those that are next to nothing are
+            between an item and itself, or its duplicate, and weigh nothing: codes cannot put items closer together
+            than on the same spot.
+        focus (`float`): As in [`near_weights`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The weights `(n, m)`, and the weighted variances `(n,)` of `squared`.
+    """
+    others = (squared > 1e-5 * squared.mean()).to(squared.dtype)
+    weights = near_weights(squared.sqrt(), others, focus)
+    mean = (weights * squared).sum(1, keepdim=True)
+    return weights, (weights * (squared - mean).square()).sum(1).clamp_min(1e-12)
+
+
+def stress_loss(
+    embeddings: torch.Tensor, quantized: torch.Tensor, offset: torch.Tensor, focus: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Stress of the squared distances between the items of a batch: the weighted mean of
+    \\((\lVert q_i - q_j \rVert^2 + offset - \lVert x_i - x_j \rVert^2)^2\\), relative to the variance of item i's
+    squared distances, mean over the items (metric multidimensional scaling with an additive constant).
+
+    The offset is what quantization takes from every distance: code vectors, being means, spread less than embeddings.
 
     Args:
         embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
         quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
-        focus (`float`, *optional*, defaults to 1.0): How fast weights fall with the distance; 0 weighs all alike.
+        offset (`torch.Tensor` of shape `()`): The additive constant.
+        focus (`float`, *optional*, defaults to 1.0): As in [`near_weights`].
+
+    Returns:
+        `torch.Tensor`: A scalar in float32; 0 if there are fewer than three items, whose distances do not vary.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        embeddings, quantized = embeddings.float(), quantized.float()
+        if embeddings.shape[0] < 3:
+            return (quantized.sum() + offset) * 0.0
+        with torch.no_grad():
+            before = pairwise_squared_distances(embeddings, embeddings)
+            weights, variance = stress_weights(before, focus)
+            weights = weights / variance[:, None]
+        after = pairwise_squared_distances(quantized, quantized)
+        return (weights * (after + offset - before).square()).sum(1).mean()
+
+
+def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:
+    """
+    One minus the mean, over the items of a batch, of the weighted correlation between an item's distances to the
+    others before and after quantization. It does not change when the quantized space is scaled.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
+        quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
+        focus (`float`, *optional*, defaults to 1.0): As in [`near_weights`].
 
     Returns:
         `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing
@@ -120,13 +188,8 @@ def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor,
         if n < 3:
             return quantized.sum() * 0.0
         with torch.no_grad():
-            others = 1 - torch.eye(n, device=embeddings.device)
             before = pairwise_squared_distances(embeddings, embeddings).sqrt()
-            mean = (before * others).sum(1, keepdim=True) / (n - 1)
-            deviation = ((before - mean).square() * others).sum(1, keepdim=True).div(n - 1).sqrt().clamp_min(1e-12)
-            # Duplicates, many deviations below the mean, must not take the whole weight.
-            weights = torch.exp(-focus * ((before - mean) / deviation).clamp_min(-3)) * others
-            weights = weights / weights.sum(1, keepdim=True)
+            weights = near_weights(before, 1 - torch.eye(n, device=embeddings.device), focus)
             before = before - (weights * before).sum(1, keepdim=True)
             before = before / (weights * before.square()).sum(1, keepdim=True).sqrt().clamp_min(1e-12)
         squared = pairwise_squared_distances(quantized, quantized)

@@ -9,8 +9,17 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .checkpoints import SafetensorsMixin
+from .code_search import nearest_anchors, search_codes
 from .configuration_mmrqvae import MMRQVAEConfig
-from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squared_distances
+from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squared_distances, stress_loss
+
+
+# A search for codes starts from those of this many nearest anchors, takes the best after a pass over the levels, and
+# passes this often over them again. The stress is that to no more than so many anchors, evenly chosen: more do not
+# change it much, and cost as much more.
+SEARCH_STARTS = 4
+SEARCH_SWEEPS = 2
+SEARCH_ANCHORS = 4_096
 
 
 @dataclass
@@ -36,14 +45,14 @@ class MMRQVAEOutput(ModelOutput):
         objective_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             `config.objective`, summed over the modalities.
         decoding_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
-            Mean squared error of reconstructions that train the decoder alone, for the objective `"distance"`; 0 for
-            the others.
+            Mean squared error of reconstructions that train the decoder alone, for the objectives `"stress"` and
+            `"distance"`; 0 for the others.
         codebook_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities; for
-            the objective `"distance"` of their sum to the (constant) latent.
+            the objective `"distance"` of their sum to the (constant) latent; 0 for `"stress"`, which has no latents.
         commitment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             Squared distance of residuals to (constant) code vectors, mean over levels, summed over the modalities; for
-            the objective `"distance"` of the latent to the (constant) sum of its code vectors.
+            the objective `"distance"` of the latent to the (constant) sum of its code vectors; 0 for `"stress"`.
         alignment_loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `return_loss=True`):
             Alignment of the anchor with every other modality, summed.
         codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality):
@@ -108,26 +117,40 @@ class MMRQVAEResidualVectorQuantizer(nn.Module):
 
 
 class MMRQVAEBranch(nn.Module):
-    """Encoder, codebooks and decoder of one modality."""
+    """Codebooks and decoder of one modality; how an embedding gets its codes is the subclasses' part."""
 
-    def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
+    def __init__(self, config: MMRQVAEConfig, embedding_dim: int, decoder_hidden_dims: list[int]):
         super().__init__()
-        widths = [embedding_dim, *config.encoder_hidden_dims, config.codebook_dim]
-        self.has_network = bool(config.encoder_hidden_dims) or not config.encoder_projection
-        if self.has_network:
-            self.encoder = _mlp(widths)
-        self.projects = config.encoder_projection
-        if self.projects:
-            # A buffer, for `from_pretrained` would make a parameter trainable.
-            self.register_buffer("projection", torch.empty(config.codebook_dim, embedding_dim))
         self.quantizer = MMRQVAEResidualVectorQuantizer(config)
-        self.decoder = _mlp([widths[-1], widths[0]] if config.encoder_projection else widths[::-1])
+        self.decoder = _mlp([config.codebook_dim, *decoder_hidden_dims, embedding_dim])
         # Embeddings are shifted and scaled as a whole, which keeps their distances in proportion.
         self.register_buffer("input_mean", torch.zeros(embedding_dim))
         self.register_buffer("input_scale", torch.ones(()))
 
     def standardize(self, embeddings: torch.Tensor) -> torch.Tensor:
         return (embeddings.to(self.input_mean.dtype) - self.input_mean) / self.input_scale
+
+    def encode(self, embeddings: torch.Tensor) -> torch.LongTensor:
+        """Codes `(batch_size, num_quantizers)` of embeddings as they come."""
+        raise NotImplementedError
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(quantized) * self.input_scale + self.input_mean
+
+
+class MMRQVAEEncoderBranch(MMRQVAEBranch):
+    """An encoder makes the latent, and every level takes the code nearest to what the levels before it left."""
+
+    def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
+        hidden_dims = list(config.encoder_hidden_dims)
+        super().__init__(config, embedding_dim, [] if config.encoder_projection else hidden_dims[::-1])
+        self.has_network = bool(hidden_dims) or not config.encoder_projection
+        if self.has_network:
+            self.encoder = _mlp([embedding_dim, *hidden_dims, config.codebook_dim])
+        self.projects = config.encoder_projection
+        if self.projects:
+            # A buffer, for `from_pretrained` would make a parameter trainable.
+            self.register_buffer("projection", torch.empty(config.codebook_dim, embedding_dim))
 
     def latents(self, inputs: torch.Tensor) -> torch.Tensor:
         """What is quantized, `(batch_size, codebook_dim)`, of standardized embeddings."""
@@ -136,12 +159,67 @@ class MMRQVAEBranch(nn.Module):
         projected = nn.functional.linear(inputs, self.projection)
         return projected + self.encoder(inputs) if self.has_network else projected
 
-    def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Latents `(batch_size, codebook_dim)` before quantization."""
-        return self.latents(self.standardize(embeddings))
+    def encode(self, embeddings: torch.Tensor) -> torch.LongTensor:
+        return self.quantizer.encode(self.latents(self.standardize(embeddings)))
 
-    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        return self.decoder(quantized) * self.input_scale + self.input_mean
+
+class MMRQVAEAnchorBranch(MMRQVAEBranch):
+    """
+    Takes the codes whose distances to the anchors, items that are kept with their codes, follow those of the
+    embedding. There is no encoder, which could give up the spread of the codes.
+    """
+
+    def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
+        super().__init__(config, embedding_dim, [])
+        self.focus = config.distance_focus
+        # Embeddings are scaled to a variance of 1 a dimension of the code vectors, and the offset is in that unit, so
+        # that one learning rate serves every width.
+        self.width = config.codebook_dim
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.register_buffer("anchors", torch.empty(config.num_anchors, embedding_dim))
+        self.register_buffer("anchor_codes", torch.empty(config.num_anchors, config.num_quantizers, dtype=torch.long))
+
+    def encode(self, embeddings: torch.Tensor) -> torch.LongTensor:
+        inputs = self.standardize(embeddings)
+        nearest = nearest_anchors(inputs, self.anchors, SEARCH_STARTS)
+        codes, least = None, None
+        for start in nearest.T:
+            found, stress = self.search(inputs, self.anchor_codes[start])
+            if codes is None:
+                codes, least = found, stress
+            better = stress < least
+            codes, least = torch.where(better[:, None], found, codes), torch.where(better, stress, least)
+        return self.search(inputs, codes, sweeps=SEARCH_SWEEPS)[0]
+
+    def search(
+        self, inputs: torch.Tensor, start: torch.LongTensor, anchors: torch.LongTensor | None = None, sweeps: int = 1
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        [`~code_search.search_codes`] of standardized embeddings with this branch's code vectors and anchors.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(batch_size, embedding_dim)`): Standardized embeddings.
+            start (`torch.LongTensor` of shape `(batch_size, num_quantizers)`): Codes to start from.
+            anchors (`torch.LongTensor`, *optional*): The anchors to measure the stress to; evenly chosen by default.
+            sweeps (`int`, *optional*, defaults to 1): Passes over the levels.
+
+        Returns:
+            `tuple[torch.LongTensor, torch.Tensor]`: Codes `(batch_size, num_quantizers)` and the stress that they
+            leave, `(batch_size,)`.
+        """
+        if anchors is None:
+            step = -(-len(self.anchors) // SEARCH_ANCHORS)
+            anchors = torch.arange(0, len(self.anchors), step, device=inputs.device)
+        vectors = self.quantizer.decode(self.anchor_codes[anchors])
+        codebooks = torch.stack([layer.codebook for layer in self.quantizer.layers])
+        return search_codes(
+            inputs, start, self.anchors[anchors], vectors, codebooks, self.stress_offset, self.focus, sweeps
+        )
+
+    @property
+    def stress_offset(self) -> torch.Tensor:
+        """What quantization takes from every squared distance."""
+        return self.offset * self.width
 
 
 def _mlp(widths: list[int]) -> nn.Sequential:
@@ -170,7 +248,11 @@ class MMRQVAEPreTrainedModel(SafetensorsMixin, PreTrainedModel):
         elif isinstance(module, MMRQVAEBranch):
             init.zeros_(module.input_mean)
             init.ones_(module.input_scale)
-            if module.projects:
+            if isinstance(module, MMRQVAEAnchorBranch):
+                init.zeros_(module.offset)
+                init.zeros_(module.anchors)
+                init.zeros_(module.anchor_codes)
+            elif module.projects:
                 init.orthogonal_(module.projection)
                 if module.has_network:
                     # Nothing is added to the projection until training finds what.
@@ -181,8 +263,10 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     r"""
     Turns an item's embeddings into semantic IDs: `num_quantizers` codes a modality.
 
-    Every modality has an encoder, a stack of codebooks in which each level quantizes what the levels before it left,
-    and a decoder. The modalities meet in the alignment loss alone, so that an item may lack any of them.
+    Every modality has a stack of codebooks and a decoder. For the objective `"stress"` an item takes the codes whose
+    distances to other items follow those of its embedding; for the others an encoder makes a latent, and each level
+    quantizes what the levels before it left. The modalities meet in the alignment loss alone, so that an item may lack
+    any of them.
 
     Example:
 
@@ -196,8 +280,9 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
 
     def __init__(self, config: MMRQVAEConfig):
         super().__init__(config)
+        branch_class = MMRQVAEAnchorBranch if config.objective == "stress" else MMRQVAEEncoderBranch
         self.branches = nn.ModuleDict(
-            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims)}
+            {name: branch_class(config, width) for name, width in zip(config.modalities, config.embedding_dims)}
         )
         self.post_init()
 
@@ -238,7 +323,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         codes, quantized = {}, {}
         for modality, values in self._checked(embeddings, present).items():
             branch = self.branches[modality]
-            codes[modality] = branch.quantizer.encode(branch.encode(values))
+            codes[modality] = branch.encode(values)
             quantized[modality] = branch.quantizer.decode(codes[modality])
         return MMRQVAEEncoderOutput(codes=codes, quantized=quantized)
 
@@ -271,6 +356,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         self,
         embeddings: dict[str, torch.Tensor],
         present: dict[str, torch.Tensor] | None = None,
+        codes: dict[str, torch.LongTensor] | None = None,
         return_loss: bool = True,
     ) -> MMRQVAEOutput:
         """
@@ -279,6 +365,9 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                 same items.
             present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` a modality, *optional*):
                 Which items have the modality; all by default. The others take part in no loss.
+            codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` a modality, *optional*):
+                Codes to train the code vectors with; by default those that the items get now, which the objective
+                `"stress"` takes longer to find than to learn from.
             return_loss (`bool`, *optional*, defaults to `True`): Whether to compute the losses.
 
         Returns:
@@ -288,47 +377,25 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
         """
         embeddings = self._checked(embeddings, present)
-        codes, quantized, reconstructions, masks = {}, {}, {}, {}
-        objective, decoding, codebook, commitment = [], [], [], []
+        output = MMRQVAEOutput(codes={}, quantized={}, reconstructions={})
+        masks, losses = {}, []
         for modality, values in embeddings.items():
             branch = self.branches[modality]
             inputs = branch.standardize(values)
-            latents = branch.latents(inputs)
-            codes[modality] = branch.quantizer.encode(latents)
-            quantized[modality] = branch.quantizer.decode(codes[modality])
+            given = codes[modality] if codes is not None else None
             mask = present[modality].bool() if present is not None else torch.ones_like(values[:, 0], dtype=torch.bool)
             masks[modality] = mask
-            vectors = quantized[modality]
-            if self.config.objective == "distance":
-                # The gradient reaches the code vectors, and past them the encoder.
-                quantized[modality] = vectors + (latents - latents.detach())
-                # The decoder only reads: what the quantized vectors are is for the distances to decide.
-                outputs = branch.decoder(vectors.detach())
-                if return_loss:
-                    objective.append(
-                        distance_correlation_loss(inputs[mask], quantized[modality][mask], self.config.distance_focus)
-                    )
-                    decoding.append(_mean_squared_error(outputs[mask], inputs[mask]))
-                    # Distances leave the scale open: code vectors that outgrow the latents leave no residuals.
-                    codebook.append(_mean_squared_error(vectors[mask], latents[mask].detach()))
-                    commitment.append(_mean_squared_error(latents[mask], vectors[mask].detach()))
-            else:
-                quantized[modality] = latents + (vectors - latents).detach()
-                outputs = branch.decoder(quantized[modality])
-                if return_loss:
-                    objective.append(self._reconstruction_loss(outputs[mask], inputs[mask]))
-                    levels = self._level_losses(branch.quantizer, latents[mask], codes[modality][mask])
-                    codebook.append(levels[0])
-                    commitment.append(levels[1])
-            reconstructions[modality] = outputs * branch.input_scale + branch.input_mean
-        output = MMRQVAEOutput(codes=codes, quantized=quantized, reconstructions=reconstructions)
+            step = self._stress_step if self.config.objective == "stress" else self._encoder_step
+            chosen, quantized, outputs, parts = step(branch, values, inputs, given, mask, return_loss)
+            output.codes[modality] = chosen
+            output.quantized[modality] = quantized
+            output.reconstructions[modality] = outputs * branch.input_scale + branch.input_mean
+            losses.append(parts)
         if return_loss:
             zero = self.branches[self.config.modalities[0]].input_scale.new_zeros(())
-            output.objective_loss = sum(objective, zero)
-            output.decoding_loss = sum(decoding, zero)
-            output.codebook_loss = sum(codebook, zero)
-            output.commitment_loss = sum(commitment, zero)
-            output.alignment_loss = self._alignment_loss(quantized, masks, zero)
+            for name in ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss"):
+                output[name] = sum((parts[name] for parts in losses if name in parts), zero)
+            output.alignment_loss = self._alignment_loss(output.quantized, masks, zero)
             output.loss = (
                 self.config.objective_weight * output.objective_loss
                 + output.decoding_loss
@@ -337,6 +404,46 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
                 + self.config.alignment_loss_weight * output.alignment_loss
             )
         return output
+
+    def _stress_step(self, branch, values, inputs, codes, mask, return_loss):
+        if codes is None:
+            codes = branch.encode(values)
+        vectors = branch.quantizer.decode(codes)
+        # The decoder only reads: what the quantized vectors are is for the distances to decide.
+        outputs = branch.decoder(vectors.detach())
+        losses = {}
+        if return_loss:
+            losses["objective_loss"] = stress_loss(inputs[mask], vectors[mask], branch.stress_offset, branch.focus)
+            losses["decoding_loss"] = _mean_squared_error(outputs[mask], inputs[mask])
+        return codes, vectors, outputs, losses
+
+    def _encoder_step(self, branch, values, inputs, codes, mask, return_loss):
+        latents = branch.latents(inputs)
+        if codes is None:
+            codes = branch.quantizer.encode(latents)
+        vectors = branch.quantizer.decode(codes)
+        losses = {}
+        if self.config.objective == "distance":
+            # The gradient reaches the code vectors, and past them the encoder; the decoder only reads.
+            quantized = vectors + (latents - latents.detach())
+            outputs = branch.decoder(vectors.detach())
+            if return_loss:
+                losses["objective_loss"] = distance_correlation_loss(
+                    inputs[mask], quantized[mask], self.config.distance_focus
+                )
+                losses["decoding_loss"] = _mean_squared_error(outputs[mask], inputs[mask])
+                # Distances leave the scale open: code vectors that outgrow the latents leave no residuals.
+                losses["codebook_loss"] = _mean_squared_error(vectors[mask], latents[mask].detach())
+                losses["commitment_loss"] = _mean_squared_error(latents[mask], vectors[mask].detach())
+        else:
+            quantized = latents + (vectors - latents).detach()
+            outputs = branch.decoder(quantized)
+            if return_loss:
+                losses["objective_loss"] = self._reconstruction_loss(outputs[mask], inputs[mask])
+                losses["codebook_loss"], losses["commitment_loss"] = self._level_losses(
+                    branch.quantizer, latents[mask], codes[mask]
+                )
+        return codes, quantized, outputs, losses
 
     def _branch(self, modality: str) -> MMRQVAEBranch:
         if modality not in self.branches:

@@ -120,15 +120,18 @@ class QuantizeArguments(StageTrainingArguments):
     codebook_size: int = field(
         default=256, metadata={"help": "Codes a level chooses from; fewer than there are items."}
     )
-    codebook_dim: int = field(default=128, metadata={"help": "Width of the code vectors."})
+    codebook_dim: int = field(default=256, metadata={"help": "Width of the code vectors."})
     encoder_hidden_dims: list[int] | None = field(
         default=None,
-        metadata={"help": "Widths of the encoders' hidden layers; none by default for `distance`, else 512 256."},
-    )
-    objective: Literal["distance", "paper", "mse", "mmd_mse"] = field(
-        default="distance",
         metadata={
-            "help": "distance: keep distances between items; paper: MMD of reconstructions; mse; mmd_mse: both."
+            "help": "Widths of the encoders' hidden layers; none by default for `stress` and `distance`, else 512 256."
+        },
+    )
+    objective: Literal["stress", "distance", "paper", "mse", "mmd_mse"] = field(
+        default="stress",
+        metadata={
+            "help": "stress: codes and code vectors keep the distances between items; distance: the code vectors do, "
+            "codes are the nearest; paper: MMD of reconstructions; mse; mmd_mse: both."
         },
     )
     objective_weight: float = field(default=3.0, metadata={"help": "Weight of the objective."})
@@ -144,14 +147,28 @@ class QuantizeArguments(StageTrainingArguments):
     alignment_loss_weight: float = field(default=0.01, metadata={"help": "Weight of the alignment; 0 leaves it out."})
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE."})
     distance_focus: float = field(
-        default=1.0, metadata={"help": "How much more distances to near items count in the objective `distance`."}
+        default=0.8,
+        metadata={"help": "How much more distances to near items count in the objectives `stress` and `distance`."},
     )
-    codebook_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the code vectors."})
+    num_anchors: int = field(
+        default=16_384,
+        metadata={
+            "help": "stress: items kept in the checkpoint, whose distances give other items their codes; all that "
+            "are trained on where these are fewer."
+        },
+    )
+    codebook_learning_rate: float = field(
+        default=4e-2,
+        metadata={
+            "help": "Peak learning rate of the code vectors; the objectives other than `stress` take a smaller one "
+            "(1e-2 for `distance`, 1e-3 for reconstructions)."
+        },
+    )
     codebook_ema_decay: float = field(
         default=0.0,
         metadata={
             "help": "Move code vectors by averages of their residuals that keep this share of the old value a step, "
-            "such as 0.99, in place of gradients; 0: gradients. Not with `distance`."
+            "such as 0.99, in place of gradients; 0: gradients. Not with `stress` and `distance`."
         },
     )
     sinkhorn_epsilons: list[float] | None = field(
@@ -168,9 +185,13 @@ class QuantizeArguments(StageTrainingArguments):
         default=0.05, metadata={"help": "Share of the items held out to choose the checkpoint."}
     )
     num_train_epochs: float = field(
-        default=40, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
+        default=30, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
     )
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Items a device trains on in one step."})
+    passes_per_epoch: int = field(
+        default=4,
+        metadata={"help": "stress: how often an epoch reads all items, between two searches for their codes."},
+    )
+    per_device_train_batch_size: int = field(default=512, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of encoders and decoders."})
     early_stopping_patience: int = field(

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from modeling_mmesid.code_search import nearest_anchors
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
-from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
+from modeling_mmesid.modeling_mmrqvae import MMRQVAEAnchorBranch, MMRQVAEModel
 
 from .arguments import QuantizeArguments
 from .collisions import resolve_collisions, shared
@@ -36,6 +37,8 @@ KMEANS_NUMBERS = 2**26
 BALANCING_ITEMS = 8_192
 # Held-out items are at most so many: what the model makes of them is held until the end of the evaluation.
 HELD_OUT_ITEMS = 10_000
+# Anchors, drawn anew every epoch, to which training measures the stress of an item: codes must not fit a few by heart.
+TRAINING_ANCHORS = 1_024
 # Odd, so that no level of an ID is shifted out of its hash.
 HASH_FACTOR = 6_364_136_223_846_793_005
 ABSENT = torch.iinfo(torch.int64).min
@@ -55,6 +58,10 @@ class ItemTables(Dataset):
         present (`dict[str, torch.BoolTensor]` of shape `(items + 1,)` a modality): Which items have the modality.
         rows (`torch.LongTensor` of shape `(selected,)`, *optional*):
             The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
+
+    Attributes:
+        codes (`dict[str, torch.LongTensor]` of shape `(items + 1, num_quantizers)` a modality, *optional*): Codes that
+            batches bring along, for the training of code vectors; [`MMRQVAETrainer`] sets them.
 
     Raises:
         ValueError: If the tables do not have the same number of rows.
@@ -78,6 +85,7 @@ class ItemTables(Dataset):
         if rows is None:
             rows = torch.stack(list(present.values())).any(0).nonzero()[:, 0]
         self.rows = rows[rows > 0]
+        self.codes: dict[str, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,10 +96,21 @@ class ItemTables(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, dict[str, torch.Tensor]]:
         """A batch: what [`MMRQVAEModel.forward`] takes."""
         rows = self.rows[torch.as_tensor(indices)]
-        return {
+        batch = {
             "embeddings": {modality: table[rows] for modality, table in self.embeddings.items()},
             "present": {modality: mask[rows] for modality, mask in self.present.items()},
         }
+        if self.codes is not None:
+            batch["codes"] = {modality: codes[rows] for modality, codes in self.codes.items()}
+        return batch
+
+    def rows_with(self, modality: str) -> torch.LongTensor:
+        """The dataset's rows that have the modality."""
+        return self.rows[self.present[modality][self.rows]]
+
+    def fewest(self) -> int:
+        """How many items have the rarest modality."""
+        return min(len(self.rows_with(modality)) for modality in self.embeddings)
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple["ItemTables", "ItemTables"]:
         """Two datasets: all rows but a random `fraction`, and that fraction (three items at least, 10,000 at most)."""
@@ -107,9 +126,9 @@ class ItemTables(Dataset):
 def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
     """
     Fits what needs no gradient: the inputs' mean and scale, the principal directions as the projection of encoders
-    that have one, the code vectors by k-means of what the levels before leave, the offsets of balanced levels, and
-    linear decoders by least squares. Tables are read batch by batch; the k-means looks at 256 random items a code
-    where there are more.
+    that have one, the code vectors by k-means of what the levels before leave, the offsets of balanced levels, the
+    anchors of the objective `"stress"`, and linear decoders by least squares. Tables are read batch by batch; the
+    k-means looks at 256 random items a code where there are more.
 
     Args:
         model ([`MMRQVAEModel`]): Changed in place.
@@ -117,29 +136,35 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         seed (`int`, *optional*, defaults to 0): Seed of the k-means.
 
     Raises:
-        ValueError: If fewer items than `config.codebook_size` have some modality.
+        ValueError: If fewer items than `config.codebook_size` or `config.num_anchors` have some modality.
     """
     config: MMRQVAEConfig = model.config
     model.eval()
+    anchor_modality = config.modalities[0]
+    projections = {}
     for modality in config.modalities:
         generator = torch.Generator().manual_seed(seed)
         branch = model.branches[modality]
-        rows = dataset.rows[dataset.present[modality][dataset.rows]]
-        if len(rows) < config.codebook_size:
-            raise ValueError(
-                f"{len(rows)} items to train on have the modality '{modality}', "
-                f"fewer than the {config.codebook_size} codes of a level; "
-                f"set codebook_size to {2 ** max(int(math.log2(max(len(rows), 2))) - 2, 1)} or less."
-            )
-        _fit_inputs(branch, dataset, modality, rows)
-        if config.encoder_projection and modality != config.modalities[0]:
-            _rotate_projection(model.branches[config.modalities[0]], branch, dataset, config.modalities[0], modality)
+        rows = dataset.rows_with(modality)
+        _require_enough(config, modality, len(rows))
+        directions = _fit_inputs(branch, dataset, modality, rows)
+        projections[modality] = _projection(directions, config.codebook_dim)
+        if modality != anchor_modality and (config.objective == "stress" or config.encoder_projection):
+            projections[modality] = _turned(projections, anchor_modality, modality, model, dataset)
+        searches = isinstance(branch, MMRQVAEAnchorBranch)
+        if not searches and branch.projects:
+            branch.projection.copy_(projections[modality])
+
+        def latents(batch, branch=branch, projection=projections[modality], searches=searches):
+            inputs = branch.standardize(batch)
+            return nn.functional.linear(inputs, projection) if searches else branch.latents(inputs)
+
         sample = rows
         limit = max(min(KMEANS_ITEMS * config.codebook_size, KMEANS_NUMBERS // config.codebook_dim), 1)
         if len(rows) > limit:
             chosen = torch.randperm(len(rows), generator=generator)[: max(limit, config.codebook_size)]
             sample = rows[chosen.sort().values]
-        residual = torch.cat([branch.encode(batch) for batch in _batches(branch, dataset, modality, sample)])
+        residual = torch.cat([latents(batch) for batch in _batches(branch, dataset, modality, sample)])
         levels = zip(branch.quantizer.layers, config.sinkhorn_epsilons)
         for layer, epsilon in tqdm(
             levels, total=config.num_quantizers, desc=f"k-means of {modality}", unit="level", delay=2
@@ -148,8 +173,24 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             _balance(layer, residual, epsilon)
             for part in residual.split(ENCODING_BATCH):
                 part -= layer.decode(layer.encode(part))
-        if config.encoder_projection:
-            _fit_linear_decoder(branch, dataset, modality, rows)
+        if searches:
+            _fit_anchors(branch, dataset, modality, latents)
+        if config.objective == "stress" or config.encoder_projection:
+            _fit_linear_decoder(branch, dataset, modality, rows, latents)
+
+
+def _require_enough(config: MMRQVAEConfig, modality: str, count: int) -> None:
+    if count < config.codebook_size:
+        raise ValueError(
+            f"{count} items to train on have the modality '{modality}', "
+            f"fewer than the {config.codebook_size} codes of a level; "
+            f"set codebook_size to {2 ** max(int(math.log2(max(count, 2))) - 2, 1)} or less."
+        )
+    if config.objective == "stress" and count < config.num_anchors:
+        raise ValueError(
+            f"{count} items to train on have the modality '{modality}', fewer than the {config.num_anchors} anchors; "
+            f"set num_anchors to {count} or less."
+        )
 
 
 def _batches(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor):
@@ -158,9 +199,9 @@ def _batches(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor)
         yield dataset.embeddings[modality][part].to(branch.input_mean.device, torch.float32)
 
 
-def _fit_inputs(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> None:
-    """The inputs' mean and scale, and the principal directions: distances survive a rotation, and where the latent is
-    narrower than the embedding, the directions of least variance go."""
+def _fit_inputs(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+    """Sets the inputs' mean and scale, and returns the principal directions, `(embedding_dim, embedding_dim)`, those
+    of most variance first."""
     total = sum(batch.double().sum(0) for batch in _batches(branch, dataset, modality, rows))
     mean = total / len(rows)
     covariance = 0
@@ -168,12 +209,36 @@ def _fit_inputs(branch, dataset: ItemTables, modality: str, rows: torch.LongTens
         centred = batch.double() - mean
         covariance = covariance + centred.T @ centred / len(rows)
     branch.input_mean.copy_(mean)
-    branch.input_scale.copy_(covariance.diagonal().mean().sqrt().clamp_min(1e-12))
-    if branch.projects:
-        directions = torch.linalg.eigh(covariance).eigenvectors.flip(1).T
-        kept = min(branch.projection.shape)
-        branch.projection.zero_()
-        branch.projection[:kept] = directions[:kept].to(branch.projection.dtype)
+    width = branch.width if isinstance(branch, MMRQVAEAnchorBranch) else len(covariance)
+    branch.input_scale.copy_((covariance.trace() / width).sqrt().clamp_min(1e-12))
+    return torch.linalg.eigh(covariance).eigenvectors.flip(1).T.to(branch.input_mean.dtype)
+
+
+def _projection(directions: torch.Tensor, width: int) -> torch.Tensor:
+    """An orthogonal projection `(width, embedding_dim)`: distances survive a rotation, and where the latent is
+    narrower than the embedding, the directions of least variance go."""
+    projection = directions.new_zeros(width, directions.shape[1])
+    kept = min(projection.shape)
+    projection[:kept] = directions[:kept]
+    return projection
+
+
+def _turned(
+    projections: dict[str, torch.Tensor], anchor: str, modality: str, model: MMRQVAEModel, dataset: ItemTables
+) -> torch.Tensor:
+    """The projection of a modality turned towards the anchor's, which no distance within the modality notices."""
+    both = dataset.rows_with(anchor)
+    both = both[dataset.present[modality][both]]
+    if len(both) == 0:
+        return projections[modality]
+    parts = {name: _batches(model.branches[name], dataset, name, both) for name in (anchor, modality)}
+    products = 0
+    for left, right in zip(parts[anchor], parts[modality]):
+        left = nn.functional.linear(model.branches[anchor].standardize(left), projections[anchor])
+        right = nn.functional.linear(model.branches[modality].standardize(right), projections[modality])
+        products = products + left.double().T @ right.double()
+    left, _, right = torch.linalg.svd(products)
+    return (left @ right).to(projections[modality].dtype) @ projections[modality]
 
 
 def _balance(layer, residual: torch.Tensor, epsilon: float) -> None:
@@ -184,26 +249,24 @@ def _balance(layer, residual: torch.Tensor, epsilon: float) -> None:
         layer.offsets.copy_(sinkhorn_offsets(squared, epsilon))
 
 
-def _rotate_projection(anchor, branch, dataset: ItemTables, anchor_modality: str, modality: str) -> None:
-    """Turns the latents of a modality towards the anchor's, which no distance within the modality notices."""
-    both = dataset.rows[dataset.present[modality][dataset.rows] & dataset.present[anchor_modality][dataset.rows]]
-    products = 0
-    for left, right in zip(
-        _batches(anchor, dataset, anchor_modality, both), _batches(branch, dataset, modality, both)
-    ):
-        left = nn.functional.linear(anchor.standardize(left), anchor.projection)
-        right = nn.functional.linear(branch.standardize(right), branch.projection)
-        products = products + left.double().T @ right.double()
-    if len(both):
-        left, _, right = torch.linalg.svd(products)
-        branch.projection.copy_((left @ right).to(branch.projection.dtype) @ branch.projection)
+def _fit_anchors(branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str, latents) -> None:
+    """Keeps the anchors, evenly chosen, with the codes that are nearest to their latents, and what quantization takes
+    from their distances."""
+    rows = dataset.rows_with(modality)
+    rows = rows[torch.linspace(0, len(rows) - 1, len(branch.anchors), dtype=torch.float64).long()]
+    batches = list(_batches(branch, dataset, modality, rows))
+    branch.anchors.copy_(torch.cat([branch.standardize(batch) for batch in batches]))
+    branch.anchor_codes.copy_(torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches]))
+    # The mean squared distance is twice the variance.
+    before, after = branch.anchors, branch.quantizer.decode(branch.anchor_codes)
+    branch.offset.copy_(2 * (before.var(0, correction=0).sum() - after.var(0, correction=0).sum()) / branch.width)
 
 
-def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> None:
+def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor, latents) -> None:
     """The decoder that makes the least squared error of all linear ones."""
     gram = products = 0
     for batch in _batches(branch, dataset, modality, rows):
-        quantized = branch.quantizer.decode(branch.quantizer.encode(branch.encode(batch)))
+        quantized = branch.quantizer.decode(branch.quantizer.encode(latents(batch)))
         inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
         gram = gram + inputs.T @ inputs
         products = products + inputs.T @ branch.standardize(batch).double()
@@ -246,8 +309,9 @@ def encode_items(
             )
         if model.config.resolve_collisions:
             moved = shared(found).nonzero()[:, 0]
-            latents = model.branches[modality].encode(table[present[moved]].to(model.device, torch.float32))
-            resolve_collisions(found, moved, latents.cpu(), model.code_vectors(modality).float().cpu())
+            # Where the items lie now: the nearest free ID is the one whose vectors add up to nearly the same.
+            vectors = quantized_rows(model, modality, found[moved])
+            resolve_collisions(found, moved, vectors, model.code_vectors(modality).float().cpu())
         codes[modality] = torch.full((len(table), found.shape[1]), -1, dtype=dtype)
         codes[modality][present] = found
         if return_quantized:
@@ -346,10 +410,15 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 
-    Once an epoch the codes that no item of the epoch chose are moved to random residuals of the last batch, the
-    offsets of balanced levels are found anew, and the health of the codes is logged: `use@l_<modality>` (share of the
-    codes that are chosen), `dead@l_<modality>` (how many were not, and are revived), `perplexity@l_<modality>`, and
+    Once an epoch the codes that no item of the epoch chose are moved to where items are, the offsets of balanced
+    levels are found anew, and the health of the codes is logged: `use@l_<modality>` (share of the codes that are
+    chosen), `dead@l_<modality>` (how many were not, and are revived), `perplexity@l_<modality>`, and
     `collisions_<modality>` (share of the items whose ID another has as well).
+
+    For the objective `"stress"` every epoch begins with a pass of the search over all items, from the codes of their
+    nearest anchors and with new random anchors to measure the stress to; then `args.passes_per_epoch` passes train the
+    code vectors with these codes. An epoch depends on nothing but the model and the seed, so that a resumed training
+    is the same.
 
     Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and random ones among them,
     mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance),
@@ -388,10 +457,10 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         )
         config = model.config
         if args.codebook_ema_decay > 0:
-            if config.objective == "distance":
+            if config.objective in ("stress", "distance"):
                 raise ValueError(
                     "codebook_ema_decay moves code vectors to the means of their residuals, which the objective "
-                    "'distance' does not want; set it to 0, or choose another objective."
+                    f"'{config.objective}' does not want; set it to 0, or choose another objective."
                 )
             for branch in model.branches.values():
                 for layer in branch.quantizer.layers:
@@ -400,14 +469,54 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         self._counts = {name: torch.zeros(config.num_quantizers, config.codebook_size) for name in config.modalities}
         self._steps_counted = 0
         self._losses: dict[str, float] = {}
+        self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if config.objective == "stress":
+            self.add_callback(_CodeSearch(self))
+
+    @torch.no_grad()
+    def search_codes(self, epoch: int) -> None:
+        """Gives the items of the training set, and the anchors among them, the codes that they have in this epoch."""
+        model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
+        dataset, config = self.train_dataset, model.config
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        codes = {}
+        for modality, branch in model.branches.items():
+            chosen = torch.randperm(config.num_anchors, generator=generator)[:TRAINING_ANCHORS].to(self.args.device)
+            branch.anchor_codes.copy_(branch.search(branch.anchors, branch.anchor_codes, chosen)[0])
+            if modality not in self._nearest:
+                self._nearest[modality] = self._nearest_anchors(branch, modality)
+            nearest, is_anchor = self._nearest[modality]
+            rows = dataset.rows_with(modality)
+            found = torch.zeros(len(dataset.present[modality]), config.num_quantizers, dtype=torch.long)
+            found[rows] = branch.anchor_codes.cpu()[nearest]
+            others = rows[~is_anchor]
+            batches = _batches(branch, dataset, modality, others)
+            for part, batch in zip(others.split(ENCODING_BATCH), batches):
+                start = found[part].to(self.args.device)
+                found[part] = branch.search(branch.standardize(batch), start, chosen)[0].cpu()
+            codes[modality] = found
+        dataset.codes = codes
+
+    def _nearest_anchors(self, branch: MMRQVAEAnchorBranch, modality: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the training set's items that have the modality: the nearest anchor, and whether it is the item itself.
+        Anchors stay the same all through the training."""
+        nearest, is_anchor = [], []
+        for batch in _batches(branch, self.train_dataset, modality, self.train_dataset.rows_with(modality)):
+            inputs = branch.standardize(batch)
+            found = nearest_anchors(inputs, branch.anchors)[:, 0]
+            nearest.append(found.cpu())
+            is_anchor.append((branch.anchors[found] == inputs).all(1).cpu())
+        return torch.cat(nearest), torch.cat(is_anchor)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """One group for the code vectors, with a rate of their own and no decay, and one for encoders and decoders."""
+        """One group for the code vectors and the offset of their distances, with a rate of their own and no decay, and
+        one for encoders and decoders."""
         if self.optimizer is None:
             model = self.model if model is None else model
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-            codebooks = [parameter for name, parameter in trained.items() if name.endswith(".codebook")]
-            networks = [parameter for name, parameter in trained.items() if not name.endswith(".codebook")]
+            of_codes = (".codebook", ".offset")
+            codebooks = [parameter for name, parameter in trained.items() if name.endswith(of_codes)]
+            networks = [parameter for name, parameter in trained.items() if not name.endswith(of_codes)]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [
@@ -446,8 +555,18 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             self._end_epoch(self._prepare_inputs(inputs))
         return loss
 
+    def _get_train_sampler(self, train_dataset=None):
+        if self.model.config.objective != "stress":
+            return super()._get_train_sampler(train_dataset)
+        # More samples than items: one random order of all items after the other.
+        return RandomSampler(self.train_dataset, num_samples=self._samples_in_epoch())
+
+    def _samples_in_epoch(self) -> int:
+        passes = self.args.passes_per_epoch if self.model.config.objective == "stress" else 1
+        return passes * len(self.train_dataset)
+
     def _steps_in_epoch(self) -> int:
-        return math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        return math.ceil(self._samples_in_epoch() / (self.args.train_batch_size * self.args.world_size))
 
     @torch.no_grad()
     def _end_epoch(self, inputs: dict) -> None:
@@ -465,7 +584,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
                 logs[f"perplexity@{level + 1}_{modality}"] = float(perplexity[level])
             identities = self.accelerator.gather(torch.cat(self._identities[modality]))
             _, owners = torch.unique(identities[identities != ABSENT], return_counts=True)
-            logs[f"collisions_{modality}"] = float(owners[owners > 1].sum() / owners.sum().clamp_min(1))
+            passes = self._samples_in_epoch() // len(self.train_dataset)
+            logs[f"collisions_{modality}"] = float(owners[owners > passes].sum() / owners.sum().clamp_min(1))
             self._revive(model, modality, counts == 0, inputs)
             self._balance(model, modality)
             self._counts[modality].zero_()
@@ -479,32 +599,43 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             return
         values = inputs["embeddings"][modality][inputs["present"][modality]]
         branch = model.branches[modality]
-        residual = branch.encode(values).float()
+        if isinstance(branch, MMRQVAEAnchorBranch):
+            taken = branch.anchor_codes
+        else:
+            residual = branch.latents(branch.standardize(values)).float()
         for level, layer in enumerate(branch.quantizer.layers):
             codes = dead[level].nonzero()[:, 0]
-            if len(codes):
-                vectors = layer.codebook[codes]
-                if len(residual):
-                    chosen = torch.randint(len(residual), (len(codes),), device=residual.device)
-                    vectors = residual[chosen].to(vectors.dtype)
-                if self.args.world_size > 1:
-                    # All processes move a code to the same place, also one whose last batch lacks the modality.
-                    torch.distributed.broadcast(vectors, 0)
-                layer.codebook[codes] = vectors
-                state = self.optimizer.state.get(layer.codebook, {})
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name in state:
-                        state[name][codes] = 0
-            residual = residual - layer.decode(layer.encode(residual))
+            if isinstance(branch, MMRQVAEAnchorBranch):
+                # A code beside that of a random anchor shares its items with it.
+                places = layer.codebook[taken[:, level]]
+                places = places + 0.1 * places.std() * torch.randn_like(places)
+            else:
+                places = residual
+                residual = residual - layer.decode(layer.encode(residual))
+            if len(codes) == 0:
+                continue
+            vectors = layer.codebook[codes]
+            if len(places):
+                chosen = torch.randint(len(places), (len(codes),), device=places.device)
+                vectors = places[chosen].to(vectors.dtype)
+            if self.args.world_size > 1:
+                # All processes move a code to the same place, also one whose last batch lacks the modality.
+                torch.distributed.broadcast(vectors, 0)
+            layer.codebook[codes] = vectors
+            state = self.optimizer.state.get(layer.codebook, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name][codes] = 0
 
     def _balance(self, model: MMRQVAEModel, modality: str) -> None:
         """Finds the offsets of balanced levels anew, from the same items every time and on every process."""
         if not any(model.config.sinkhorn_epsilons):
             return
         dataset, branch = self.train_dataset, model.branches[modality]
-        rows = dataset.rows[dataset.present[modality][dataset.rows]]
+        rows = dataset.rows_with(modality)
         rows = rows[:: math.ceil(max(len(rows), 1) / BALANCING_ITEMS)]
-        residual = branch.encode(dataset.embeddings[modality][rows].to(self.args.device, torch.float32))
+        inputs = dataset.embeddings[modality][rows].to(self.args.device, torch.float32)
+        residual = branch.latents(branch.standardize(inputs))
         for layer, epsilon in zip(branch.quantizer.layers, model.config.sinkhorn_epsilons):
             _balance(layer, residual, epsilon)
             residual = residual - layer.decode(layer.encode(residual))
@@ -514,7 +645,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         """Moves every code vector that was chosen towards the mean of the residuals that chose it."""
         model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
         for modality, branch in model.branches.items():
-            residual = branch.encode(inputs["embeddings"][modality][inputs["present"][modality]]).float()
+            values = inputs["embeddings"][modality][inputs["present"][modality]]
+            residual = branch.latents(branch.standardize(values)).float()
             for layer in branch.quantizer.layers:
                 codes = layer.encode(residual)
                 vectors = layer.decode(codes)
@@ -595,3 +727,13 @@ def _identities(codes: torch.Tensor) -> torch.Tensor:
 
 def _already_a_batch(batch: dict) -> dict:
     return batch
+
+
+class _CodeSearch(TrainerCallback):
+    """Searches for the codes of an epoch before its first batch is read."""
+
+    def __init__(self, trainer: MMRQVAETrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.search_codes(round(state.epoch))

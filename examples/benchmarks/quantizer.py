@@ -40,14 +40,14 @@ from trainer.training import fit
 
 logging.set_verbosity_error()
 
-DEFAULT = "distance (default)"
+DEFAULT = "stress (default)"
 # Those trained on reconstructions have encoders without a projection, whose code vectors have to keep up with them.
 RECONSTRUCTION = {"learning_rate": 1e-3, "codebook_learning_rate": 1e-3, "per_device_train_batch_size": 1024}
 QUANTIZERS = {
-    "residual k-means": ({"objective": "distance"}, None),
+    "residual k-means": ({"objective": "mse", "encoder_projection": True, "encoder_hidden_dims": []}, None),
     "MSE": ({"objective": "mse"}, RECONSTRUCTION),
     "MMD (paper)": ({"objective": "paper"}, RECONSTRUCTION),
-    DEFAULT: ({"objective": "distance"}, {}),
+    DEFAULT: ({"objective": "stress"}, {}),
 }
 
 
@@ -118,8 +118,17 @@ def measure(
         )
         set_seed(seed)
         widths = [table.shape[1] for table in items.embeddings.values()]
-        model = MMRQVAEModel(MMRQVAEConfig(modalities=list(items.embeddings), embedding_dims=widths, **config))
         learnt, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(seed))
+        anchors = min(arguments.num_anchors, learnt.fewest())
+        model = MMRQVAEModel(
+            MMRQVAEConfig(
+                modalities=list(items.embeddings),
+                embedding_dims=widths,
+                num_anchors=anchors,
+                codebook_dim=arguments.codebook_dim,
+                **config,
+            )
+        )
         initialize(model, learnt, seed)
         trainer = MMRQVAETrainer(model, arguments, learnt, held_out)
         # The trainer prints its metrics; standard output is for the result.

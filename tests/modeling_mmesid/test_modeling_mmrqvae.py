@@ -14,7 +14,7 @@ MODALITIES = {"text": 10, "collaborative": 6, "visual": 12}
 
 def small_model(**settings) -> MMRQVAEModel:
     torch.manual_seed(0)
-    shape = {"num_quantizers": 3, "codebook_size": 8, "codebook_dim": 7}
+    shape = {"num_quantizers": 3, "codebook_size": 8, "codebook_dim": 7, "num_anchors": 15}
     config = MMRQVAEConfig(modalities=list(MODALITIES), embedding_dims=list(MODALITIES.values()), **shape | settings)
     model = MMRQVAEModel(config).eval()
     with torch.no_grad():
@@ -23,6 +23,10 @@ def small_model(**settings) -> MMRQVAEModel:
             branch.input_scale.fill_(1.7)
             for layer in branch.quantizer.layers:
                 layer.codebook.normal_(std=0.5)
+            if model.config.objective == "stress":
+                branch.offset.fill_(0.3)
+                branch.anchors.normal_()
+                branch.anchor_codes.random_(8)
     return model
 
 
@@ -38,15 +42,18 @@ def losses(output) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+WITH_ENCODER = [objective for objective in OBJECTIVES if objective != "stress"]
+
+
+@pytest.mark.parametrize("objective", WITH_ENCODER)
 def test_codes_are_nearest_at_every_level_and_quantized_is_their_sum(objective):
     model, embeddings = small_model(objective=objective), batch()
     output = model.encode(embeddings)
-    forwarded = model(embeddings)
     for modality in MODALITIES:
         vectors = model.code_vectors(modality).detach().double().numpy()
         assert vectors.shape == (3, 8, 7)
-        residuals = model.branches[modality].encode(embeddings[modality]).detach().double().numpy()
+        branch = model.branches[modality]
+        residuals = branch.latents(branch.standardize(embeddings[modality])).detach().double().numpy()
         for item, residual in enumerate(residuals):
             total = np.zeros(7)
             for level in range(3):
@@ -55,6 +62,16 @@ def test_codes_are_nearest_at_every_level_and_quantized_is_their_sum(objective):
                 total += vectors[level, code]
                 residual = residual - vectors[level, code]
             np.testing.assert_allclose(output.quantized[modality][item].detach(), total, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_forward_and_decode_see_the_codes_that_encode_gives(objective):
+    model, embeddings = small_model(objective=objective), batch()
+    output, forwarded = model.encode(embeddings), model(embeddings)
+    for modality in MODALITIES:
+        vectors = model.code_vectors(modality)
+        total = sum(vectors[level][output.codes[modality][:, level]] for level in range(3))
+        torch.testing.assert_close(output.quantized[modality], total)
         assert torch.equal(forwarded.codes[modality], output.codes[modality])
         torch.testing.assert_close(forwarded.quantized[modality], output.quantized[modality])
         torch.testing.assert_close(forwarded.reconstructions[modality], model.decode(output.codes)[modality])
@@ -97,7 +114,7 @@ def test_losses_of_items_without_the_modality_equal_those_of_a_smaller_batch():
 def test_loss_is_the_weighted_sum_of_its_parts_and_trains_every_parameter(objective):
     model = small_model(
         objective=objective,
-        encoder_hidden_dims=[9],
+        encoder_hidden_dims=[] if objective == "stress" else [9],
         objective_weight=3,
         commitment_loss_weight=0.5,
         alignment_loss_weight=0.2,
@@ -119,11 +136,11 @@ def test_loss_is_the_weighted_sum_of_its_parts_and_trains_every_parameter(object
 
 
 def test_distances_leave_the_scale_open_and_the_codebook_loss_settles_it():
-    model, embeddings = small_model(alignment_loss_weight=0.0, encoder_hidden_dims=[]), batch()
+    model, embeddings = small_model(objective="distance", alignment_loss_weight=0.0), batch()
     output = model(embeddings)
     expected = sum(
-        (model.branches[name].encode(values) - output.quantized[name]).square().mean()
-        for name, values in embeddings.items()
+        (branch.latents(branch.standardize(embeddings[name])) - output.quantized[name]).square().mean()
+        for name, branch in model.branches.items()
     )
     torch.testing.assert_close(output.codebook_loss, expected)
     with torch.no_grad():
@@ -146,7 +163,19 @@ def test_a_batch_without_any_item_of_a_modality_has_a_finite_loss():
     assert output.loss.isfinite()
 
 
-@pytest.mark.parametrize("objective", ["distance", "paper"])
+def test_given_codes_are_what_the_code_vectors_learn_from():
+    model, embeddings = small_model(), batch()
+    chosen = {name: torch.randint(8, (20, 3), generator=torch.Generator().manual_seed(1)) for name in MODALITIES}
+    output = model(embeddings, codes=chosen)
+    for modality, codes in chosen.items():
+        assert torch.equal(output.codes[modality], codes)
+        vectors = model.code_vectors(modality)
+        total = sum(vectors[level][codes[:, level]] for level in range(3))
+        torch.testing.assert_close(output.quantized[modality], total)
+    assert output.loss != model(embeddings).loss
+
+
+@pytest.mark.parametrize("objective", ["stress", "distance", "paper"])
 def test_saved_and_loaded_is_bit_equal(tmp_path, objective):
     model, embeddings = small_model(objective=objective), batch()
     model.save_pretrained(tmp_path)
@@ -162,11 +191,15 @@ def test_saved_and_loaded_is_bit_equal(tmp_path, objective):
     assert trained == {name: parameter.requires_grad for name, parameter in loaded.named_parameters()}
 
 
-def test_codes_do_not_change_under_autocast():
-    model, embeddings = small_model(encoder_hidden_dims=[]), batch(200)
+@pytest.mark.parametrize("objective", ["stress", "distance"])
+def test_training_under_autocast_has_float32_losses(objective):
+    model, embeddings = small_model(objective=objective), batch(200)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(embeddings)
         output.loss.backward()
+    if objective == "stress":
+        codes = model.encode(embeddings).codes
+        assert all(torch.equal(output.codes[name], codes[name]) for name in MODALITIES)
     assert output.loss.isfinite()
     assert output.loss.dtype == torch.float32
 
@@ -217,6 +250,9 @@ def test_bad_codes_are_refused_by_name():
         ({"alignment": "best"}, "'best'"),
         ({"sinkhorn_epsilons": [0.0, 0.003]}, "`sinkhorn_epsilons`.*4 levels"),
         ({"sinkhorn_epsilons": [0.0, 0.0, 0.0, -1.0]}, "`sinkhorn_epsilons`"),
+        ({"sinkhorn_epsilons": [0.0, 0.0, 0.0, 0.1]}, "`sinkhorn_epsilons`.*'stress'"),
+        ({"encoder_hidden_dims": [8]}, "`encoder_hidden_dims`.*'stress'"),
+        ({"num_anchors": 0}, "`num_anchors`"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, named):

@@ -37,7 +37,9 @@ def toy_items(items: int = 300, factors: int = 6) -> ItemTables:
 
 def toy_model(**settings) -> MMRQVAEModel:
     torch.manual_seed(0)
-    shape = {"num_quantizers": 2, "codebook_size": 16, "codebook_dim": 16, "encoder_hidden_dims": [24]}
+    shape = {"num_quantizers": 2, "codebook_size": 16, "codebook_dim": 16, "num_anchors": 150}
+    if settings.get("objective", "stress") != "stress":
+        shape["encoder_hidden_dims"] = [24]
     return MMRQVAEModel(
         MMRQVAEConfig(modalities=["collaborative", "text"], embedding_dims=[12, 20], **shape | settings)
     )
@@ -86,7 +88,8 @@ def test_initialisation_looks_at_present_items_alone_and_reconstructs():
     original = items.embeddings["text"][items.present["text"]]
     branch = model.branches["text"]
     torch.testing.assert_close(branch.input_mean, original.mean(0))
-    torch.testing.assert_close(branch.standardize(original).square().mean(), torch.tensor(1.0))
+    # A variance of 1 for each of the 16 dimensions of a code vector.
+    torch.testing.assert_close(branch.standardize(original).square().sum(1).mean(), torch.tensor(16.0))
     codes, _ = encode_items(model, items)
     restored = model.decode({"text": codes["text"][items.present["text"]].long()})["text"]
     left = (restored - original).square().sum() / (original - original.mean(0)).square().sum()
@@ -97,19 +100,21 @@ def test_initialisation_looks_at_present_items_alone_and_reconstructs():
 
 
 def test_initialisation_keeps_distances_in_a_latent_wide_enough():
-    items, model = toy_items(), toy_model(codebook_dim=20)
+    items, model = toy_items(), toy_model(objective="distance", codebook_dim=20)
     initialize(model, items)
     rows = items.present["text"].nonzero()[:40, 0]
     original = items.embeddings["text"][rows]
-    latents = model.branches["text"].encode(original)
-    torch.testing.assert_close(
-        torch.pdist(latents) * model.branches["text"].input_scale, torch.pdist(original), rtol=1e-4, atol=1e-4
-    )
+    branch = model.branches["text"]
+    latents = branch.latents(branch.standardize(original))
+    torch.testing.assert_close(torch.pdist(latents) * branch.input_scale, torch.pdist(original), rtol=1e-4, atol=1e-4)
 
 
 def test_too_few_items_for_the_codebook_are_refused():
     with pytest.raises(ValueError, match="'collaborative'.*512 codes.*codebook_size"):
         initialize(toy_model(codebook_size=512), toy_items())
+    fewest = toy_items().fewest()
+    with pytest.raises(ValueError, match=f"{fewest} items.*fewer than the {fewest + 1} anchors.*num_anchors"):
+        initialize(toy_model(num_anchors=fewest + 1), toy_items())
 
 
 def test_training_for_reconstruction_improves_it_on_held_out_items(tmp_path):
@@ -203,15 +208,17 @@ def test_averaged_code_vectors_go_to_the_means_of_their_residuals(tmp_path):
         branch.quantizer.layers[0].codebook += 0.02 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     trainer.train()
     rows = trainer.train_dataset.rows
-    latents = branch.encode(items.embeddings["text"][rows[items.present["text"][rows]]]).detach()
+    inputs = items.embeddings["text"][rows[items.present["text"][rows]]]
+    latents = branch.latents(branch.standardize(inputs)).detach()
     codes = branch.quantizer.encode(latents)[:, 0]
     means = torch.stack([latents[codes == code].mean(0) for code in range(16)])
     torch.testing.assert_close(model.code_vectors("text")[0].detach(), means, atol=1e-4, rtol=1e-4)
 
 
-def test_averages_are_refused_where_distances_decide(tmp_path):
-    with pytest.raises(ValueError, match="codebook_ema_decay.*'distance'"):
-        toy_trainer(tmp_path, toy_model(), toy_items(), codebook_ema_decay=0.9)
+@pytest.mark.parametrize("objective", ["stress", "distance"])
+def test_averages_are_refused_where_distances_decide(tmp_path, objective):
+    with pytest.raises(ValueError, match=f"codebook_ema_decay.*'{objective}'"):
+        toy_trainer(tmp_path, toy_model(objective=objective), toy_items(), codebook_ema_decay=0.9)
 
 
 def test_training_under_bf16_autocast_keeps_float32_weights_and_reproducible_codes(tmp_path):
@@ -250,7 +257,7 @@ def test_a_large_table_is_read_in_parts(tmp_path, monkeypatch):
     # What does not come from the sample is that of the whole table.
     initialize(whole, items)
     for name in items.embeddings:
-        for buffer in ("input_mean", "input_scale", "projection"):
+        for buffer in ("input_mean", "input_scale", "anchors"):
             left, right = (getattr(one.branches[name], buffer) for one in (whole, model))
             torch.testing.assert_close(left, right)
     assert code_metrics(codes, 16)["use@1_text"] > 0.8
@@ -303,7 +310,7 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
 
 
 def test_held_out_recall_and_tau_equal_a_count(tmp_path):
-    items, model = toy_items(120), toy_model()
+    items, model = toy_items(120), toy_model(num_anchors=100)
     initialize(model, items)
     trainer = toy_trainer(tmp_path, model, items)
     metrics = trainer.evaluate()

@@ -47,6 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     items = ItemTables(
         {name: table for name, (table, _) in tables.items()}, {name: mask for name, (_, mask) in tables.items()}
     )
+    if not 0 < arguments.validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction is {arguments.validation_fraction}; it must lie between 0 and 1, for "
+            "held-out items choose the checkpoint."
+        )
+    training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
     config = MMRQVAEConfig(
         modalities=arguments.modalities,
         embedding_dims=[table.shape[1] for table in items.embeddings.values()],
@@ -57,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=arguments.objective,
         objective_weight=arguments.objective_weight,
         distance_focus=arguments.distance_focus,
+        num_anchors=min(arguments.num_anchors, training.fewest()),
         codebook_loss_weight=arguments.codebook_loss_weight,
         commitment_loss_weight=arguments.commitment_loss_weight,
         alignment=arguments.alignment,
@@ -65,14 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         sinkhorn_epsilons=arguments.sinkhorn_epsilons,
         resolve_collisions=arguments.resolve_collisions,
     )
-    if not 0 < arguments.validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction is {arguments.validation_fraction}; it must lie between 0 and 1, for "
-            "held-out items choose the checkpoint."
-        )
     set_seed(arguments.seed)
     model = MMRQVAEModel(config)
-    training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
     run.details.update(data=data.statistics)
     with run as staging:
         initialize(model, training, arguments.seed)
