@@ -62,6 +62,9 @@ _SIZE_CATEGORIES = {
     10**7: "1M<n<10M",
     10**8: "10M<n<100M",
     10**9: "100M<n<1B",
+    10**10: "1B<n<10B",
+    10**11: "10B<n<100B",
+    10**12: "100B<n<1T",
 }
 
 
@@ -151,7 +154,7 @@ def _front_matter(record: dict, links: dict[str, str]) -> CardData:
         EvalResult(
             task_type="sequential-recommendation",
             task_name="Sequential recommendation, full ranking",
-            dataset_type=links.get("dataset", slug(data["source"])),
+            dataset_type=links.get("dataset", slug(data["source"], "undescribed")),
             dataset_name=data["source"],
             dataset_split=split,
             metric_type=name,
@@ -197,7 +200,7 @@ def _hub_name(base_model: str | None) -> str | None:
 
 
 def _size_category(examples: int) -> str:
-    return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1B")
+    return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1T")
 
 
 def _public(value):

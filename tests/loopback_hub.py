@@ -7,11 +7,14 @@ A Hub on loopback for the tests: repositories in memory, the calls of pushing an
 import base64
 import hashlib
 import json
+import math
 import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 TOKEN = "hf_loopback"
@@ -20,6 +23,23 @@ REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 # Outside the API the address of a model has no prefix.
 PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
 LFS_SUFFIXES = (".safetensors", ".parquet")
+
+# What the Hub takes, as its own refusals list it.
+LICENCES = set(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
+    "mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl "
+    "lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "grok2-community gemma unknown other".split()
+)
+SIZES = set(
+    "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
+)
+REPOSITORY_ID = r"([\w.-]+/)?[\w.-]{1,96}"
 
 
 class Repository:
@@ -134,7 +154,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"name": "tester", "type": "user", "orgs": [], "auth": token})
 
     def validate_card(self):
-        self.answer(200, {"errors": [], "warnings": []})
+        card = json.loads(self.body)
+        errors, warnings = card_problems(card["content"], card["repoType"])
+        problems = {
+            kind: [{"message": text} for text in texts]
+            for kind, texts in zip(("errors", "warnings"), (errors, warnings))
+        }
+        self.answer(400 if errors else 200, problems)
 
     def create_repository(self):
         wanted = json.loads(self.body)
@@ -279,6 +305,72 @@ class Handler(BaseHTTPRequestHandler):
                 for name, content in files.items():
                     published += f"\n{kind}/{repo}/{name}\n".encode() + content
         self.answer(200, published, "application/octet-stream")
+
+
+def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
+    """Errors and warnings about the front matter of a card, in the fields that this project writes."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", content, re.DOTALL)
+    if match is None:
+        return [], ["empty or missing yaml metadata in repo card"]
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"bad yaml: {error}"], []
+    if not isinstance(data, dict):
+        return ["the metadata is no mapping"], []
+    errors = []
+
+    def check(valid, text: str) -> bool:
+        if not valid:
+            errors.append(text)
+        return bool(valid)
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and value.strip() != ""
+
+    def is_id(value) -> bool:
+        return isinstance(value, str) and re.fullmatch(REPOSITORY_ID, value) is not None
+
+    def several(name: str) -> list:
+        value = data.get(name, [])
+        return value if isinstance(value, list) else [value]
+
+    check(set(several("license")) <= LICENCES, f'"license" must be one of {sorted(LICENCES)}')
+    if data.get("license") == "other":
+        check(re.fullmatch(r"[a-z0-9.-]+", str(data.get("license_name"))), '"license_name" is no identifier')
+    for name in ("tags", "datasets"):
+        check(isinstance(data.get(name, []), list), f'"{name}" must be an array')
+    check(all(map(is_text, several("tags"))), '"tags" must hold strings')
+    for name in ("datasets", "base_model"):
+        check(all(map(is_id, several(name))), f'"{name}" with value {data.get(name)} is not valid. Use ids of the Hub')
+    for name in ("library_name", "model_name", "pretty_name"):
+        check(is_text(data.get(name, "absent")), f'"{name}" must be a string')
+    check(set(several("size_categories")) <= SIZES, f'"size_categories" must be one of {sorted(SIZES)}')
+    if repo_type == "dataset":
+        for config in several("configs"):
+            check(is_text(config.get("config_name")), '"configs.config_name" is required')
+            check(isinstance(config.get("default", False), bool), '"configs.default" must be a boolean')
+            for files in config.get("data_files", []):
+                check(is_text(files.get("split")) and is_text(files.get("path")), '"data_files" need split and path')
+    index = data.get("model-index", [])
+    if not check(isinstance(index, list), '"model-index" must be an array'):
+        return errors, []
+    for place, entry in enumerate(index):
+        at = f"model-index[{place}]"
+        check(is_text(entry.get("name")), f'"{at}.name" is required')
+        check(isinstance(entry.get("results"), list) and entry["results"], f'"{at}.results" is required')
+        for number, result in enumerate(entry.get("results") or []):
+            at = f"model-index[{place}].results[{number}]"
+            check(is_text(result.get("task", {}).get("type")), f'"{at}.task.type" is required')
+            check(is_text(result.get("dataset", {}).get("name")), f'"{at}.dataset.name" is required')
+            check(is_id(result.get("dataset", {}).get("type")), f'"{at}.dataset.type" is no id of the Hub')
+            check(result.get("metrics"), f'"{at}.metrics" is required')
+            for metric in result.get("metrics") or []:
+                check(is_text(metric.get("type")), f'"{at}.metrics.type" is required')
+                value = metric.get("value")
+                number_given = isinstance(value, (int, float)) and math.isfinite(value)
+                check(number_given or is_text(value), f'"{at}.metrics.value" is no number')
+    return errors, []
 
 
 def large_digest(content: bytes) -> str:

@@ -1,4 +1,5 @@
 import re
+import threading
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hub_cards import model_licence, render_card, save_card
+from hub_cards import LINKS, model_licence, render_card, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -22,6 +23,8 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+
+from ..loopback_hub import Hub
 
 
 NUM_ITEMS = 30
@@ -392,3 +395,52 @@ def test_the_examples_are_whole(path):
     assert "this/repository" not in card.text and str(Path.home()) not in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert pictures and all((path.parent / name).stat().st_size < 50_000 for name in pictures)
+
+
+@pytest.fixture(scope="module")
+def validate():
+    """Asks the Hub on loopback about a card, by `huggingface_hub`."""
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield lambda text, stage: (DatasetCard if stage == "prepare" else ModelCard)(text).validate()
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_hub_takes_the_card(stage, validate):
+    links = {kind: f"me/{kind}" for kind in LINKS}
+    test = {"test": VALIDATION, "test_confidence": {"mrr": [0.1, 0.3]}}
+    validate(render_card(make_record(stage), "me/repository", links), stage)
+    validate(render_card(make_record(stage, metrics={"validation": VALIDATION} | test)), stage)
+    record = make_record(stage, metrics={})
+    record["details"] |= {"base_model": "me/llama", "base_model_licence": "llama3.2"}
+    validate(render_card(record), stage)
+    record["details"] |= {"data": record["details"]["data"] | {"licence": None, "synthetic": True}}
+    validate(render_card(record), stage)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25)
+@given(source=st.text(max_size=150).filter(str.strip), licence=st.text(max_size=150), stage=st.sampled_from(STAGES))
+def test_the_hub_takes_the_card_whatever_the_data_are_called(source, licence, stage, validate):
+    record = make_record(stage)
+    record["details"]["data"] |= {"source": source, "licence": licence}
+    validate(render_card(record), stage)
+
+
+@pytest.mark.parametrize(
+    "good, bad, complaint",
+    [
+        ("license: cc-by-4.0", "license: mine", "license.* must be one of"),
+        ("value: 0.125", "value: .nan", "metrics.value.* is no number"),
+        ("type: bicycle-parts", "type: bicycle parts", "dataset.type.* is no id"),
+    ],
+)
+def test_the_hub_refuses_another_card(good, bad, complaint, validate):
+    text = render_card(make_record("finetune"))
+    assert good in text
+    with pytest.raises(ValueError, match=complaint):
+        validate(text.replace(good, bad), "finetune")
