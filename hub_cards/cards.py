@@ -22,6 +22,9 @@ _RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_len
 _CODE_HEALTH = ("items", "semantic_ids")
 
 _PICTURE_NOTES = {
+    "figures/code_use.png": " How many items chose each code: what a line leaves at 0 are codes that nothing uses.",
+    "figures/distances.png": " A point is an item that a user chose and one of that user's history: the more closely "
+    "the points follow one rising line, the better the codes keep what is alike.",
     "figures/singular_spectrum.png": " The fewer dimensions lie under the line, the fewer collapsed.",
     "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
 }
@@ -130,7 +133,7 @@ def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str
         pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
         picture_notes=_PICTURE_NOTES,
         repo_id=repo_id,
-        links={kind: (LINKS[kind], name) for kind, name in links.items()},
+        links={kind: (LINKS[kind], name) for kind, name in links.items() if name != repo_id},
         paper=PAPER,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
@@ -241,7 +244,7 @@ def _label(name: str) -> str:
 
 def _cell(value) -> str:
     """A value as the text of one cell of a Markdown table."""
-    if value is None:
+    if value is None or value != value:
         return "not measured"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -23,6 +23,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+from trainer.metrics.ranking.analysis import HEAD_SHARE
 
 from ..loopback_hub import Hub
 
@@ -157,6 +158,7 @@ def test_intervals_and_groups_of_users_are_shown():
     assert "| target | users | HR@10 | MRR |" in text
     assert "| cold | 7 | 0.0000 | 0.0010 |\n| head | 1,200 | 0.5000 | not measured |" in text
     assert "by items in the history: not measured." in text
+    assert f"head: among the {HEAD_SHARE:.0%} of the items" in text
 
 
 def test_semantic_ids_are_shown_with_titles():
@@ -169,6 +171,25 @@ def test_semantic_ids_are_shown_with_titles():
     text = render_card(record)
     assert "| item | title | collaborative | text |" in text
     assert "| a | Saddle \\| soft | 1-2 | 3-4 |\n| b |  | none | 3-5 |" in text
+
+
+def test_the_encoders_of_the_embeddings_are_named():
+    record = make_record("finetune")
+    record["details"]["encoders"] = {"text": "me/bert at a1", "visual": "/home/ada/clip"}
+    assert "which new items need too: text from me/bert at a1, visual from clip.\n" in render_card(record)
+    assert "new items need" not in render_card(make_record("finetune"))
+
+
+def test_a_figure_that_is_no_number_was_not_measured():
+    text = render_card(make_record("quantize", metrics={"held_out": {"tau_text": float("nan"), "tau": 0.5}}))
+    assert "| tau text | not measured |" in text
+
+
+def test_what_the_data_dropped_is_told_by_their_own_card():
+    for stage in ("prepare", "finetune"):
+        record = make_record(stage)
+        record["details"]["data"]["dropped_items"] = 17
+        assert ("| dropped items | 17 |" in render_card(record)) == (stage == "prepare")
 
 
 def test_pictures_among_the_outputs_are_embedded():
@@ -185,6 +206,10 @@ def test_the_repository_and_its_relatives_are_named():
     assert 'from_pretrained("me/recommender")' in card.text and "this/repository" not in card.text
     assert "[me/parts](https://huggingface.co/datasets/me/parts): the prepared dataset" in card.text
     assert "[me/codes](https://huggingface.co/me/codes)" in card.text
+    # One list of links serves a family of repositories: none refers to itself.
+    assert "- [me/recommender]" not in render_card(
+        make_record("finetune"), "me/recommender", links | {"recommender": "me/recommender"}
+    )
     assert card.data.datasets == ["me/parts"]
     assert {result.dataset_type for result in card.data.eval_results} == {"me/parts"}
     with pytest.raises(ValueError, match="no link to a 'cousin'"):
@@ -389,8 +414,9 @@ def test_the_recommender_card_and_the_readme_show_how_to_load(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "hub_cards" / "examples").glob("*/README.md")))
-def test_the_examples_are_whole(path):
+def test_the_examples_are_whole(path, validate):
     card = ModelCard.load(path)
+    validate(card.content, "finetune")
     assert {result.dataset_split for result in card.data.eval_results} == {"validation", "test"}
     assert "this/repository" not in card.text and str(Path.home()) not in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
