@@ -7,10 +7,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from modeling_mmesid.checkpoints import CARD_NAME, UNKNOWN_REPOSITORY
+
 from .licences import licence_metadata, slug
 
 
-CARD_NAME = "README.md"
 PAPER = "arXiv:2509.02017"
 SPLITS = ("validation", "test")
 RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
@@ -53,9 +54,6 @@ LINKS = {
     "quantizer": "the quantizer that made the semantic IDs",
     "recommender": "the recommender",
 }
-# What a card calls its repository until it is known.
-UNKNOWN_REPOSITORY = "this/repository"
-
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
     10**3: "n<1K",

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
-from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_safetensors
+from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_public_base_model, require_safetensors
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
@@ -419,8 +419,24 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             return self._merged().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            custom_object_save(SequentialRecommendationPipeline, save_directory)
-        if self.config.lora is None or not is_main_process:
+            self._save_companions(save_directory)
+
+    def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
+        """
+        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.prepare_upload`].
+
+        Raises:
+            ValueError: If the base model is a folder on this machine.
+        """
+        require_public_base_model(self.config.base_model_name_or_path)
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        self._save_companions(directory)
+        super().prepare_upload(directory, repo_id)
+
+    def _save_companions(self, save_directory: str | os.PathLike) -> None:
+        """Writes the code of the pipeline, and the adapter in PEFT's format."""
+        custom_object_save(SequentialRecommendationPipeline, save_directory)
+        if self.config.lora is None:
             return
         adapter_dir = os.path.join(save_directory, "adapter")
         adapter_config = LoraConfig(

@@ -17,10 +17,11 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging
 
+from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
+
 
 logger = logging.get_logger(__name__)
 
-RECORD_NAME = "record.json"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
 
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
@@ -74,11 +75,6 @@ class StageRecord:
         if path.is_dir():
             path = path / RECORD_NAME
         return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value) -> str:

@@ -193,6 +193,67 @@ def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histo
     assert [len(ranking) for ranking in installed[0]] == [10, 10, 10]
 
 
+BY_THE_LIBRARY = """
+import json, sys
+import torch
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaModel, pipeline
+from modeling_mmesid import MMESIDForSequentialRecommendation
+
+root, api = sys.argv[1], HfApi()
+model = AutoModel.from_pretrained(f"{root}/recommender")
+model.push_to_hub("tester/by-model", create_pr=True)
+assert "README.md" not in api.list_repo_files("tester/by-model")
+model.push_to_hub("tester/by-model")
+pipeline("sequential-recommendation", model=f"{root}/recommender").push_to_hub("tester/by-pipeline")
+model.save_pretrained(f"{sys.argv[2]}/saved", push_to_hub=True, repo_id="tester/by-saving")
+for name in ("sasrec", "quantizer"):
+    AutoModel.from_pretrained(f"{root}/{name}").push_to_hub(f"tester/by-model-{name}")
+files = {
+    name: sorted(api.list_repo_files(f"tester/{name}"))
+    for name in ("by-model", "by-pipeline", "by-saving", "by-model-sasrec", "by-model-quantizer")
+}
+results = [open(hf_hub_download(f"tester/{name}", "eval_results.json")).read() for name in ("by-model", "best")]
+assert results[0] == results[1]
+text = ModelCard.load("tester/by-model").text
+assert 'from_pretrained("tester/by-model")' in text and "this/repository" not in text
+rows = AutoProcessor.from_pretrained("tester/by-model")([json.loads(sys.argv[3])])
+assert torch.equal(AutoModel.from_pretrained("tester/by-model").recommend(rows).scores, model.recommend(rows).scores)
+
+# Other weights are not what the card measured; what is already there stays.
+with torch.no_grad():
+    model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+model.push_to_hub("tester/changed")
+files["changed"] = api.list_repo_files("tester/changed")
+AutoProcessor.from_pretrained(f"{root}/recommender").push_to_hub("tester/changed")
+changed = pipeline("sequential-recommendation", model="tester/changed")(json.loads(sys.argv[3]))
+assert [item["score"] for item in changed] == model.recommend(rows).scores[0].tolist()
+
+base = f"{sys.argv[2]}/base"
+LlamaModel(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+).save_pretrained(base)
+local = MMESIDForSequentialRecommendation.from_backbone_pretrained(base, freeze_backbone=True, num_items=3)
+try:
+    local.push_to_hub("tester/local")
+except ValueError as error:
+    files["local"] = api.list_repo_files("tester/local")
+    print(json.dumps([files, str(error)]))
+"""
+
+
+def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, hub_environment, tmp_path):
+    arguments = [str(tiny_run), str(tmp_path), json.dumps(histories[0])]
+    files, refusal = printed(run_python(BY_THE_LIBRARY, hub_environment, *arguments))
+    (whole, *_), (sasrec,), (quantizer,) = [
+        json.loads(ask(hub_environment, f"history/models/tester/{name}")) for name in ("best", "sasrec", "codes")
+    ]
+    assert {"semantic_ids.parquet", "eval_results.json", "figures/fusion_weights.png", "tokenizer.json"} <= set(whole)
+    assert files["by-model"] == files["by-pipeline"] == files["by-saving"] == whole
+    assert files["by-model-sasrec"] == sasrec and files["by-model-quantizer"] == quantizer
+    assert "eval_results.json" not in files["changed"] and "model.safetensors" in files["changed"]
+    assert files["local"] == [] and "names its base model by the folder" in refusal
+
+
 ADAPTER = """
 import json, sys, urllib.request
 import torch
@@ -220,6 +281,10 @@ model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
 model.initialize_items(torch.arange(81))
 model.eval().push_to_hub("tester/adapter", revision="v1")
 best = model.recommend([[1, 2, 3]])
+model.save_pretrained(f"{sys.argv[1]}/saved", push_to_hub=True, repo_id="tester/adapter-saved")
+assert set(HfApi().list_repo_files("tester/adapter-saved")) == set(
+    HfApi().list_repo_files("tester/adapter", revision="v1")
+)
 loaded = AutoModel.from_pretrained("tester/adapter", revision="v1")
 assert torch.equal(loaded.recommend([[1, 2, 3]]).scores, best.scores)
 assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(
