@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import urllib.request
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,30 @@ from modeling_mmesid import MMESIDProcessor
 from .conftest import finetune_flags
 
 
-def run_python(code, environment, *arguments, installed=True):
-    """
-    Starts a process and returns it.
+PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
 
-    Without `installed` it finds the libraries and not this package: an isolated interpreter that does not process the
-    `.pth` files of site-packages, by which an editable install is found, nor PYTHONPATH.
-    """
-    flags = []
-    if not installed:
-        flags = ["-I", "-S"]
-        code = (
-            f"import importlib.util, sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
-            "for name in ('modeling_mmesid', 'trainer', 'hub_cards'):\n"
-            "    assert importlib.util.find_spec(name) is None, name\n"
-        ) + code
+
+def run_python(code, environment, *arguments, interpreter=sys.executable):
+    """Starts a process, which does not look for modules in the working directory, and returns it."""
     return subprocess.Popen(
-        [sys.executable, *flags, "-c", code, *arguments],
+        [interpreter, "-P", "-c", code, *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def without_package(tmp_path_factory):
+    """The interpreter of an environment that holds the libraries of this one, and this package not at all."""
+    root = tmp_path_factory.mktemp("without_package")
+    venv.create(root, symlinks=True, with_pip=False)
+    paths = {"base": str(root), "platbase": str(root)}
+    for scheme in ("purelib", "platlib"):
+        target = Path(sysconfig.get_path(scheme, vars=paths))
+        for path in Path(sysconfig.get_path(scheme)).iterdir():
+            ours = path.name in PACKAGES or "mmesid" in path.name
+            if not (ours or path.suffix == ".pth" or (target / path.name).exists()):
+                (target / path.name).symlink_to(path)
+    return root / "bin" / "python"
 
 
 def printed(process):
@@ -124,11 +130,22 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 histories = json.loads(sys.argv[1])
 """
 REMOTE = """
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+assert [find_spec(name) for name in ("modeling_mmesid", "trainer", "hub_cards")] == [None] * 3
+try:
+    version("mmesid")
+    raise AssertionError("this environment has the package")
+except PackageNotFoundError:
+    pass
 model = AutoModel.from_pretrained("tester/best", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("tester/best", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
 sasrec = AutoModel.from_pretrained("tester/sasrec", trust_remote_code=True)
 assert sasrec.recommend([[1, 2]], top_k=3).items.shape == (1, 3)
+revised = AutoModel.from_pretrained("tester/best", revision="refs/pr/1", trust_remote_code=True)
+assert revised.config.num_items == AutoConfig.from_pretrained("tester/best", trust_remote_code=True).num_items
 quantizer = AutoModel.from_pretrained("tester/codes", trust_remote_code=True)
 assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2, 3)
 """
@@ -153,7 +170,6 @@ except OSError:
     pass
 model = AutoModel.from_pretrained("tester/best", cache_dir=sys.argv[2])
 assert isinstance(model, modeling_mmesid.MMESIDForSequentialRecommendation)
-assert AutoConfig.from_pretrained("tester/best").num_items == model.config.num_items
 processor = AutoProcessor.from_pretrained("tester/best", cache_dir=sys.argv[2])
 rows = processor(histories)
 best = model.recommend(rows)
@@ -165,6 +181,13 @@ for arguments in (
 ):
     other = AutoModel.from_pretrained("tester/best", **arguments).recommend(rows)
     assert torch.equal(other.items, best.items) and torch.equal(other.scores, best.scores), arguments
+for arguments in (
+    {},
+    {"cache_dir": sys.argv[2], "local_files_only": True},
+    {"revision": "refs/pr/1"},
+):
+    assert AutoConfig.from_pretrained("tester/best", **arguments).num_items == model.config.num_items
+    assert AutoProcessor.from_pretrained("tester/best", **arguments)(histories) == rows
 assert AutoModel.from_pretrained("tester/best", dtype=torch.bfloat16).dtype == torch.bfloat16
 # The task is registered: no flag, and none of the checkpoint's code.
 recommended = pipeline("sequential-recommendation", model="tester/best")(histories)
@@ -174,7 +197,9 @@ assert torch.equal(on_disk.items, best.items) and torch.equal(on_disk.scores, be
 """
 
 
-def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histories, hub_environment, tmp_path):
+def test_three_ways_in_give_bit_equal_recommendations(
+    published, tiny_run, histories, hub_environment, without_package, tmp_path
+):
     # The modules of remote code are kept under HF_HOME: each way has its own. MKL's sums would depend on where in
     # memory a process happens to have its tensors.
     environments = [
@@ -182,10 +207,12 @@ def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histo
     ]
     given = json.dumps(histories)
     disk = str(tiny_run / "recommender")
+    # Whoever tests a checkout may have it there.
+    bare = [{name: value for name, value in one.items() if name != "PYTHONPATH"} for one in environments]
     ways = [
         run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache"), disk),
-        run_python(IMPORTS + REMOTE + TOP_10, environments[1], given, installed=False),
-        run_python(IMPORTS + PIPELINE, environments[2], given, installed=False),
+        run_python(IMPORTS + REMOTE + TOP_10, bare[1], given, interpreter=without_package),
+        run_python(IMPORTS + PIPELINE, bare[2], given, interpreter=without_package),
     ]
     installed, remote, through_pipeline = [printed(way) for way in ways]
     assert installed == remote
