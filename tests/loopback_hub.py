@@ -78,6 +78,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large_files: dict[str, bytes] = {}
+        # Digests of the large files that were taken, one an upload.
+        self.uploads: list[str] = []
         # How many more large files are taken before the connection breaks; None never breaks.
         self.uploads_left: int | None = None
 
@@ -235,6 +237,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.error(507, "InsufficientStorage", "The upload broke off.")
             self.server.uploads_left -= 1
         self.server.large_files[oid] = self.body
+        self.server.uploads.append(oid)
         self.answer(200)
 
     def describe(self, kind: str, repo: str, revision: str | None):
@@ -254,22 +257,24 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def list_files(self, kind: str, repo: str, revision: str, wanted: list[str] | None = None):
+    def list_folder(self, kind: str, repo: str, revision: str, folder: str | None = None):
         if (found := self.repository(kind, repo, revision)) is None:
             return
         repository, commit = found
-        files = repository.commits[commit].items()
-        self.answer(
-            200,
-            [
-                {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
-                for name, content in files
-                if wanted is None or name in wanted
-            ],
-        )
+        inside = "" if folder is None else f"{folder}/"
+        entries = [entry for entry in tree(repository.commits[commit]) if entry["path"].startswith(inside)]
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(inside)]
+        if inside and not entries:
+            return self.error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+        self.answer(200, entries)
 
     def list_paths(self, kind: str, repo: str, revision: str):
-        self.list_files(kind, repo, revision, json.loads(self.body)["paths"])
+        if (found := self.repository(kind, repo, revision)) is None:
+            return
+        repository, commit = found
+        wanted = json.loads(self.body)["paths"]
+        self.answer(200, [entry for entry in tree(repository.commits[commit]) if entry["path"] in wanted])
 
     def send_file(self, kind: str | None, repo: str, revision: str, name: str):
         if (found := self.repository((kind or "models/").rstrip("/"), repo, revision)) is None:
@@ -289,8 +294,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.uploads_left = int(after)
         self.answer(200)
 
-    def list_large_files(self):
-        self.answer(200, sorted(self.server.large_files))
+    def list_uploads(self):
+        self.answer(200, self.server.uploads)
 
     def history(self, kind: str, repo: str):
         """The names of the files of every commit but the empty first one, oldest first."""
@@ -373,6 +378,20 @@ def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
     return errors, []
 
 
+def tree(files: dict[str, bytes]) -> list[dict]:
+    """Files and folders of a commit, as the Hub describes them."""
+    folders = {name[:end] for name in files for end, letter in enumerate(name) if letter == "/"}
+    entries = [{"type": "directory", "oid": git_digest(name.encode()), "size": 0, "path": name} for name in folders]
+    return sorted(
+        entries
+        + [
+            {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
+            for name, content in files.items()
+        ],
+        key=lambda entry: entry["path"],
+    )
+
+
 def large_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -392,14 +411,14 @@ ROUTES = [
     ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", True, Handler.large_file_batch),
     ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})", False, Handler.receive_large_file),
     ("GET", rf"/api/{REPOSITORY}(?:/revision/{REVISION})?", False, Handler.describe),
-    ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}", False, Handler.list_files),
+    ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}(?:/(?P<folder>.+))?", False, Handler.list_folder),
     ("POST", rf"/api/{REPOSITORY}/paths-info/{REVISION}", False, Handler.list_paths),
     ("GET HEAD", rf"/{PAGE}/resolve/{REVISION}/(?P<name>.+)", False, Handler.send_file),
     # What only tests ask for: to gate a repository, to break uploads off, to see what arrived.
     ("POST", rf"/_test/gate/{REPOSITORY}", False, Handler.gate),
     ("POST", r"/_test/break_uploads/(?P<after>\d+)", False, Handler.break_uploads),
     ("GET", rf"/_test/history/{REPOSITORY}", False, Handler.history),
-    ("GET", r"/_test/large_files", False, Handler.list_large_files),
+    ("GET", r"/_test/uploads", False, Handler.list_uploads),
     ("GET", r"/_test/everything", False, Handler.send_everything),
 ]
 

@@ -10,6 +10,7 @@ import urllib.request
 import venv
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from modeling_mmesid import MMESIDProcessor
@@ -108,6 +109,8 @@ def test_pushing_breaking_off_pushing_again_and_asking_for_a_pull(published, hub
     assert first == again, "nothing changed, and there is a new commit"
     assert requested == first, "the pull request changed main"
     assert not links_in_pull_request
+    uploads = json.loads(ask(hub_environment, "uploads"))
+    assert len(uploads) == len(set(uploads)), "a large file was sent twice"
     # One commit on main, one on the pull request.
     commits = json.loads(ask(hub_environment, "history/models/tester/best"))
     assert len(commits) == 2
@@ -218,6 +221,35 @@ def test_three_ways_in_give_bit_equal_recommendations(
     assert installed == remote
     assert installed == through_pipeline
     assert [len(ranking) for ranking in installed[0]] == [10, 10, 10]
+
+
+CARDS = """
+import contextlib, io, json, re
+from huggingface_hub import DatasetCard, ModelCard
+
+printed = {}
+for name in ("shop", "sasrec", "codes", "best"):
+    card = (DatasetCard if name == "shop" else ModelCard).load(f"tester/{name}")
+    card.validate()
+    section = card.text.split("## How to load")[1].split("\\n## ")[0]
+    printed[name] = []
+    for code in re.findall("```python\\n(.*?)```", section, re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        printed[name].append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def test_the_code_on_every_published_card_runs_as_it_stands(published, tiny_run, hub_environment, tmp_path):
+    said = printed(run_python(CARDS, hub_environment | {"HF_HOME": str(tmp_path)}))
+    titles = pq.read_table(tiny_run / "prepared" / "items.parquet")["title"].to_pylist()
+    assert said["shop"][0].rstrip().endswith(titles[0])
+    assert said["sasrec"][0].startswith("tensor([[") and "'item_id': 'sku000000'" in said["codes"][0]
+    three_ways = said["best"]
+    assert len(three_ways) == 3 and len(set(three_ways)) == 1
+    ranking = three_ways[0].splitlines()
+    assert len(ranking) == 10 and all(line.split("  ")[-1] in titles for line in ranking)
 
 
 BY_THE_LIBRARY = """
