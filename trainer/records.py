@@ -19,6 +19,8 @@ from transformers.utils import logging
 
 from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
 
+from .energy import EnergyMeter
+
 
 logger = logging.get_logger(__name__)
 
@@ -170,6 +172,7 @@ class StageRun:
 
     def __enter__(self) -> Path:
         self._start = time.perf_counter()
+        self._meter = EnergyMeter()
         if PartialState().is_main_process:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
@@ -177,6 +180,7 @@ class StageRun:
         return self.staging
 
     def __exit__(self, exception_type, exception, traceback) -> None:
+        self._meter.stop()
         if exception_type is not None:
             shutil.rmtree(self.staging, ignore_errors=True)
             return
@@ -195,7 +199,7 @@ class StageRun:
             inputs=self.inputs,
             outputs={file.relative_to(self.staging).as_posix(): file_digest(file) for file in files},
             metrics=self.metrics,
-            details=self.details,
+            details=self.details | ({} if (kwh := self._meter.kwh) is None else {"energy_kwh": kwh}),
             seconds=round(time.perf_counter() - self._start, 1),
         )
 

@@ -221,7 +221,7 @@ def test_energy_is_told_only_where_it_was_measured(stage):
     record = make_record(stage)
     assert "Energy: not measured." in render_card(record)
     record["details"]["energy_kwh"] = 0.25
-    assert "Energy: 0.25 kWh." in render_card(record)
+    assert "Energy: 0.25 kWh, of the processors" in render_card(record)
 
 
 @pytest.mark.parametrize("stage", STAGES)
