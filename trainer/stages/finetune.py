@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     run.details.update(
         data=data.statistics,
         encoders=encoders(arguments.embeddings_dir, modalities),
-        base_model=arguments.backbone_name_or_path,
+        base_model=base_model(arguments.backbone_name_or_path),
         base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
     )
     with run as staging:
@@ -99,6 +99,12 @@ def content_modalities(arguments: FinetuneArguments) -> list[str]:
             "correct --modalities or quantize that table too."
         )
     return arguments.modalities or available
+
+
+def base_model(name_or_path: str | None) -> str | None:
+    """The decoder for the record: one in a folder by its whole path, which cannot be taken for a repository."""
+    is_folder = name_or_path is not None and Path(name_or_path).is_dir()
+    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
 
 
 def encoders(embeddings_dir: str, modalities: list[str]) -> dict[str, str]:

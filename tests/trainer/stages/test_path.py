@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 from trainer.backbone import train_tokenizer
 from trainer.data.prepared import PreparedDataset
+from trainer.publishing import publication
 from trainer.records import StageRecord
 from trainer.stages import evaluate, finetune, prepare, recommend
 
@@ -236,6 +238,17 @@ def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
         if "lora_" not in name:
             assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
     assert any(value.abs().max() > 0 for name, value in model.backbone.state_dict().items() if "lora_B" in name)
+
+
+def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    # As a repository would be called, owner/name.
+    flags = ["--backbone_name_or_path", f"{tmp_path.name}/base", "--lora_r", "0", "--num_train_epochs", "1"]
+    finetune.main([*finetune_flags(tiny_run, "unused"), *flags, "--output_dir", str(tmp_path / "full")])
+    _, files = publication(tmp_path / "full", "me/full")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model is None and "Its backbone is base." in card.text
+    assert str(tmp_path) not in card.content
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")
