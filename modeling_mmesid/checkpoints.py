@@ -128,13 +128,15 @@ def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLi
 class SafetensorsMixin:
     """
     For models that load from safetensors alone. One that was loaded from the directory of a stage is pushed to the Hub
-    with all that lies there, as long as its weights are what they were.
+    with all that the stage left there, as long as its weights are what they were; any other by itself, as
+    [`~transformers.PreTrainedModel.push_to_hub`] does.
     """
 
     def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
         """Completes a directory with the saved model that is about to be published as `repo_id`."""
-        if self.name_or_path and os.path.isfile(os.path.join(self.name_or_path, RECORD_NAME)):
-            add_accompanying_files(directory, self.name_or_path, repo_id)
+        source = self.name_or_path
+        if source and os.path.isfile(os.path.join(source, RECORD_NAME)) and not os.path.samefile(source, directory):
+            add_accompanying_files(directory, source, repo_id)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # Through here go `push_to_hub` and `save_pretrained(push_to_hub=True)`.

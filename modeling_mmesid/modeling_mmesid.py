@@ -113,7 +113,8 @@ class MMESIDFusion(nn.Module):
         """
         low, high = self.log_range
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
-        logits = self.output(nn.functional.gelu(self.hidden(normalised[:, None]))) / self.temperature
+        hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
+        logits = self.output(hidden) / self.temperature
         return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
 
 
@@ -236,7 +237,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
 
     A checkpoint with a base model holds the small trained parts and the LoRA adapter (also in `adapter/`, in PEFT's
     own format); the frozen backbone is fetched by name and revision on loading. Without a base model the checkpoint is
-    self-contained.
+    self-contained. `push_to_hub` of a model that was loaded from the directory of a stage, and not changed since,
+    publishes what lies there with it: processor, semantic IDs, results and card.
 
     ```python
     >>> from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
@@ -254,6 +256,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
     _supports_sdpa = True
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
+    # What `quantization_config` leaves alone: the backbone alone is large, and some of these layers have two outputs.
+    _keep_in_fp32_modules = ["items"]
 
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -274,6 +278,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             # Of the state rather than the parameters: a quantized weight also has the constants to unpack it.
             trained = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # The list above would also turn the codes and masks of a checkpoint that is loaded in fp16 into floats.
+        return {}
 
     @torch.no_grad()
     def _init_weights(self, module):
