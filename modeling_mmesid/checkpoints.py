@@ -90,6 +90,11 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def results_text(metrics: dict) -> str:
+    """What `eval_results.json` says of a stage's metrics; of one that is no number, null, for JSON knows no NaN."""
+    return json.dumps(json.loads(json.dumps(metrics), parse_constant=lambda constant: None), indent=2) + "\n"
+
+
 def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLike, repo_id: str) -> None:
     """
     Adds to a saved model what the directory of the stage that trained it holds besides: processor, semantic IDs,
@@ -121,8 +126,7 @@ def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLi
     card = directory / CARD_NAME
     card.write_text(card.read_text(encoding="utf-8").replace(UNKNOWN_REPOSITORY, repo_id), encoding="utf-8")
     if record["metrics"]:
-        text = json.dumps(record["metrics"], indent=2) + "\n"
-        (directory / RESULTS_NAME).write_text(text, encoding="utf-8")
+        (directory / RESULTS_NAME).write_text(results_text(record["metrics"]), encoding="utf-8")
 
 
 class SafetensorsMixin:

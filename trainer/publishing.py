@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 
 from hub_cards import render_card, save_card
-from modeling_mmesid.checkpoints import CARD_NAME, RESULTS_NAME, require_public_base_model
+from modeling_mmesid.checkpoints import CARD_NAME, RESULTS_NAME, require_public_base_model, results_text
 
 from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
 
@@ -71,7 +71,7 @@ def publication(
     if not is_card_edited(directory, record):
         files[CARD_NAME] = render_card(dataclasses.asdict(record), repo_id, links).encode()
     if record.metrics:
-        files[RESULTS_NAME] = (json.dumps(record.metrics, indent=2) + "\n").encode()
+        files[RESULTS_NAME] = results_text(record.metrics).encode()
     check_private(directory, files)
     return REPO_TYPES[record.stage], dict(sorted(files.items()))
 

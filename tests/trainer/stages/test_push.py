@@ -159,6 +159,19 @@ def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_p
         publication(recommender, "me/model")
 
 
+def test_results_are_json_that_anybody_reads(recommender):
+    record = StageRecord.load(recommender)
+    record.metrics["held_out"] = {"tau": float("nan"), "recall@1": 0.25}
+    (recommender / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
+    _, files = publication(recommender, "me/model")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    results = json.loads(files["eval_results.json"], parse_constant=refuse)
+    assert results == {"held_out": {"tau": None, "recall@1": 0.25}}
+
+
 def test_what_is_private_is_refused(recommender, monkeypatch):
     secret = "hf_0123456789"
     monkeypatch.setenv("HF_TOKEN", secret)
