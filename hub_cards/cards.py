@@ -7,10 +7,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from modeling_mmesid.checkpoints import CARD_NAME, UNKNOWN_REPOSITORY
+
 from .licences import licence_metadata, slug
 
 
-CARD_NAME = "README.md"
 PAPER = "arXiv:2509.02017"
 SPLITS = ("validation", "test")
 RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
@@ -22,6 +23,9 @@ _RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_len
 _CODE_HEALTH = ("items", "semantic_ids")
 
 _PICTURE_NOTES = {
+    "figures/code_use.png": " How many items chose each code: what a line leaves at 0 are codes that nothing uses.",
+    "figures/distances.png": " A point is an item that a user chose and one of that user's history: the more closely "
+    "the points follow one rising line, the better the codes keep what is alike.",
     "figures/singular_spectrum.png": " The fewer dimensions lie under the line, the fewer collapsed.",
     "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
 }
@@ -50,9 +54,6 @@ LINKS = {
     "quantizer": "the quantizer that made the semantic IDs",
     "recommender": "the recommender",
 }
-# What a card calls its repository until it is known.
-UNKNOWN_REPOSITORY = "this/repository"
-
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
     10**3: "n<1K",
@@ -62,6 +63,9 @@ _SIZE_CATEGORIES = {
     10**7: "1M<n<10M",
     10**8: "10M<n<100M",
     10**9: "100M<n<1B",
+    10**10: "1B<n<10B",
+    10**11: "10B<n<100B",
+    10**12: "100B<n<1T",
 }
 
 
@@ -127,7 +131,7 @@ def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str
         pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
         picture_notes=_PICTURE_NOTES,
         repo_id=repo_id,
-        links={kind: (LINKS[kind], name) for kind, name in links.items()},
+        links={kind: (LINKS[kind], name) for kind, name in links.items() if name != repo_id},
         paper=PAPER,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
@@ -151,7 +155,7 @@ def _front_matter(record: dict, links: dict[str, str]) -> CardData:
         EvalResult(
             task_type="sequential-recommendation",
             task_name="Sequential recommendation, full ranking",
-            dataset_type=links.get("dataset", slug(data["source"])),
+            dataset_type=links.get("dataset", slug(data["source"], "undescribed")),
             dataset_name=data["source"],
             dataset_split=split,
             metric_type=name,
@@ -197,7 +201,7 @@ def _hub_name(base_model: str | None) -> str | None:
 
 
 def _size_category(examples: int) -> str:
-    return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1B")
+    return next((name for bound, name in _SIZE_CATEGORIES.items() if examples < bound), "n>1T")
 
 
 def _public(value):
@@ -238,7 +242,7 @@ def _label(name: str) -> str:
 
 def _cell(value) -> str:
     """A value as the text of one cell of a Markdown table."""
-    if value is None:
+    if value is None or value != value:
         return "not measured"
     if isinstance(value, bool):
         return "yes" if value else "no"

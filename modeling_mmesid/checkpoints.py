@@ -1,15 +1,28 @@
-"""What a checkpoint of this project is: a configuration of a format that this code reads, and weights in
-safetensors."""
+"""What a checkpoint of this project is: a configuration of a format that this code reads, weights in safetensors, and
+what lies beside them."""
 
+import hashlib
+import json
 import os
+import shutil
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
+
+logger = logging.get_logger(__name__)
 
 # Raised when older code can no longer read what newer code writes; never when something optional is added.
 FORMAT_VERSION = 1
+
+# What a stage writes beside its outputs, with their SHA-256 and what was measured.
+RECORD_NAME = "record.json"
+CARD_NAME = "README.md"
+RESULTS_NAME = "eval_results.json"
+# What a card calls its repository until it is known.
+UNKNOWN_REPOSITORY = "this/repository"
 
 # Arguments of `from_pretrained` that say where a file comes from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -59,8 +72,80 @@ def require_safetensors(name_or_path: str | os.PathLike, **hub_arguments) -> Non
     )
 
 
+def require_public_base_model(name_or_path: str | None) -> None:
+    """
+    Raises:
+        ValueError: If what is about to be published names its base model by a folder on this machine.
+    """
+    if name_or_path is not None and os.path.exists(name_or_path):
+        raise ValueError(
+            f"The checkpoint names its base model by the folder '{name_or_path}', which nobody else has; train on a "
+            "base model from the Hub, or save it with `merge_backbone=True`."
+        )
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def results_text(metrics: dict) -> str:
+    """What `eval_results.json` says of a stage's metrics; of one that is no number, null, for JSON knows no NaN."""
+    return json.dumps(json.loads(json.dumps(metrics), parse_constant=lambda constant: None), indent=2) + "\n"
+
+
+def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLike, repo_id: str) -> None:
+    """
+    Adds to a saved model what the directory of the stage that trained it holds besides: processor, semantic IDs,
+    pictures, the card with the repository's name in its code, and the results as `eval_results.json`.
+
+    Nothing is added, with a warning, if the weights are no longer those of the stage: its results are not theirs.
+
+    Args:
+        directory (`str` or `os.PathLike`): Where the model was saved; what it holds stays, but for the card.
+        source (`str` or `os.PathLike`): The directory of the stage.
+        repo_id (`str`): The repository that the directory is published as.
+    """
+    directory, source = Path(directory), Path(source)
+    record = json.loads((source / RECORD_NAME).read_text(encoding="utf-8"))
+    for path in directory.glob("*.safetensors"):
+        if record["outputs"].get(path.name) != file_digest(path):
+            logger.warning(
+                "The weights are no longer those of '%s', so its processor, card and results are not published with "
+                "them; push the processor to '%s' as well.",
+                source,
+                repo_id,
+            )
+            return
+    for name in record["outputs"]:
+        target = directory / name
+        if name == CARD_NAME or not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target)
+    card = directory / CARD_NAME
+    card.write_text(card.read_text(encoding="utf-8").replace(UNKNOWN_REPOSITORY, repo_id), encoding="utf-8")
+    if record["metrics"]:
+        (directory / RESULTS_NAME).write_text(results_text(record["metrics"]), encoding="utf-8")
+
+
 class SafetensorsMixin:
-    """For models that load from safetensors alone."""
+    """
+    For models that load from safetensors alone. One that was loaded from the directory of a stage is pushed to the Hub
+    with all that the stage left there, as long as its weights are what they were; any other by itself, as
+    [`~transformers.PreTrainedModel.push_to_hub`] does.
+    """
+
+    def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
+        """Completes a directory with the saved model that is about to be published as `repo_id`."""
+        source = self.name_or_path
+        if source and os.path.isfile(os.path.join(source, RECORD_NAME)) and not os.path.samefile(source, directory):
+            add_accompanying_files(directory, source, repo_id)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # Through here go `push_to_hub` and `save_pretrained(push_to_hub=True)`.
+        self.prepare_upload(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
-from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_safetensors
+from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_public_base_model, require_safetensors
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
@@ -113,7 +113,8 @@ class MMESIDFusion(nn.Module):
         """
         low, high = self.log_range
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
-        logits = self.output(nn.functional.gelu(self.hidden(normalised[:, None]))) / self.temperature
+        hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
+        logits = self.output(hidden) / self.temperature
         return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
 
 
@@ -236,7 +237,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
 
     A checkpoint with a base model holds the small trained parts and the LoRA adapter (also in `adapter/`, in PEFT's
     own format); the frozen backbone is fetched by name and revision on loading. Without a base model the checkpoint is
-    self-contained.
+    self-contained. `push_to_hub` of a model that was loaded from the directory of a stage, and not changed since,
+    publishes what lies there with it: processor, semantic IDs, results and card.
 
     ```python
     >>> from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
@@ -254,6 +256,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
     _supports_sdpa = True
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
+    # What `quantization_config` leaves alone: the backbone alone is large, and some of these layers have two outputs.
+    _keep_in_fp32_modules = ["items"]
 
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -274,6 +278,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             # Of the state rather than the parameters: a quantized weight also has the constants to unpack it.
             trained = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # The list above would also turn the codes and masks of a checkpoint that is loaded in fp16 into floats.
+        return {}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -419,8 +427,24 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             return self._merged().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            custom_object_save(SequentialRecommendationPipeline, save_directory)
-        if self.config.lora is None or not is_main_process:
+            self._save_companions(save_directory)
+
+    def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
+        """
+        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.prepare_upload`].
+
+        Raises:
+            ValueError: If the base model is a folder on this machine.
+        """
+        require_public_base_model(self.config.base_model_name_or_path)
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        self._save_companions(directory)
+        super().prepare_upload(directory, repo_id)
+
+    def _save_companions(self, save_directory: str | os.PathLike) -> None:
+        """Writes the code of the pipeline, and the adapter in PEFT's format."""
+        custom_object_save(SequentialRecommendationPipeline, save_directory)
+        if self.config.lora is None:
             return
         adapter_dir = os.path.join(save_directory, "adapter")
         adapter_config = LoraConfig(

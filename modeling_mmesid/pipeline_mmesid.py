@@ -106,5 +106,9 @@ class SequentialRecommendationPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        self.model.prepare_upload(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
 
 __all__ = ["SequentialRecommendationPipeline"]

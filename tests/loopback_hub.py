@@ -7,11 +7,14 @@ A Hub on loopback for the tests: repositories in memory, the calls of pushing an
 import base64
 import hashlib
 import json
+import math
 import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 TOKEN = "hf_loopback"
@@ -20,6 +23,23 @@ REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 # Outside the API the address of a model has no prefix.
 PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
 LFS_SUFFIXES = (".safetensors", ".parquet")
+
+# What the Hub takes, as its own refusals list it.
+LICENCES = set(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
+    "mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl "
+    "lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "grok2-community gemma unknown other".split()
+)
+SIZES = set(
+    "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
+)
+REPOSITORY_ID = r"([\w.-]+/)?[\w.-]{1,96}"
 
 
 class Repository:
@@ -58,6 +78,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large_files: dict[str, bytes] = {}
+        # Digests of the large files that were taken, one an upload.
+        self.uploads: list[str] = []
         # How many more large files are taken before the connection breaks; None never breaks.
         self.uploads_left: int | None = None
 
@@ -134,7 +156,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"name": "tester", "type": "user", "orgs": [], "auth": token})
 
     def validate_card(self):
-        self.answer(200, {"errors": [], "warnings": []})
+        card = json.loads(self.body)
+        errors, warnings = card_problems(card["content"], card["repoType"])
+        problems = {
+            kind: [{"message": text} for text in texts]
+            for kind, texts in zip(("errors", "warnings"), (errors, warnings))
+        }
+        self.answer(400 if errors else 200, problems)
 
     def create_repository(self):
         wanted = json.loads(self.body)
@@ -209,6 +237,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.error(507, "InsufficientStorage", "The upload broke off.")
             self.server.uploads_left -= 1
         self.server.large_files[oid] = self.body
+        self.server.uploads.append(oid)
         self.answer(200)
 
     def describe(self, kind: str, repo: str, revision: str | None):
@@ -228,22 +257,24 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
-    def list_files(self, kind: str, repo: str, revision: str, wanted: list[str] | None = None):
+    def list_folder(self, kind: str, repo: str, revision: str, folder: str | None = None):
         if (found := self.repository(kind, repo, revision)) is None:
             return
         repository, commit = found
-        files = repository.commits[commit].items()
-        self.answer(
-            200,
-            [
-                {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
-                for name, content in files
-                if wanted is None or name in wanted
-            ],
-        )
+        inside = "" if folder is None else f"{folder}/"
+        entries = [entry for entry in tree(repository.commits[commit]) if entry["path"].startswith(inside)]
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(inside)]
+        if inside and not entries:
+            return self.error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+        self.answer(200, entries)
 
     def list_paths(self, kind: str, repo: str, revision: str):
-        self.list_files(kind, repo, revision, json.loads(self.body)["paths"])
+        if (found := self.repository(kind, repo, revision)) is None:
+            return
+        repository, commit = found
+        wanted = json.loads(self.body)["paths"]
+        self.answer(200, [entry for entry in tree(repository.commits[commit]) if entry["path"] in wanted])
 
     def send_file(self, kind: str | None, repo: str, revision: str, name: str):
         if (found := self.repository((kind or "models/").rstrip("/"), repo, revision)) is None:
@@ -263,8 +294,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.uploads_left = int(after)
         self.answer(200)
 
-    def list_large_files(self):
-        self.answer(200, sorted(self.server.large_files))
+    def list_uploads(self):
+        self.answer(200, self.server.uploads)
 
     def history(self, kind: str, repo: str):
         """The names of the files of every commit but the empty first one, oldest first."""
@@ -279,6 +310,86 @@ class Handler(BaseHTTPRequestHandler):
                 for name, content in files.items():
                     published += f"\n{kind}/{repo}/{name}\n".encode() + content
         self.answer(200, published, "application/octet-stream")
+
+
+def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
+    """Errors and warnings about the front matter of a card, in the fields that this project writes."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", content, re.DOTALL)
+    if match is None:
+        return [], ["empty or missing yaml metadata in repo card"]
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"bad yaml: {error}"], []
+    if not isinstance(data, dict):
+        return ["the metadata is no mapping"], []
+    errors = []
+
+    def check(valid, text: str) -> bool:
+        if not valid:
+            errors.append(text)
+        return bool(valid)
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and value.strip() != ""
+
+    def is_id(value) -> bool:
+        return isinstance(value, str) and re.fullmatch(REPOSITORY_ID, value) is not None
+
+    def several(name: str) -> list:
+        value = data.get(name, [])
+        return value if isinstance(value, list) else [value]
+
+    check(set(several("license")) <= LICENCES, f'"license" must be one of {sorted(LICENCES)}')
+    if data.get("license") == "other":
+        check(re.fullmatch(r"[a-z0-9.-]+", str(data.get("license_name"))), '"license_name" is no identifier')
+    for name in ("tags", "datasets"):
+        check(isinstance(data.get(name, []), list), f'"{name}" must be an array')
+    check(all(map(is_text, several("tags"))), '"tags" must hold strings')
+    for name in ("datasets", "base_model"):
+        check(all(map(is_id, several(name))), f'"{name}" with value {data.get(name)} is not valid. Use ids of the Hub')
+    for name in ("library_name", "model_name", "pretty_name"):
+        check(is_text(data.get(name, "absent")), f'"{name}" must be a string')
+    check(set(several("size_categories")) <= SIZES, f'"size_categories" must be one of {sorted(SIZES)}')
+    if repo_type == "dataset":
+        for config in several("configs"):
+            check(is_text(config.get("config_name")), '"configs.config_name" is required')
+            check(isinstance(config.get("default", False), bool), '"configs.default" must be a boolean')
+            for files in config.get("data_files", []):
+                check(is_text(files.get("split")) and is_text(files.get("path")), '"data_files" need split and path')
+    index = data.get("model-index", [])
+    if not check(isinstance(index, list), '"model-index" must be an array'):
+        return errors, []
+    for place, entry in enumerate(index):
+        at = f"model-index[{place}]"
+        check(is_text(entry.get("name")), f'"{at}.name" is required')
+        check(isinstance(entry.get("results"), list) and entry["results"], f'"{at}.results" is required')
+        for number, result in enumerate(entry.get("results") or []):
+            at = f"model-index[{place}].results[{number}]"
+            check(is_text(result.get("task", {}).get("type")), f'"{at}.task.type" is required')
+            check(is_text(result.get("dataset", {}).get("name")), f'"{at}.dataset.name" is required')
+            check(is_id(result.get("dataset", {}).get("type")), f'"{at}.dataset.type" is no id of the Hub')
+            check(result.get("metrics"), f'"{at}.metrics" is required')
+            for metric in result.get("metrics") or []:
+                check(is_text(metric.get("type")), f'"{at}.metrics.type" is required')
+                value = metric.get("value")
+                number_given = isinstance(value, (int, float)) and math.isfinite(value)
+                check(number_given or is_text(value), f'"{at}.metrics.value" is no number')
+    return errors, []
+
+
+def tree(files: dict[str, bytes]) -> list[dict]:
+    """Files and folders of a commit, as the Hub describes them."""
+    folders = {name[:end] for name in files for end, letter in enumerate(name) if letter == "/"}
+    entries = [{"type": "directory", "oid": git_digest(name.encode()), "size": 0, "path": name} for name in folders]
+    return sorted(
+        entries
+        + [
+            {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
+            for name, content in files.items()
+        ],
+        key=lambda entry: entry["path"],
+    )
 
 
 def large_digest(content: bytes) -> str:
@@ -300,14 +411,14 @@ ROUTES = [
     ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", True, Handler.large_file_batch),
     ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})", False, Handler.receive_large_file),
     ("GET", rf"/api/{REPOSITORY}(?:/revision/{REVISION})?", False, Handler.describe),
-    ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}", False, Handler.list_files),
+    ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}(?:/(?P<folder>.+))?", False, Handler.list_folder),
     ("POST", rf"/api/{REPOSITORY}/paths-info/{REVISION}", False, Handler.list_paths),
     ("GET HEAD", rf"/{PAGE}/resolve/{REVISION}/(?P<name>.+)", False, Handler.send_file),
     # What only tests ask for: to gate a repository, to break uploads off, to see what arrived.
     ("POST", rf"/_test/gate/{REPOSITORY}", False, Handler.gate),
     ("POST", r"/_test/break_uploads/(?P<after>\d+)", False, Handler.break_uploads),
     ("GET", rf"/_test/history/{REPOSITORY}", False, Handler.history),
-    ("GET", r"/_test/large_files", False, Handler.list_large_files),
+    ("GET", r"/_test/uploads", False, Handler.list_uploads),
     ("GET", r"/_test/everything", False, Handler.send_everything),
 ]
 

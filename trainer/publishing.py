@@ -9,12 +9,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 
 from hub_cards import render_card, save_card
+from modeling_mmesid.checkpoints import CARD_NAME, RESULTS_NAME, require_public_base_model, results_text
 
 from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
 
-
-CARD_NAME = "README.md"
-RESULTS_NAME = "eval_results.json"
 
 # What the directory of each stage is on the Hub.
 REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "quantize": "model", "finetune": "model"}
@@ -73,7 +71,7 @@ def publication(
     if not is_card_edited(directory, record):
         files[CARD_NAME] = render_card(dataclasses.asdict(record), repo_id, links).encode()
     if record.metrics:
-        files[RESULTS_NAME] = (json.dumps(record.metrics, indent=2) + "\n").encode()
+        files[RESULTS_NAME] = results_text(record.metrics).encode()
     check_private(directory, files)
     return REPO_TYPES[record.stage], dict(sorted(files.items()))
 
@@ -86,12 +84,7 @@ def check_private(directory: Path, files: dict[str, Path | bytes]) -> None:
     if "config.json" in files:
         content = files["config.json"]
         config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-        base_model = config.get("base_model_name_or_path")
-        if base_model is not None and Path(base_model).exists():
-            raise ValueError(
-                f"'{directory}' names its base model by the folder '{base_model}', which nobody else has; train on a "
-                "base model from the Hub, or save it with `merge_backbone=True`."
-            )
+        require_public_base_model(config.get("base_model_name_or_path"))
     private = {"a directory of this machine": [Path.home(), Path.cwd(), directory.resolve()]}
     needles = [(what, f"{path}/".encode()) for what, paths in private.items() for path in paths if len(path.parts) > 1]
     if (token := get_token()) is not None:

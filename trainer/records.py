@@ -17,10 +17,13 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging
 
+from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
+
+from .energy import EnergyMeter
+
 
 logger = logging.get_logger(__name__)
 
-RECORD_NAME = "record.json"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
 
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
@@ -74,11 +77,6 @@ class StageRecord:
         if path.is_dir():
             path = path / RECORD_NAME
         return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value) -> str:
@@ -174,6 +172,7 @@ class StageRun:
 
     def __enter__(self) -> Path:
         self._start = time.perf_counter()
+        self._meter = EnergyMeter()
         if PartialState().is_main_process:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
@@ -181,6 +180,7 @@ class StageRun:
         return self.staging
 
     def __exit__(self, exception_type, exception, traceback) -> None:
+        self._meter.stop()
         if exception_type is not None:
             shutil.rmtree(self.staging, ignore_errors=True)
             return
@@ -199,7 +199,7 @@ class StageRun:
             inputs=self.inputs,
             outputs={file.relative_to(self.staging).as_posix(): file_digest(file) for file in files},
             metrics=self.metrics,
-            details=self.details,
+            details=self.details | ({} if (kwh := self._meter.kwh) is None else {"energy_kwh": kwh}),
             seconds=round(time.perf_counter() - self._start, 1),
         )
 

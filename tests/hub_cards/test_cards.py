@@ -1,4 +1,5 @@
 import re
+import threading
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hub_cards import model_licence, render_card, save_card
+from hub_cards import LINKS, model_licence, render_card, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -22,6 +23,9 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+from trainer.metrics.ranking.analysis import HEAD_SHARE
+
+from ..loopback_hub import Hub
 
 
 NUM_ITEMS = 30
@@ -154,6 +158,7 @@ def test_intervals_and_groups_of_users_are_shown():
     assert "| target | users | HR@10 | MRR |" in text
     assert "| cold | 7 | 0.0000 | 0.0010 |\n| head | 1,200 | 0.5000 | not measured |" in text
     assert "by items in the history: not measured." in text
+    assert f"head: among the {HEAD_SHARE:.0%} of the items" in text
 
 
 def test_semantic_ids_are_shown_with_titles():
@@ -166,6 +171,25 @@ def test_semantic_ids_are_shown_with_titles():
     text = render_card(record)
     assert "| item | title | collaborative | text |" in text
     assert "| a | Saddle \\| soft | 1-2 | 3-4 |\n| b |  | none | 3-5 |" in text
+
+
+def test_the_encoders_of_the_embeddings_are_named():
+    record = make_record("finetune")
+    record["details"]["encoders"] = {"text": "me/bert at a1", "visual": "/home/ada/clip"}
+    assert "which new items need too: text from me/bert at a1, visual from clip.\n" in render_card(record)
+    assert "new items need" not in render_card(make_record("finetune"))
+
+
+def test_a_figure_that_is_no_number_was_not_measured():
+    text = render_card(make_record("quantize", metrics={"held_out": {"tau_text": float("nan"), "tau": 0.5}}))
+    assert "| tau text | not measured |" in text
+
+
+def test_what_the_data_dropped_is_told_by_their_own_card():
+    for stage in ("prepare", "finetune"):
+        record = make_record(stage)
+        record["details"]["data"]["dropped_items"] = 17
+        assert ("| dropped items | 17 |" in render_card(record)) == (stage == "prepare")
 
 
 def test_pictures_among_the_outputs_are_embedded():
@@ -182,6 +206,10 @@ def test_the_repository_and_its_relatives_are_named():
     assert 'from_pretrained("me/recommender")' in card.text and "this/repository" not in card.text
     assert "[me/parts](https://huggingface.co/datasets/me/parts): the prepared dataset" in card.text
     assert "[me/codes](https://huggingface.co/me/codes)" in card.text
+    # One list of links serves a family of repositories: none refers to itself.
+    assert "- [me/recommender]" not in render_card(
+        make_record("finetune"), "me/recommender", links | {"recommender": "me/recommender"}
+    )
     assert card.data.datasets == ["me/parts"]
     assert {result.dataset_type for result in card.data.eval_results} == {"me/parts"}
     with pytest.raises(ValueError, match="no link to a 'cousin'"):
@@ -193,7 +221,7 @@ def test_energy_is_told_only_where_it_was_measured(stage):
     record = make_record(stage)
     assert "Energy: not measured." in render_card(record)
     record["details"]["energy_kwh"] = 0.25
-    assert "Energy: 0.25 kWh." in render_card(record)
+    assert "Energy: 0.25 kWh, of the processors" in render_card(record)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -386,9 +414,59 @@ def test_the_recommender_card_and_the_readme_show_how_to_load(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "hub_cards" / "examples").glob("*/README.md")))
-def test_the_examples_are_whole(path):
+def test_the_examples_are_whole(path, validate):
     card = ModelCard.load(path)
+    validate(card.content, "finetune")
     assert {result.dataset_split for result in card.data.eval_results} == {"validation", "test"}
     assert "this/repository" not in card.text and str(Path.home()) not in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert pictures and all((path.parent / name).stat().st_size < 50_000 for name in pictures)
+
+
+@pytest.fixture(scope="module")
+def validate():
+    """Asks the Hub on loopback about a card, by `huggingface_hub`."""
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield lambda text, stage: (DatasetCard if stage == "prepare" else ModelCard)(text).validate()
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_hub_takes_the_card(stage, validate):
+    links = {kind: f"me/{kind}" for kind in LINKS}
+    test = {"test": VALIDATION, "test_confidence": {"mrr": [0.1, 0.3]}}
+    validate(render_card(make_record(stage), "me/repository", links), stage)
+    validate(render_card(make_record(stage, metrics={"validation": VALIDATION} | test)), stage)
+    record = make_record(stage, metrics={})
+    record["details"] |= {"base_model": "me/llama", "base_model_licence": "llama3.2"}
+    validate(render_card(record), stage)
+    record["details"] |= {"data": record["details"]["data"] | {"licence": None, "synthetic": True}}
+    validate(render_card(record), stage)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25)
+@given(source=st.text(max_size=150).filter(str.strip), licence=st.text(max_size=150), stage=st.sampled_from(STAGES))
+def test_the_hub_takes_the_card_whatever_the_data_are_called(source, licence, stage, validate):
+    record = make_record(stage)
+    record["details"]["data"] |= {"source": source, "licence": licence}
+    validate(render_card(record), stage)
+
+
+@pytest.mark.parametrize(
+    "good, bad, complaint",
+    [
+        ("license: cc-by-4.0", "license: mine", "license.* must be one of"),
+        ("value: 0.125", "value: .nan", "metrics.value.* is no number"),
+        ("type: bicycle-parts", "type: bicycle parts", "dataset.type.* is no id"),
+    ],
+)
+def test_the_hub_refuses_another_card(good, bad, complaint, validate):
+    text = render_card(make_record("finetune"))
+    assert good in text
+    with pytest.raises(ValueError, match=complaint):
+        validate(text.replace(good, bad), "finetune")

@@ -37,6 +37,25 @@ def test_an_earlier_adapter_recommends_what_it_did(expected, monkeypatch):
     torch.testing.assert_close(best.scores, torch.tensor(expected["recommender_lora"]["scores"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["recommender", "recommender_paper", "recommender_lora", "sasrec"])
+def test_half_precision_recommends_nearly_the_same(name, dtype, expected, monkeypatch):
+    monkeypatch.chdir(EARLIER)
+    full, half = AutoModel.from_pretrained(name), AutoModel.from_pretrained(name, dtype=dtype)
+    assert any(parameter.dtype == dtype for parameter in half.parameters())
+    # Codes, masks and counts are no floats to be rounded.
+    kinds = {key: tensor.dtype for key, tensor in full.state_dict().items() if not tensor.is_floating_point()}
+    assert {key: half.state_dict()[key].dtype for key in kinds} == kinds
+    best = half.recommend(expected["histories"], top_k=10)
+    exact = full.recommend(expected["histories"], top_k=40 - max(map(len, expected["histories"])))
+    for user in range(len(best.items)):
+        score = dict(zip(exact.items[user].tolist(), exact.scores[user].tolist()))
+        given = dict(zip(best.items[user].tolist(), best.scores[user].tolist()))
+        spread = exact.scores[user].max() - exact.scores[user].min()
+        assert max(abs(given[item] - score[item]) for item in given.keys() & score.keys()) < 0.05 * spread
+        assert len(given.keys() & set(list(score)[:15])) == 10
+
+
 def test_an_earlier_quantizer_gives_the_same_semantic_ids(expected):
     embeddings = {name: torch.tensor(values) for name, values in expected["quantizer"]["embeddings"].items()}
     codes = AutoModel.from_pretrained(EARLIER / "quantizer").encode(embeddings).codes

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaModel, set_seed
 
-from modeling_mmesid import MMESIDForSequentialRecommendation
+from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation
 from modeling_mmesid.packing import pack_histories
 
 from .conftest import item_tables, llama_config, settings
@@ -56,6 +56,21 @@ def test_checkpoint_holds_the_adapter_and_recommends_the_same(model, quantizatio
     expected, found = model.recommend(HISTORIES), reloaded.recommend(HISTORIES)
     assert torch.equal(found.items, expected.items)
     torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_of_a_checkpoint_without_base_model_the_backbone_alone_is_quantized(quantization, tmp_path):
+    set_seed(1)
+    config = MMESIDConfig(backbone_config=llama_config(hidden_size=64, intermediate_size=128), **settings())
+    exact = MMESIDForSequentialRecommendation(config).eval()
+    exact.initialize_items(**item_tables())
+    exact.save_pretrained(tmp_path)
+    quantized = MMESIDForSequentialRecommendation.from_pretrained(tmp_path, quantization_config=quantization)
+    assert quantized.backbone.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+    for name, tensor in exact.items.state_dict().items():
+        assert torch.equal(quantized.items.state_dict()[name], tensor), name
+    given, expected = quantized.encode_histories(HISTORIES), exact.encode_histories(HISTORIES)
+    assert torch.nn.functional.cosine_similarity(given, expected).min() > 0.95
+    assert quantized.recommend(HISTORIES).items.shape == (3, 10)
 
 
 def test_full_precision_base_loads_too(model, tmp_path):

@@ -32,7 +32,7 @@ from ..encoders.tables import load_table, table_path
 from ..item_description import describe_items
 from ..mmesid_trainer import MMESIDTrainer
 from ..mmrqvae_trainer import ItemTables, encode_items
-from ..records import StageRun
+from ..records import StageRecord, StageRun
 from ..training import early_stopping, fit, trainer_arguments
 
 
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     model.initialize_items(data.frequencies, **tables)
     run.details.update(
         data=data.statistics,
-        base_model=arguments.backbone_name_or_path,
+        encoders=encoders(arguments.embeddings_dir, modalities),
+        base_model=base_model(arguments.backbone_name_or_path),
         base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
     )
     with run as staging:
@@ -98,6 +99,22 @@ def content_modalities(arguments: FinetuneArguments) -> list[str]:
             "correct --modalities or quantize that table too."
         )
     return arguments.modalities or available
+
+
+def base_model(name_or_path: str | None) -> str | None:
+    """The decoder for the record: one in a folder by its whole path, which cannot be taken for a repository."""
+    is_folder = name_or_path is not None and Path(name_or_path).is_dir()
+    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
+
+
+def encoders(embeddings_dir: str, modalities: list[str]) -> dict[str, str]:
+    """What made the embeddings of each modality, where `mmesid embed` left a record of it: new items need the same."""
+    records = {modality: Path(embeddings_dir) / f"{modality}.json" for modality in modalities}
+    details = {modality: StageRecord.load(path).details for modality, path in records.items() if path.is_file()}
+    return {
+        modality: f"{one['encoder']} at {one['revision']}" if one["revision"] else one["encoder"]
+        for modality, one in details.items()
+    }
 
 
 def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, str | list[Path]]:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import sysconfig
 import urllib.request
+import venv
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from modeling_mmesid import MMESIDProcessor
@@ -16,25 +18,30 @@ from modeling_mmesid import MMESIDProcessor
 from .conftest import finetune_flags
 
 
-def run_python(code, environment, *arguments, installed=True):
-    """
-    Starts a process and returns it.
+PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
 
-    Without `installed` it finds the libraries and not this package: an isolated interpreter that does not process the
-    `.pth` files of site-packages, by which an editable install is found, nor PYTHONPATH.
-    """
-    flags = []
-    if not installed:
-        flags = ["-I", "-S"]
-        code = (
-            f"import importlib.util, sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
-            "for name in ('modeling_mmesid', 'trainer', 'hub_cards'):\n"
-            "    assert importlib.util.find_spec(name) is None, name\n"
-        ) + code
+
+def run_python(code, environment, *arguments, interpreter=sys.executable):
+    """Starts a process, which does not look for modules in the working directory, and returns it."""
     return subprocess.Popen(
-        [sys.executable, *flags, "-c", code, *arguments],
+        [interpreter, "-P", "-c", code, *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def without_package(tmp_path_factory):
+    """The interpreter of an environment that holds the libraries of this one, and this package not at all."""
+    root = tmp_path_factory.mktemp("without_package")
+    venv.create(root, symlinks=True, with_pip=False)
+    paths = {"base": str(root), "platbase": str(root)}
+    for scheme in ("purelib", "platlib"):
+        target = Path(sysconfig.get_path(scheme, vars=paths))
+        for path in Path(sysconfig.get_path(scheme)).iterdir():
+            ours = path.name in PACKAGES or "mmesid" in path.name
+            if not (ours or path.suffix == ".pth" or (target / path.name).exists()):
+                (target / path.name).symlink_to(path)
+    return root / "bin" / "python"
 
 
 def printed(process):
@@ -102,6 +109,8 @@ def test_pushing_breaking_off_pushing_again_and_asking_for_a_pull(published, hub
     assert first == again, "nothing changed, and there is a new commit"
     assert requested == first, "the pull request changed main"
     assert not links_in_pull_request
+    uploads = json.loads(ask(hub_environment, "uploads"))
+    assert len(uploads) == len(set(uploads)), "a large file was sent twice"
     # One commit on main, one on the pull request.
     commits = json.loads(ask(hub_environment, "history/models/tester/best"))
     assert len(commits) == 2
@@ -124,11 +133,22 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 histories = json.loads(sys.argv[1])
 """
 REMOTE = """
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+assert [find_spec(name) for name in ("modeling_mmesid", "trainer", "hub_cards")] == [None] * 3
+try:
+    version("mmesid")
+    raise AssertionError("this environment has the package")
+except PackageNotFoundError:
+    pass
 model = AutoModel.from_pretrained("tester/best", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("tester/best", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
 sasrec = AutoModel.from_pretrained("tester/sasrec", trust_remote_code=True)
 assert sasrec.recommend([[1, 2]], top_k=3).items.shape == (1, 3)
+revised = AutoModel.from_pretrained("tester/best", revision="refs/pr/1", trust_remote_code=True)
+assert revised.config.num_items == AutoConfig.from_pretrained("tester/best", trust_remote_code=True).num_items
 quantizer = AutoModel.from_pretrained("tester/codes", trust_remote_code=True)
 assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2, 3)
 """
@@ -153,7 +173,6 @@ except OSError:
     pass
 model = AutoModel.from_pretrained("tester/best", cache_dir=sys.argv[2])
 assert isinstance(model, modeling_mmesid.MMESIDForSequentialRecommendation)
-assert AutoConfig.from_pretrained("tester/best").num_items == model.config.num_items
 processor = AutoProcessor.from_pretrained("tester/best", cache_dir=sys.argv[2])
 rows = processor(histories)
 best = model.recommend(rows)
@@ -165,6 +184,13 @@ for arguments in (
 ):
     other = AutoModel.from_pretrained("tester/best", **arguments).recommend(rows)
     assert torch.equal(other.items, best.items) and torch.equal(other.scores, best.scores), arguments
+for arguments in (
+    {},
+    {"cache_dir": sys.argv[2], "local_files_only": True},
+    {"revision": "refs/pr/1"},
+):
+    assert AutoConfig.from_pretrained("tester/best", **arguments).num_items == model.config.num_items
+    assert AutoProcessor.from_pretrained("tester/best", **arguments)(histories) == rows
 assert AutoModel.from_pretrained("tester/best", dtype=torch.bfloat16).dtype == torch.bfloat16
 # The task is registered: no flag, and none of the checkpoint's code.
 recommended = pipeline("sequential-recommendation", model="tester/best")(histories)
@@ -174,7 +200,9 @@ assert torch.equal(on_disk.items, best.items) and torch.equal(on_disk.scores, be
 """
 
 
-def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histories, hub_environment, tmp_path):
+def test_three_ways_in_give_bit_equal_recommendations(
+    published, tiny_run, histories, hub_environment, without_package, tmp_path
+):
     # The modules of remote code are kept under HF_HOME: each way has its own. MKL's sums would depend on where in
     # memory a process happens to have its tensors.
     environments = [
@@ -182,15 +210,107 @@ def test_three_ways_in_give_bit_equal_recommendations(published, tiny_run, histo
     ]
     given = json.dumps(histories)
     disk = str(tiny_run / "recommender")
+    # Whoever tests a checkout may have it there.
+    bare = [{name: value for name, value in one.items() if name != "PYTHONPATH"} for one in environments]
     ways = [
         run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache"), disk),
-        run_python(IMPORTS + REMOTE + TOP_10, environments[1], given, installed=False),
-        run_python(IMPORTS + PIPELINE, environments[2], given, installed=False),
+        run_python(IMPORTS + REMOTE + TOP_10, bare[1], given, interpreter=without_package),
+        run_python(IMPORTS + PIPELINE, bare[2], given, interpreter=without_package),
     ]
     installed, remote, through_pipeline = [printed(way) for way in ways]
     assert installed == remote
     assert installed == through_pipeline
     assert [len(ranking) for ranking in installed[0]] == [10, 10, 10]
+
+
+CARDS = """
+import contextlib, io, json, re
+from huggingface_hub import DatasetCard, ModelCard
+
+printed = {}
+for name in ("shop", "sasrec", "codes", "best"):
+    card = (DatasetCard if name == "shop" else ModelCard).load(f"tester/{name}")
+    card.validate()
+    section = card.text.split("## How to load")[1].split("\\n## ")[0]
+    printed[name] = []
+    for code in re.findall("```python\\n(.*?)```", section, re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        printed[name].append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def test_the_code_on_every_published_card_runs_as_it_stands(published, tiny_run, hub_environment, tmp_path):
+    said = printed(run_python(CARDS, hub_environment | {"HF_HOME": str(tmp_path)}))
+    titles = pq.read_table(tiny_run / "prepared" / "items.parquet")["title"].to_pylist()
+    assert said["shop"][0].rstrip().endswith(titles[0])
+    assert said["sasrec"][0].startswith("tensor([[") and "'item_id': 'sku000000'" in said["codes"][0]
+    three_ways = said["best"]
+    assert len(three_ways) == 3 and len(set(three_ways)) == 1
+    ranking = three_ways[0].splitlines()
+    assert len(ranking) == 10 and all(line.split("  ")[-1] in titles for line in ranking)
+
+
+BY_THE_LIBRARY = """
+import json, sys
+import torch
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaModel, pipeline
+from modeling_mmesid import MMESIDForSequentialRecommendation
+
+root, api = sys.argv[1], HfApi()
+model = AutoModel.from_pretrained(f"{root}/recommender")
+model.push_to_hub("tester/by-model", create_pr=True)
+assert "README.md" not in api.list_repo_files("tester/by-model")
+model.push_to_hub("tester/by-model")
+pipeline("sequential-recommendation", model=f"{root}/recommender").push_to_hub("tester/by-pipeline")
+model.save_pretrained(f"{sys.argv[2]}/saved", push_to_hub=True, repo_id="tester/by-saving")
+for name in ("sasrec", "quantizer"):
+    AutoModel.from_pretrained(f"{root}/{name}").push_to_hub(f"tester/by-model-{name}")
+files = {
+    name: sorted(api.list_repo_files(f"tester/{name}"))
+    for name in ("by-model", "by-pipeline", "by-saving", "by-model-sasrec", "by-model-quantizer")
+}
+results = [open(hf_hub_download(f"tester/{name}", "eval_results.json")).read() for name in ("by-model", "best")]
+assert results[0] == results[1]
+text = ModelCard.load("tester/by-model").text
+assert 'from_pretrained("tester/by-model")' in text and "this/repository" not in text
+rows = AutoProcessor.from_pretrained("tester/by-model")([json.loads(sys.argv[3])])
+assert torch.equal(AutoModel.from_pretrained("tester/by-model").recommend(rows).scores, model.recommend(rows).scores)
+
+# Other weights are not what the card measured; what is already there stays.
+with torch.no_grad():
+    model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+model.push_to_hub("tester/changed")
+files["changed"] = api.list_repo_files("tester/changed")
+AutoProcessor.from_pretrained(f"{root}/recommender").push_to_hub("tester/changed")
+changed = pipeline("sequential-recommendation", model="tester/changed")(json.loads(sys.argv[3]))
+assert [item["score"] for item in changed] == model.recommend(rows).scores[0].tolist()
+
+base = f"{sys.argv[2]}/base"
+LlamaModel(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+).save_pretrained(base)
+local = MMESIDForSequentialRecommendation.from_backbone_pretrained(base, freeze_backbone=True, num_items=3)
+try:
+    local.push_to_hub("tester/local")
+except ValueError as error:
+    files["local"] = api.list_repo_files("tester/local")
+    print(json.dumps([files, str(error)]))
+"""
+
+
+def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, hub_environment, tmp_path):
+    arguments = [str(tiny_run), str(tmp_path), json.dumps(histories[0])]
+    files, refusal = printed(run_python(BY_THE_LIBRARY, hub_environment, *arguments))
+    (whole, *_), (sasrec,), (quantizer,) = [
+        json.loads(ask(hub_environment, f"history/models/tester/{name}")) for name in ("best", "sasrec", "codes")
+    ]
+    assert {"semantic_ids.parquet", "eval_results.json", "figures/fusion_weights.png", "tokenizer.json"} <= set(whole)
+    assert files["by-model"] == files["by-pipeline"] == files["by-saving"] == whole
+    assert files["by-model-sasrec"] == sasrec and files["by-model-quantizer"] == quantizer
+    assert "eval_results.json" not in files["changed"] and "model.safetensors" in files["changed"]
+    assert files["local"] == [] and "names its base model by the folder" in refusal
 
 
 ADAPTER = """
@@ -220,6 +340,10 @@ model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
 model.initialize_items(torch.arange(81))
 model.eval().push_to_hub("tester/adapter", revision="v1")
 best = model.recommend([[1, 2, 3]])
+model.save_pretrained(f"{sys.argv[1]}/saved", push_to_hub=True, repo_id="tester/adapter-saved")
+assert set(HfApi().list_repo_files("tester/adapter-saved")) == set(
+    HfApi().list_repo_files("tester/adapter", revision="v1")
+)
 loaded = AutoModel.from_pretrained("tester/adapter", revision="v1")
 assert torch.equal(loaded.recommend([[1, 2, 3]]).scores, best.scores)
 assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(

@@ -1,5 +1,6 @@
 """The stages behind the encoders, one after the other, on files and in real processes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 from trainer.backbone import train_tokenizer
 from trainer.data.prepared import PreparedDataset
+from trainer.publishing import publication
 from trainer.records import StageRecord
 from trainer.stages import evaluate, finetune, prepare, recommend
 
@@ -178,6 +181,14 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
     assert not list((tiny_run / "recommender").glob(".staging*"))
 
 
+def test_the_encoders_are_told_where_they_are_on_record(tiny_run, tmp_path):
+    record = dataclasses.replace(
+        StageRecord.load(tiny_run / "sasrec"), details={"encoder": "me/bert", "revision": "a1"}
+    )
+    (tmp_path / "text.json").write_text(json.dumps(dataclasses.asdict(record)))
+    assert finetune.encoders(tmp_path, ["collaborative", "text"]) == {"text": "me/bert at a1"}
+
+
 def test_finetune_without_tables_says_which_flag(tiny_run):
     with pytest.raises(ValueError, match="--embeddings_dir is not set"):
         finetune.main(["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tiny_run / "nothing")])
@@ -227,6 +238,17 @@ def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
         if "lora_" not in name:
             assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
     assert any(value.abs().max() > 0 for name, value in model.backbone.state_dict().items() if "lora_B" in name)
+
+
+def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    # As a repository would be called, owner/name.
+    flags = ["--backbone_name_or_path", f"{tmp_path.name}/base", "--lora_r", "0", "--num_train_epochs", "1"]
+    finetune.main([*finetune_flags(tiny_run, "unused"), *flags, "--output_dir", str(tmp_path / "full")])
+    _, files = publication(tmp_path / "full", "me/full")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model is None and "Its backbone is base." in card.text
+    assert str(tmp_path) not in card.content
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")

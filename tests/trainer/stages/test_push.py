@@ -86,6 +86,9 @@ assert HfApi().model_info("tester/model").sha == first.sha, "the branch v2 moved
 snapshot_download("tester/model", revision=first.sha, local_dir="first")
 snapshot_download("tester/model", revision="v2", local_dir="second")
 snapshot_download("tester/data", repo_type="dataset", local_dir="data")
+Path("recommender/README.md").write_text("---\\nlicense: mine\\n---\\n# Card\\n")
+push("recommender", "tester/model")
+assert HfApi().model_info("tester/model").sha == first.sha, "a card that the Hub refuses came with a commit"
 push("recommender", "not a name")
 os.environ["HF_TOKEN"] = "hf_reader"
 push("recommender", "tester/forbidden")
@@ -100,7 +103,10 @@ push("recommender", "tester/unknown")
     assert downloaded(tmp_path / "second") == FILES | {"README.md": b"# A better card"}
     assert downloaded(tmp_path / "data") == data
     assert "Traceback" not in process.stderr
-    invalid, forbidden, unknown = (line for line in process.stderr.splitlines() if line.startswith("mmesid push:"))
+    card, invalid, forbidden, unknown = (
+        line for line in process.stderr.splitlines() if line.startswith("mmesid push:")
+    )
+    assert "error: Invalid metadata in README.md." in card and '"license" must be one of' in process.stderr
     assert "error:" in invalid and "not a name" in invalid
     assert (
         "error: The Hub does not let you write to 'tester/forbidden' (403); log in with `hf auth login`" in forbidden
@@ -151,6 +157,19 @@ def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_p
     (recommender / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json' is gone; run `mmesid finetune` again"):
         publication(recommender, "me/model")
+
+
+def test_results_are_json_that_anybody_reads(recommender):
+    record = StageRecord.load(recommender)
+    record.metrics["held_out"] = {"tau": float("nan"), "recall@1": 0.25}
+    (recommender / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
+    _, files = publication(recommender, "me/model")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    results = json.loads(files["eval_results.json"], parse_constant=refuse)
+    assert results == {"held_out": {"tau": None, "recall@1": 0.25}}
 
 
 def test_what_is_private_is_refused(recommender, monkeypatch):
