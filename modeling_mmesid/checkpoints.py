@@ -2,6 +2,7 @@
 safetensors."""
 
 import os
+from collections.abc import Iterable
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -57,6 +58,19 @@ def require_safetensors(name_or_path: str | os.PathLike, **hub_arguments) -> Non
         f"'{name_or_path}' holds no {SAFE_WEIGHTS_NAME}, and weights in pickle files are not read, for they can run "
         "any code; have its owner save it again with `save_pretrained`."
     )
+
+
+def require_fit(name_or_path: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: If a checkpoint lacks weights of its model (`missing`) or holds others (`unexpected`).
+    """
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        raise ValueError(
+            f"The checkpoint '{name_or_path}' does not fit its configuration (missing: {missing or 'nothing'}, "
+            f"unexpected: {unexpected or 'nothing'}); download or save it again."
+        )
 
 
 class SafetensorsMixin:

@@ -3,6 +3,7 @@ product."""
 
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -19,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
-from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_safetensors
+from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_fit, require_safetensors
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
@@ -252,6 +253,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
     main_input_name = "items"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keys_to_ignore_on_load_missing = [re.escape(name) for name in ADDED_BUFFERS]
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
 
@@ -352,7 +354,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            # The library would draw a missing weight at random, and say so in a table that nobody reads.
+            with_loading_info = kwargs.pop("output_loading_info", False)
+            model, loading = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+            require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
+            return (model, loading) if with_loading_info else model
         backbone_kwargs = {
             name: kwargs[name]
             for name in (
@@ -385,13 +393,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if "items.fusion.log_range" in keys.missing_keys:
             fusion = model.items.fusion
             fusion.log_range.copy_(fusion.log_range_of(fusion.frequencies))
-        missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS)
-        if missing or keys.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration "
-                f"(missing: {missing or 'nothing'}, unexpected: {keys.unexpected_keys or 'nothing'}); "
-                "download or save it again."
-            )
+        missing = set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS
+        require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
         return model.to(backbone.device).eval()
 
     def save_pretrained(

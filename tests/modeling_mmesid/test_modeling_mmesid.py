@@ -341,8 +341,9 @@ def test_lora_checkpoint_reloads_bit_equal_in_a_new_process(tmp_path, base_model
 
 # peft reads a property that transformers has deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model):
-    model = lora_model(base_model)
+@pytest.mark.parametrize("kwargs", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model, kwargs):
+    model = lora_model(base_model, **kwargs)
     model.save_pretrained(tmp_path)
     peft_model = PeftModel.from_pretrained(LlamaModel.from_pretrained(base_model), tmp_path / "adapter").eval()
     inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -353,8 +354,9 @@ def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model):
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, change):
-    lora_model(base_model).save_pretrained(tmp_path)
+@pytest.mark.parametrize("self_contained", [True, False])
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, self_contained, change):
+    lora_model(base_model).save_pretrained(tmp_path, merge_backbone=self_contained)
     weights = load_file(tmp_path / "model.safetensors")
     if change == "missing":
         del weights["items.id_embeddings.weight"]
