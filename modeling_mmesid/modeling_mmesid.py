@@ -24,7 +24,7 @@ from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_fit, require_s
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
-from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
+from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt, use_attention
 from .pipeline_mmesid import SequentialRecommendationPipeline
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
@@ -723,28 +723,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             shared_prompt (`bool`, *optional*, defaults to `False`): The inputs were packed without the prompt's
                 prefix, which all users share: it is run once, in front of the whole batch.
         """
-        past_key_values = None
-        if shared_prompt and self.config.prompt_prefix_ids:
-            if self.training and any(
-                layer.gradient_checkpointing
-                for layer in self.backbone.modules()
-                if isinstance(layer, GradientCheckpointingLayer)
-            ):
-                # Recomputed layers keep no keys and values.
-                input_ids, items, labels, lengths, position_ids, shared_length, copy = prepend_prompt(
-                    self.config.prompt_prefix_ids,
-                    input_ids,
-                    items,
-                    labels,
-                    lengths,
-                    position_ids,
-                    shared_length,
-                    copy,
-                )
-            else:
-                past_key_values = self._prompt_cache_for(len(items))
-                if position_ids is not None:
-                    position_ids = position_ids + len(self.config.prompt_prefix_ids)
+        shared_prompt = shared_prompt and len(self.config.prompt_prefix_ids) > 0
+        if shared_prompt and self._recomputes_layers():
+            # Recomputed layers keep no keys and values.
+            input_ids, items, labels, lengths, position_ids, shared_length, copy = prepend_prompt(
+                self.config.prompt_prefix_ids, input_ids, items, labels, lengths, position_ids, shared_length, copy
+            )
+            shared_prompt = False
         if labels is None:
             table, index = None, items
         elif candidates is None:
@@ -760,18 +745,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         else:
             unique, inverse = items.unique(return_inverse=True)
             item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
-        word_embeddings = self.backbone.get_input_embeddings()(input_ids)
-        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype)
-        # Padding is on the right, where no causal query looks.
-        hidden_states = self.backbone(
-            inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
-            attention_mask=None
-            if copy is None
-            else self._packed_mask(shared_length, copy, past_key_values is not None, word_embeddings.dtype),
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-        ).last_hidden_state
+        hidden_states = self._read(input_ids, items, item_tokens, position_ids, shared_length, copy, shared_prompt)
         if labels is None:
             user_embeddings = hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
             return SequentialRecommendationOutput(user_embeddings=user_embeddings)
@@ -788,8 +762,40 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             )
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
-    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, behind_prompt: bool, dtype: torch.dtype):
+    def _recomputes_layers(self) -> bool:
+        return self.training and any(
+            layer.gradient_checkpointing
+            for layer in self.backbone.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        )
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        items: torch.Tensor,
+        item_tokens: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        shared_length: torch.Tensor | None,
+        copy: torch.Tensor | None,
+        behind_prompt: bool,
+    ) -> torch.Tensor:
+        """The backbone's hidden states, `(batch, length, hidden)`, of what [`forward`] takes, with `item_tokens` of
+        shape `(batch, length, hidden)`."""
+        word_embeddings = self.backbone.get_input_embeddings()(input_ids)
+        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype)
         prompt_length = len(self.config.prompt_prefix_ids) if behind_prompt else 0
+        # Padding is on the right, where no causal query looks.
+        return self.backbone(
+            inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
+            attention_mask=None
+            if copy is None
+            else self._packed_mask(shared_length, copy, prompt_length, word_embeddings.dtype),
+            position_ids=None if position_ids is None else position_ids + prompt_length,
+            past_key_values=self._prompt_cache_for(len(items)) if behind_prompt else None,
+            use_cache=behind_prompt,
+        ).last_hidden_state
+
+    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, prompt_length: int, dtype: torch.dtype):
         if self.backbone.config._attn_implementation == "flex_attention":
             return packed_block_mask(shared_length, copy, prompt_length)
         visible = packed_attention_mask(shared_length, copy, prompt_length)
@@ -817,7 +823,6 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         cache.batch_repeat_interleave(batch_size)
         return cache
 
-    @torch.no_grad()
     def packing_problem(self) -> str | None:
         """
         Why the prefixes of a user cannot share a sequence on this backbone, or `None` if they can.
@@ -833,19 +838,76 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             return "it takes no position_ids"
         was_training = self.training
         self.eval()
-        rows = [1 + index % self.config.num_items for index in range(3)]
-        targets = [rows[1:] + rows[:1]]
-        states = []
-        for packed in (True, False):
-            inputs = pack_histories([rows], (), self.config.prompt_suffix_ids or [0], targets, packed=packed)
-            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            states.append(self(**inputs, shared_prompt=True).user_embeddings.float())
+        difference = self._difference(self._trial([3], packed=True), self._trial([3], packed=False))
         self.train(was_training)
-        # A wrong mask changes the states altogether; rounding in half precision by some per cent.
-        difference = (states[0] - states[1]).norm() / states[1].norm()
-        tolerance = 1e-3 if self.backbone.dtype == torch.float32 else 0.1
-        if not difference < tolerance:
-            return f"its states differ by {difference:.1%} between packed and single prefixes"
+        return None if difference is None else f"{difference} between packed and single prefixes"
+
+    def attention_problem(self, attn_implementation: str) -> str | None:
+        """
+        Why another attention, such as `"flex_attention"`, cannot stand in for the backbone's own in training on packed
+        prefixes, or `None` if it can.
+
+        It is tried, on two batches of unlike shape, the first as long as a history may be: it must run (and compile)
+        forward and backward and give the same states and gradients.
+        """
+        was_training, devices = self.training, [self.device] if self.device.type == "cuda" else []
+        self.train()
+        try:
+            with torch.random.fork_rng(devices):
+                for lengths in ([self.config.max_history, 2], [3, 2, 1]):
+                    trials = []
+                    for name in (attn_implementation, self.backbone.config._attn_implementation):
+                        # The same dropout.
+                        torch.manual_seed(0)
+                        with use_attention(self.backbone, name):
+                            trials.append(self._trial(lengths, packed=True))
+                    difference = self._difference(*trials)
+                    if difference is not None:
+                        return difference
+        except Exception as error:  # What does not compile may raise anything.
+            reason = str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {reason}"
+        finally:
+            self.train(was_training)
+        return None
+
+    def _trial(self, lengths: Sequence[int], packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the backbone makes of a batch of users with so many items: the states at the end of every prefix, `(sum of
+        lengths, hidden)`, and the gradient that they send to the items, `(longest, hidden)`.
+        """
+        histories = [list(range(1, length + 1)) for length in lengths]
+        inputs = pack_histories(histories, (), self.config.prompt_suffix_ids or [0], histories, packed=packed)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        # Vectors as the backbone knows them, from all over the vocabulary but for its ends, where special tokens are.
+        last_word = self.config.get_text_config().vocab_size - 1
+        words = torch.linspace(0, last_word, max(lengths) + 2, device=self.device)[1:-1].long()
+        with torch.enable_grad():
+            vectors = self.backbone.get_input_embeddings()(words).detach() / self.config.item_token_scale
+            vectors.requires_grad_()
+            states = self._read(
+                inputs["input_ids"],
+                inputs["items"],
+                nn.functional.embedding((inputs["items"] - 1).clamp(min=0), vectors),
+                inputs.get("position_ids"),
+                inputs.get("shared_length"),
+                inputs.get("copy"),
+                behind_prompt=len(self.config.prompt_prefix_ids) > 0,
+            )[inputs["labels"] != -100]
+            # Of half the dimensions: over all of them a normalised state sums to a constant.
+            (gradient,) = torch.autograd.grad(states[:, ::2].sum(), vectors)
+        return states.detach().float(), gradient.float()
+
+    def _difference(self, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> str | None:
+        """What of two trials differs by more than rounding, or `None` if nothing does."""
+        full = self.backbone.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        # A wrong mask changes a state by tens of per cent, TF32 by a tenth of one, half precision by one or two.
+        tolerance = 0.01 if full else 0.1
+        for name, one, other in zip(("states", "gradients"), found, expected, strict=True):
+            # The worst row, so that one wrong prefix among many is not averaged away.
+            difference = (one - other).norm(dim=-1).max() / other.norm(dim=-1).mean()
+            if not difference < tolerance:
+                return f"its {name} differ by {difference:.1%}"
         return None
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:

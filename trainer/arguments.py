@@ -246,7 +246,8 @@ class FinetuneArguments(StageTrainingArguments):
         default=None,
         metadata={
             "help": "Pretrained decoder: sdpa, flex_attention (CUDA; skips what packed prefixes do not see), "
-            "flash_attention_2 (one prefix a row) or eager; by default the library's choice."
+            "flash_attention_2 (one prefix a row) or eager; by default the library's choice, and flex_attention in "
+            "training on CUDA where a trial finds it to mean the same."
         },
     )
     merge_backbone: bool = field(

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer_arguments(arguments, run),
             packed=arguments.packed,
             num_candidates=arguments.num_candidates,
+            flex_attention=arguments.attn_implementation is None,
             train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history, arguments.max_targets),
             eval_dataset=EvaluationHistories(data.sequences("validation")),
             processing_class=processor,
