@@ -18,7 +18,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_fit, require_safetensors
 from .configuration_mmesid import MMESIDConfig
@@ -324,13 +324,17 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
+        backbone_kwargs = backbone_kwargs or {}
+        hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
+        config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, revision=revision, **hub_kwargs)
+        # A branch moves on. Only what came from a Hub has a commit.
+        revision = extract_commit_hash(config_file, None) or revision
         backbone = AutoModel.from_pretrained(
-            pretrained_backbone_name_or_path, revision=revision, use_safetensors=True, **(backbone_kwargs or {})
+            pretrained_backbone_name_or_path, revision=revision, use_safetensors=True, **backbone_kwargs
         )
         if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
-            # Only what came from a Hub has a commit.
-            config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
+            config_kwargs["base_model_revision"] = revision
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
         # mask.
         backbone_config = deepcopy(backbone.config)
@@ -815,7 +819,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if torch.is_grad_enabled() or self.training:
             cache = self._prompt_states()
         else:
-            state = tensor_versions(self.backbone), torch.is_autocast_enabled(self.device.type)
+            state = (
+                tuple(self.config.prompt_prefix_ids),
+                tensor_versions(self.backbone),
+                torch.is_autocast_enabled(self.device.type),
+            )
             if self._prompt_cache is None or self._prompt_cache_state != state:
                 self._prompt_cache, self._prompt_cache_state = self._prompt_states(), state
             # A copy: the backbone appends to what it is given.
