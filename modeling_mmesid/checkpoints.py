@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
@@ -127,6 +128,19 @@ def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLi
     card.write_text(card.read_text(encoding="utf-8").replace(UNKNOWN_REPOSITORY, repo_id), encoding="utf-8")
     if record["metrics"]:
         (directory / RESULTS_NAME).write_text(results_text(record["metrics"]), encoding="utf-8")
+
+
+def require_fit(name_or_path: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: If a checkpoint lacks weights of its model (`missing`) or holds others (`unexpected`).
+    """
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        raise ValueError(
+            f"The checkpoint '{name_or_path}' does not fit its configuration (missing: {missing or 'nothing'}, "
+            f"unexpected: {unexpected or 'nothing'}); download or save it again."
+        )
 
 
 class SafetensorsMixin:

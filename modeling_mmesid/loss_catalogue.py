@@ -1,13 +1,19 @@
 """Cross-entropy over the whole catalogue without ever holding all of its logits."""
 
+from typing import Literal
+
 import torch
 
 
+# Optional, both for CUDA.
 try:
     from cut_cross_entropy import linear_cross_entropy
 except ImportError:
-    # Optional: its fused kernels serve half precision on CUDA.
     linear_cross_entropy = None
+try:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+except ImportError:
+    liger_fused_linear_cross_entropy = None
 
 
 # Logits held at a time: 4M float32 values are 16 MiB, which stay in the last-level cache of a server CPU; larger tiles
@@ -26,8 +32,9 @@ def catalogue_cross_entropy(
     4 of stage 2 in the method: full softmax, padding excluded).
 
     The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond
-    the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch. In half
-    precision on CUDA the kernels of `cut-cross-entropy` do the same if it is installed.
+    the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch. On CUDA
+    the kernels of `cut-cross-entropy` or `liger-kernel` do the same if they are installed ([`fused_kernel`] says
+    when).
 
     Args:
         hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
@@ -41,9 +48,44 @@ def catalogue_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, table = hidden.to(dtype), table.to(dtype)
-    if linear_cross_entropy is not None and hidden.is_cuda and hidden.dtype != torch.float32 and len(targets):
-        return linear_cross_entropy(hidden, table[1:], targets - 1, filter_eps="auto").float()
+    kernel = fused_kernel(hidden.device.type, hidden.dtype, *hidden.shape, num_items=len(table) - 1)
+    if kernel is not None:
+        return fused_cross_entropy(kernel, hidden, table, targets)
     return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile)
+
+
+def fused_kernel(
+    device_type: str, dtype: torch.dtype, rows: int, hidden_size: int, num_items: int
+) -> Literal["cut-cross-entropy", "liger-kernel"] | None:
+    """
+    Which of the installed fused kernels serves a loss of so many rows, or `None` for the tiles of this module.
+
+    `cut-cross-entropy` ([Wijmans et al., 2024](https://arxiv.org/abs/2411.09009)) comes first: it writes no logits to
+    memory at all, in half precision alone. `liger-kernel` writes them for as many rows at a time as make `rows *
+    hidden_size` logits, so a large catalogue leaves it a few rows at a time, for each of which it would read the whole
+    table; it serves where there are as many as in a tile here.
+    """
+    if device_type != "cuda" or rows == 0:
+        return None
+    if linear_cross_entropy is not None and dtype in (torch.bfloat16, torch.float16):
+        return "cut-cross-entropy"
+    if liger_fused_linear_cross_entropy is not None and rows * hidden_size >= MINIMUM_TILE_ROWS * num_items:
+        return "liger-kernel"
+    return None
+
+
+def fused_cross_entropy(
+    kernel: Literal["cut-cross-entropy", "liger-kernel"],
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """[`catalogue_cross_entropy`] by a fused kernel. To the kernels there is no padding: they get the table without
+    it, and classes from 0."""
+    if kernel == "cut-cross-entropy":
+        return linear_cross_entropy(hidden, table[1:], targets - 1, filter_eps="auto").float()
+    # In half precision the gradients of the chunks would be summed in it.
+    return liger_fused_linear_cross_entropy(hidden, table[1:], targets - 1, accum_dtype=torch.float32).float()
 
 
 def sampled_cross_entropy(

@@ -3,6 +3,7 @@ product."""
 
 import inspect
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -17,13 +18,13 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_public_base_model, require_safetensors
+from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_fit, require_public_base_model, require_safetensors
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
-from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
+from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt, use_attention
 from .pipeline_mmesid import SequentialRecommendationPipeline
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 
@@ -254,6 +255,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
     main_input_name = "items"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keys_to_ignore_on_load_missing = [re.escape(name) for name in ADDED_BUFFERS]
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
     # What `quantization_config` leaves alone: the backbone alone is large, and some of these layers have two outputs.
@@ -330,13 +332,17 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
+        backbone_kwargs = backbone_kwargs or {}
+        hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
+        config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, revision=revision, **hub_kwargs)
+        # A branch moves on. Only what came from a Hub has a commit.
+        revision = extract_commit_hash(config_file, None) or revision
         backbone = AutoModel.from_pretrained(
-            pretrained_backbone_name_or_path, revision=revision, use_safetensors=True, **(backbone_kwargs or {})
+            pretrained_backbone_name_or_path, revision=revision, use_safetensors=True, **backbone_kwargs
         )
         if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
-            # Only what came from a Hub has a commit.
-            config_kwargs["base_model_revision"] = getattr(backbone.config, "_commit_hash", None) or revision
+            config_kwargs["base_model_revision"] = revision
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
         # mask.
         backbone_config = deepcopy(backbone.config)
@@ -360,7 +366,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            # The library would draw a missing weight at random, and say so in a table that nobody reads.
+            with_loading_info = kwargs.pop("output_loading_info", False)
+            model, loading = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+            require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
+            return (model, loading) if with_loading_info else model
         backbone_kwargs = {
             name: kwargs[name]
             for name in (
@@ -393,13 +405,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if "items.fusion.log_range" in keys.missing_keys:
             fusion = model.items.fusion
             fusion.log_range.copy_(fusion.log_range_of(fusion.frequencies))
-        missing = sorted(set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS)
-        if missing or keys.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint '{pretrained_model_name_or_path}' does not fit its configuration "
-                f"(missing: {missing or 'nothing'}, unexpected: {keys.unexpected_keys or 'nothing'}); "
-                "download or save it again."
-            )
+        missing = set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS
+        require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
         return model.to(backbone.device).eval()
 
     def save_pretrained(
@@ -744,28 +751,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             shared_prompt (`bool`, *optional*, defaults to `False`): The inputs were packed without the prompt's
                 prefix, which all users share: it is run once, in front of the whole batch.
         """
-        past_key_values = None
-        if shared_prompt and self.config.prompt_prefix_ids:
-            if self.training and any(
-                layer.gradient_checkpointing
-                for layer in self.backbone.modules()
-                if isinstance(layer, GradientCheckpointingLayer)
-            ):
-                # Recomputed layers keep no keys and values.
-                input_ids, items, labels, lengths, position_ids, shared_length, copy = prepend_prompt(
-                    self.config.prompt_prefix_ids,
-                    input_ids,
-                    items,
-                    labels,
-                    lengths,
-                    position_ids,
-                    shared_length,
-                    copy,
-                )
-            else:
-                past_key_values = self._prompt_cache_for(len(items))
-                if position_ids is not None:
-                    position_ids = position_ids + len(self.config.prompt_prefix_ids)
+        shared_prompt = shared_prompt and len(self.config.prompt_prefix_ids) > 0
+        if shared_prompt and self._recomputes_layers():
+            # Recomputed layers keep no keys and values.
+            input_ids, items, labels, lengths, position_ids, shared_length, copy = prepend_prompt(
+                self.config.prompt_prefix_ids, input_ids, items, labels, lengths, position_ids, shared_length, copy
+            )
+            shared_prompt = False
         if labels is None:
             table, index = None, items
         elif candidates is None:
@@ -781,18 +773,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         else:
             unique, inverse = items.unique(return_inverse=True)
             item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
-        word_embeddings = self.backbone.get_input_embeddings()(input_ids)
-        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype)
-        # Padding is on the right, where no causal query looks.
-        hidden_states = self.backbone(
-            inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
-            attention_mask=None
-            if copy is None
-            else self._packed_mask(shared_length, copy, past_key_values is not None, word_embeddings.dtype),
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-        ).last_hidden_state
+        hidden_states = self._read(input_ids, items, item_tokens, position_ids, shared_length, copy, shared_prompt)
         if labels is None:
             user_embeddings = hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
             return SequentialRecommendationOutput(user_embeddings=user_embeddings)
@@ -809,8 +790,40 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             )
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
-    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, behind_prompt: bool, dtype: torch.dtype):
+    def _recomputes_layers(self) -> bool:
+        return self.training and any(
+            layer.gradient_checkpointing
+            for layer in self.backbone.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        )
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        items: torch.Tensor,
+        item_tokens: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        shared_length: torch.Tensor | None,
+        copy: torch.Tensor | None,
+        behind_prompt: bool,
+    ) -> torch.Tensor:
+        """The backbone's hidden states, `(batch, length, hidden)`, of what [`forward`] takes, with `item_tokens` of
+        shape `(batch, length, hidden)`."""
+        word_embeddings = self.backbone.get_input_embeddings()(input_ids)
+        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(word_embeddings.dtype)
         prompt_length = len(self.config.prompt_prefix_ids) if behind_prompt else 0
+        # Padding is on the right, where no causal query looks.
+        return self.backbone(
+            inputs_embeds=torch.where((items != 0)[..., None], item_tokens, word_embeddings),
+            attention_mask=None
+            if copy is None
+            else self._packed_mask(shared_length, copy, prompt_length, word_embeddings.dtype),
+            position_ids=None if position_ids is None else position_ids + prompt_length,
+            past_key_values=self._prompt_cache_for(len(items)) if behind_prompt else None,
+            use_cache=behind_prompt,
+        ).last_hidden_state
+
+    def _packed_mask(self, shared_length: torch.Tensor, copy: torch.Tensor, prompt_length: int, dtype: torch.dtype):
         if self.backbone.config._attn_implementation == "flex_attention":
             return packed_block_mask(shared_length, copy, prompt_length)
         visible = packed_attention_mask(shared_length, copy, prompt_length)
@@ -830,7 +843,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if torch.is_grad_enabled() or self.training:
             cache = self._prompt_states()
         else:
-            state = tensor_versions(self.backbone), torch.is_autocast_enabled(self.device.type)
+            state = (
+                tuple(self.config.prompt_prefix_ids),
+                tensor_versions(self.backbone),
+                torch.is_autocast_enabled(self.device.type),
+            )
             if self._prompt_cache is None or self._prompt_cache_state != state:
                 self._prompt_cache, self._prompt_cache_state = self._prompt_states(), state
             # A copy: the backbone appends to what it is given.
@@ -838,7 +855,6 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         cache.batch_repeat_interleave(batch_size)
         return cache
 
-    @torch.no_grad()
     def packing_problem(self) -> str | None:
         """
         Why the prefixes of a user cannot share a sequence on this backbone, or `None` if they can.
@@ -854,19 +870,76 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             return "it takes no position_ids"
         was_training = self.training
         self.eval()
-        rows = [1 + index % self.config.num_items for index in range(3)]
-        targets = [rows[1:] + rows[:1]]
-        states = []
-        for packed in (True, False):
-            inputs = pack_histories([rows], (), self.config.prompt_suffix_ids or [0], targets, packed=packed)
-            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            states.append(self(**inputs, shared_prompt=True).user_embeddings.float())
+        difference = self._difference(self._trial([3], packed=True), self._trial([3], packed=False))
         self.train(was_training)
-        # A wrong mask changes the states altogether; rounding in half precision by some per cent.
-        difference = (states[0] - states[1]).norm() / states[1].norm()
-        tolerance = 1e-3 if self.backbone.dtype == torch.float32 else 0.1
-        if not difference < tolerance:
-            return f"its states differ by {difference:.1%} between packed and single prefixes"
+        return None if difference is None else f"{difference} between packed and single prefixes"
+
+    def attention_problem(self, attn_implementation: str) -> str | None:
+        """
+        Why another attention, such as `"flex_attention"`, cannot stand in for the backbone's own in training on packed
+        prefixes, or `None` if it can.
+
+        It is tried, on two batches of unlike shape, the first as long as a history may be: it must run (and compile)
+        forward and backward and give the same states and gradients.
+        """
+        was_training, devices = self.training, [self.device] if self.device.type == "cuda" else []
+        self.train()
+        try:
+            with torch.random.fork_rng(devices):
+                for lengths in ([self.config.max_history, 2], [3, 2, 1]):
+                    trials = []
+                    for name in (attn_implementation, self.backbone.config._attn_implementation):
+                        # The same dropout.
+                        torch.manual_seed(0)
+                        with use_attention(self.backbone, name):
+                            trials.append(self._trial(lengths, packed=True))
+                    difference = self._difference(*trials)
+                    if difference is not None:
+                        return difference
+        except Exception as error:  # What does not compile may raise anything.
+            reason = str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {reason}"
+        finally:
+            self.train(was_training)
+        return None
+
+    def _trial(self, lengths: Sequence[int], packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the backbone makes of a batch of users with so many items: the states at the end of every prefix, `(sum of
+        lengths, hidden)`, and the gradient that they send to the items, `(longest, hidden)`.
+        """
+        histories = [list(range(1, length + 1)) for length in lengths]
+        inputs = pack_histories(histories, (), self.config.prompt_suffix_ids or [0], histories, packed=packed)
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        # Vectors as the backbone knows them, from all over the vocabulary but for its ends, where special tokens are.
+        last_word = self.config.get_text_config().vocab_size - 1
+        words = torch.linspace(0, last_word, max(lengths) + 2, device=self.device)[1:-1].long()
+        with torch.enable_grad():
+            vectors = self.backbone.get_input_embeddings()(words).detach() / self.config.item_token_scale
+            vectors.requires_grad_()
+            states = self._read(
+                inputs["input_ids"],
+                inputs["items"],
+                nn.functional.embedding((inputs["items"] - 1).clamp(min=0), vectors),
+                inputs.get("position_ids"),
+                inputs.get("shared_length"),
+                inputs.get("copy"),
+                behind_prompt=len(self.config.prompt_prefix_ids) > 0,
+            )[inputs["labels"] != -100]
+            # Of half the dimensions: over all of them a normalised state sums to a constant.
+            (gradient,) = torch.autograd.grad(states[:, ::2].sum(), vectors)
+        return states.detach().float(), gradient.float()
+
+    def _difference(self, found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> str | None:
+        """What of two trials differs by more than rounding, or `None` if nothing does."""
+        full = self.backbone.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        # A wrong mask changes a state by tens of per cent, TF32 by a tenth of one, half precision by one or two.
+        tolerance = 0.01 if full else 0.1
+        for name, one, other in zip(("states", "gradients"), found, expected, strict=True):
+            # The worst row, so that one wrong prefix among many is not averaged away.
+            difference = (one - other).norm(dim=-1).max() / other.norm(dim=-1).mean()
+            if not difference < tolerance:
+                return f"its {name} differ by {difference:.1%}"
         return None
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Histories as model inputs: all prefixes of a user in one sequence, or the whole history alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
 
 
 def pack_histories(
@@ -166,3 +168,27 @@ def packed_block_mask(shared_length: torch.Tensor, copy: torch.Tensor, prompt_le
 
     batch, length = copy.shape
     return create_block_mask(visible, batch, None, length, prompt_length + length, device=copy.device)
+
+
+def should_try_flex_attention(device_type: str, supported: bool, attn_implementation: str) -> bool:
+    """
+    Whether FlexAttention may be worth its compilation for packed sequences: on CUDA, where it has kernels that skip
+    blocks and a backward pass, in place of SDPA.
+
+    Args:
+        device_type (`str`): Type of the device that the backbone is on.
+        supported (`bool`): Whether the backbone's family takes it (`_supports_flex_attn`).
+        attn_implementation (`str`): What the backbone attends with now; eager and flash attention somebody chose.
+    """
+    return device_type == "cuda" and supported and attn_implementation == "sdpa"
+
+
+@contextmanager
+def use_attention(backbone: PreTrainedModel, attn_implementation: str) -> Iterator[None]:
+    """Lets the backbone attend with `attn_implementation`, named as for `from_pretrained`; afterwards as before."""
+    before = backbone.config._attn_implementation
+    backbone.set_attn_implementation(attn_implementation)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(before)

@@ -125,21 +125,32 @@ class MMESIDProcessor(ProcessorMixin):
         Token ids of the prompt before and after the items: `prompt_prefix_ids` and `prompt_suffix_ids` of
         [`MMESIDConfig`].
 
-        The tokenizer's own chat template frames system and user turn and opens the assistant's. A tokenizer without
-        one gets the plain sentences, opened by its beginning-of-sequence token.
+        The tokenizer's own chat template frames system and user turn and opens the assistant's; one that knows no
+        system turn (Gemma's, Mistral's first) has its sentence open the user's. A tokenizer without a chat template
+        gets the plain sentences, opened by its beginning-of-sequence token.
         """
         before, after = self.user_prompt.split("{items}")
         if not before and not after:
             return [], []
         if self.tokenizer.chat_template is not None:
-            turns = [
-                {"role": "system", "content": self.system_prompt},
-                {"role": "user", "content": f"{before}{_SLOT}{after}"},
-            ]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self._chat(f"{before}{_SLOT}{after}")
         else:
             text = f"{self.tokenizer.bos_token or ''}{self.system_prompt}\n{before}{_SLOT}{after}\n"
         return tuple(self.tokenizer(part, add_special_tokens=False).input_ids for part in text.split(_SLOT))
+
+    def _chat(self, user_turn: str) -> str:
+        def rendered(**turns: str) -> str:
+            messages = [{"role": role, "content": content} for role, content in turns.items()]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        try:
+            text = rendered(system=self.system_prompt, user=user_turn)
+        except Exception:  # jinja2's, which is not for this package to import.
+            text = None
+        # Other templates drop a system turn without a word.
+        if text is None or self.system_prompt.strip() not in text:
+            text = rendered(user=f"{self.system_prompt}\n\n{user_turn}")
+        return text
 
 
 # Stands for the items while a chat template is rendered; any text that no prompt holds.

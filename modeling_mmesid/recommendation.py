@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from transformers.utils import ModelOutput
@@ -83,9 +84,11 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
     """
     Raises:
         ValueError: If a history is empty or holds a row outside 1..`num_items`; the sentence names the history and the
-        row.
+        row. If there is no list of histories, but one history.
     """
     for index, history in enumerate(histories):
+        if isinstance(history, Integral):
+            raise ValueError(f"History {index} is the row {history}; give a list of rows for each user.")
         if len(history) == 0:
             raise ValueError(f"History {index} is empty; give at least one item, or leave the user out.")
         if min(history) < 1 or max(history) > num_items:

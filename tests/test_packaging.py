@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers.dynamic_module_utils import get_imports
 
 
 ROOT = Path(__file__).parent.parent
@@ -47,9 +48,13 @@ def test_arrows_point_one_way():
 
 
 def test_the_modeling_folder_can_travel_alone():
-    # numpy comes with transformers; the import of cut_cross_entropy may fail, which the loader of remote code allows.
-    libraries = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "cut_cross_entropy"}
-    assert set(imported_packages("modeling_mmesid")) <= libraries
+    # numpy comes with transformers.
+    libraries = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy"}
+    # Their import may fail, which the loader of remote code allows.
+    optional = {"cut_cross_entropy", "liger_kernel"}
+    assert set(imported_packages("modeling_mmesid")) <= libraries | optional
+    for path in (ROOT / "modeling_mmesid").glob("*.py"):
+        assert not optional & {name.split(".")[0] for name in get_imports(path)}, path.name
     for path in (ROOT / "modeling_mmesid").glob("*.py"):
         for level, module in imports(path):
             # `from .x import y` is what the loader of remote code follows.

@@ -252,7 +252,7 @@ class FinetuneArguments(StageTrainingArguments):
     lora_dropout: float = field(default=0.05, metadata={"help": "Pretrained decoder: dropout of LoRA."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Pretrained decoder: linear layers that get an adapter."},
+        metadata={"help": "Pretrained decoder: linear layers that get an adapter, by name; all-linear: every one."},
     )
     use_rslora: bool = field(
         default=False, metadata={"help": "Pretrained decoder: scale the adapter by alpha / sqrt(r) (RSLoRA)."}
@@ -261,13 +261,14 @@ class FinetuneArguments(StageTrainingArguments):
         default=False, metadata={"help": "Pretrained decoder: split weights into magnitude and direction (DoRA)."}
     )
     freeze_backbone: bool = field(
-        default=False, metadata={"help": "Pretrained decoder, with --lora_r 0: train the items alone."}
+        default=False, metadata={"help": "Pretrained decoder: train the items alone, no adapter."}
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={
             "help": "Pretrained decoder: sdpa, flex_attention (CUDA; skips what packed prefixes do not see), "
-            "flash_attention_2 (one prefix a row) or eager; by default the library's choice."
+            "flash_attention_2 (one prefix a row) or eager; by default the library's choice, and flex_attention in "
+            "training on CUDA where a trial finds it to mean the same."
         },
     )
     merge_backbone: bool = field(

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modeling_mmesid import MMESIDForSequentialRecommendation
+from modeling_mmesid.packing import should_try_flex_attention, use_attention
 
 from .collators import HistoryCollator
 from .item_description import describe_items
@@ -36,6 +37,9 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
             backbone's attention takes the mask; otherwise each is a row of its own, with a warning.
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, drawn by
             smoothed popularity; 0 takes the whole catalogue.
+        flex_attention (`bool`, *optional*, defaults to `True`): Let FlexAttention read packed sequences in training
+            where the backbone is on CUDA and has SDPA, if a trial finds that it gives the same states and gradients;
+            otherwise SDPA stays, with a warning.
         **kwargs: Further arguments of [`~transformers.Trainer`].
     """
 
@@ -47,19 +51,10 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         args: TrainingArguments,
         packed: bool = True,
         num_candidates: int = 0,
+        flex_attention: bool = True,
         **kwargs,
     ):
         config = model.config
-        if packed and config.prompt_suffix_ids and kwargs.get("train_dataset") is not None:
-            problem = model.packing_problem()
-            if problem is not None:
-                packed = False
-                logger.warning(
-                    "The prefixes of a user cannot share a sequence on %s: %s. Every prefix becomes a row of its own, "
-                    "many times as many; lower per_device_train_batch_size if memory runs out.",
-                    type(model.backbone).__name__,
-                    problem,
-                )
         collator = HistoryCollator(
             config.max_history,
             config.prompt_suffix_ids,
@@ -68,6 +63,41 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
             sampling_weights=smoothed_popularity(model.items.fusion.frequencies) if num_candidates else None,
         )
         super().__init__(model, args, data_collator=collator, **kwargs)
+        self.train_attention = model.backbone.config._attn_implementation
+        if packed and config.prompt_suffix_ids and self.train_dataset is not None:
+            # Only now: on the device, and in the precision, that training will have.
+            with self.accelerator.autocast():
+                self._try_packing(flex_attention)
+
+    def _try_packing(self, flex_attention: bool) -> None:
+        model, backbone = self.model, self.model.backbone
+        problem = model.packing_problem()
+        if problem is not None:
+            self.data_collator.packed = False
+            logger.warning(
+                "The prefixes of a user cannot share a sequence on %s: %s. Every prefix becomes a row of its own, "
+                "many times as many; lower per_device_train_batch_size if memory runs out.",
+                type(backbone).__name__,
+                problem,
+            )
+        elif flex_attention and should_try_flex_attention(
+            model.device.type, backbone._supports_flex_attn, self.train_attention
+        ):
+            problem = model.attention_problem("flex_attention")
+            if problem is None:
+                self.train_attention = "flex_attention"
+            else:
+                logger.warning(
+                    "FlexAttention cannot read the packed prefixes of %s: %s. SDPA reads them, with a mask of every "
+                    "pair of positions.",
+                    type(backbone).__name__,
+                    problem,
+                )
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        # For this alone: to single prefixes, in evaluation and in use, FlexAttention has nothing to skip.
+        with use_attention(self.accelerator.unwrap_model(self.model).backbone, self.train_attention):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
         return super().compute_loss(model, inputs | {"shared_prompt": True}, *args, **kwargs)

@@ -1,9 +1,17 @@
+import functools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_mmesid import loss_catalogue
 from modeling_mmesid.loss_catalogue import (
     catalogue_cross_entropy,
-    linear_cross_entropy,
+    fused_cross_entropy,
+    fused_kernel,
     sampled_cross_entropy,
 )
 
@@ -96,15 +104,106 @@ def test_sampled_loss_of_every_item_once_is_exact_and_has_its_gradients():
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    linear_cross_entropy is None or not torch.cuda.is_available(), reason="needs CUDA and cut-cross-entropy"
+def test_logits_are_never_held_whole_forward_or_backward():
+    users, table, targets = inputs(users=300, items=5000, hidden=8, dtype=torch.float32)
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor):
+                self.elements = max(self.elements, output.numel())
+            return output
+
+    with Largest() as largest:
+        catalogue_cross_entropy(users, table, targets, logits_per_tile=50_000).backward()
+    assert table.numel() < largest.elements <= 50_000 < len(users) * 5000
+
+
+@pytest.mark.parametrize(
+    ("installed", "where", "expected"),
+    [
+        ("both", ("cuda", torch.bfloat16, 512, 4096, 12_000), "cut-cross-entropy"),
+        ("both", ("cuda", torch.float16, 512, 256, 1_000_000), "cut-cross-entropy"),
+        # Its backward pass takes half precision alone.
+        ("both", ("cuda", torch.float32, 512, 4096, 12_000), "liger-kernel"),
+        ("liger", ("cuda", torch.bfloat16, 512, 4096, 12_000), "liger-kernel"),
+        # One row of logits at a time, for each of which the whole table would be read.
+        ("liger", ("cuda", torch.bfloat16, 512, 256, 1_000_000), None),
+        ("both", ("cuda", torch.bfloat16, 0, 4096, 12_000), None),
+        ("both", ("cpu", torch.bfloat16, 512, 4096, 12_000), None),
+        ("none", ("cuda", torch.bfloat16, 512, 4096, 12_000), None),
+    ],
 )
-def test_fused_kernels_agree_with_the_tiles():
+def test_which_fused_kernel_serves(installed, where, expected, monkeypatch):
+    for name, has in (
+        ("linear_cross_entropy", installed == "both"),
+        ("liger_fused_linear_cross_entropy", installed in ("both", "liger")),
+    ):
+        monkeypatch.setattr(loss_catalogue, name, torch.nn.functional.cross_entropy if has else None)
+    assert fused_kernel(*where) == expected
+
+
+def test_cut_cross_entropy_means_the_same_loss(monkeypatch):
+    """Its reference implementation, which needs no GPU, with the arguments that its kernels get."""
+    kernels = pytest.importorskip("cut_cross_entropy", reason="pip install 'mmesid[kernels]'")
+    reference = functools.partial(kernels.linear_cross_entropy, impl="torch_compile")
+    monkeypatch.setattr(loss_catalogue, "linear_cross_entropy", reference)
+    users, table, targets = inputs(dtype=torch.float32)
+    expected = 3.0 * catalogue_cross_entropy(users, table, targets)
+    # Uncompiled: the same operations, without half a minute of a compiler.
+    with torch.compiler.set_stance("force_eager"):
+        loss = 3.0 * fused_cross_entropy("cut-cross-entropy", users, table, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = torch.autograd.grad(loss, (users, table))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (users, table)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5)
+    assert (gradients[1][0] == 0).all()
+
+
+INTERPRETED = """
+import importlib.util, sys, torch
+
+spec = importlib.util.spec_from_file_location("loss_catalogue", sys.argv[1])
+loss_catalogue = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loss_catalogue)
+torch.manual_seed(0)
+users, table = torch.randn(37, 16, requires_grad=True), torch.randn(212, 16, requires_grad=True)
+targets = torch.randint(1, 212, (37,))
+results = []
+for loss in (
+    loss_catalogue.catalogue_cross_entropy(users, table, targets),
+    loss_catalogue.fused_cross_entropy("liger-kernel", users, table, targets),
+):
+    results.append((loss, *torch.autograd.grad(3.0 * loss, (users, table))))
+for found, expected in zip(*results):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+assert (results[1][2][0] == 0).all()
+"""
+
+
+def test_liger_kernel_means_the_same_loss():
+    """Its own kernels, run by Triton's interpreter, which needs no GPU but has to be chosen before they are loaded."""
+    pytest.importorskip("liger_kernel", reason="pip install 'mmesid[kernels]'")
+    subprocess.run(
+        [sys.executable, "-c", INTERPRETED, loss_catalogue.__file__],
+        check=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(
+    ("kernel", "package"), [("cut-cross-entropy", "cut_cross_entropy"), ("liger-kernel", "liger_kernel")]
+)
+def test_fused_kernels_agree_with_the_tiles(kernel, package):
+    pytest.importorskip(package, reason="pip install 'mmesid[kernels]'")
     hidden, table, targets = (
         tensor.cuda() for tensor in inputs(users=256, items=1000, hidden=64, dtype=torch.float32)
     )
     exact = catalogue_cross_entropy(hidden, table, targets)
-    fused = catalogue_cross_entropy(hidden.bfloat16(), table.bfloat16(), targets)
+    fused = fused_cross_entropy(kernel, hidden.bfloat16(), table.bfloat16(), targets)
     assert fused.item() == pytest.approx(exact.item(), rel=1e-2)
     for gradient, wanted in zip(
         torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(exact, (hidden, table)), strict=True

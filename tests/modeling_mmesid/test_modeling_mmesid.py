@@ -12,7 +12,7 @@ from transformers import AutoModel, LlamaModel
 from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation
 from modeling_mmesid.packing import pack_histories
 
-from .conftest import NUM_ITEMS, item_tables, new_model, settings
+from .conftest import NUM_ITEMS, item_tables, llama_config, new_model, settings
 
 
 HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
@@ -258,6 +258,7 @@ def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
     [
         ([[1], []], 5, "History 1 is empty"),
         ([[1, 41]], 5, "row 41, outside 1..40"),
+        ([1, 4], 5, "History 0 is the row 1; give a list of rows for each user"),
         ([[0, 4]], 5, "row 0, outside 1..40"),
         ([[1, 2]], 39, "38 items"),
         ([[1, 2]], 0, "top_k is 0"),
@@ -339,10 +340,31 @@ def test_lora_checkpoint_reloads_bit_equal_in_a_new_process(tmp_path, base_model
     assert scores == expected.scores.tolist()
 
 
+def test_lora_checkpoint_stays_with_the_commit_of_its_base_model(tmp_path):
+    """As a Hub's cache keeps them: two commits of a base model, and the branch that moves from one to the other."""
+    first, second = "a" * 40, "b" * 40
+    repository = tmp_path / "cache" / "models--tester--base"
+    (repository / "refs").mkdir(parents=True)
+    for commit in (first, second):
+        LlamaModel(llama_config()).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs" / "main").write_text(first)
+    cached = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        "tester/base", lora=LORA, backbone_kwargs=cached, **settings()
+    )
+    model.initialize_items(**item_tables())
+    assert model.config.base_model_revision == first
+    model.eval().save_pretrained(tmp_path / "tuned")
+    (repository / "refs" / "main").write_text(second)
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "tuned", **cached)
+    assert torch.equal(loaded.recommend(HISTORIES).scores, model.recommend(HISTORIES).scores)
+
+
 # peft reads a property that transformers has deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model):
-    model = lora_model(base_model)
+@pytest.mark.parametrize("kwargs", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model, kwargs):
+    model = lora_model(base_model, **kwargs)
     model.save_pretrained(tmp_path)
     peft_model = PeftModel.from_pretrained(LlamaModel.from_pretrained(base_model), tmp_path / "adapter").eval()
     inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -353,8 +375,9 @@ def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model):
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, change):
-    lora_model(base_model).save_pretrained(tmp_path)
+@pytest.mark.parametrize("self_contained", [True, False])
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, self_contained, change):
+    lora_model(base_model).save_pretrained(tmp_path, merge_backbone=self_contained)
     weights = load_file(tmp_path / "model.safetensors")
     if change == "missing":
         del weights["items.id_embeddings.weight"]

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -65,6 +67,23 @@ def test_prompt_is_the_chat_template_around_the_items(processor, tokenizer):
         "<user>Given the user's purchase history, predict next possible item to be purchased. "
     )
     assert tokenizer.decode(suffix) == "</user><assistant>"
+
+
+USER_TURN = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] | trim }} [/INST]"
+)
+REFUSED = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+@pytest.mark.parametrize("first", [REFUSED, ""], ids=["refused", "dropped"])
+def test_a_template_without_system_turn_says_it_in_the_user_s(tokenizer, first):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = first + USER_TURN + "{% endif %}{% endfor %}"
+    prefix, suffix = MMESIDProcessor(
+        tokenizer, IDS, system_prompt="Be brief.", user_prompt="Bought {items} next:"
+    ).prompt_ids()
+    assert tokenizer.decode(prefix) == "[INST] Be brief.\n\nBought "
+    assert tokenizer.decode(suffix) == " next: [/INST]"
 
 
 def test_tokenizer_without_chat_template_gets_plain_sentences(tokenizer):

@@ -150,12 +150,17 @@ def test_training_for_distances_improves_them_logs_health_and_encodes_present_it
     assert (codes["text"][missing] == -1).all() and (quantized["text"][missing] == 0).all()
 
 
-def test_dead_codes_are_moved_to_residuals(tmp_path):
-    items, model = toy_items(), toy_model()
+@pytest.mark.parametrize("objective", ["stress", "mse"])
+def test_dead_codes_are_moved_to_where_items_are(tmp_path, objective):
+    items, model = toy_items(), toy_model(objective=objective)
     initialize(model, items)
+    branch = model.branches["text"]
     with torch.no_grad():
-        model.branches["text"].quantizer.layers[1].codebook[3:9] = 1e3
-    trainer = toy_trainer(tmp_path, model, items, num_train_epochs=3, load_best_model_at_end=False)
+        branch.quantizer.layers[1].codebook[3:9] = 1e3
+        if objective == "stress":
+            # No anchor has a dead code, or it would not be dead.
+            branch.anchor_codes[:, 1] = branch.anchor_codes[:, 1] % 3
+    trainer = toy_trainer(tmp_path, model, items, num_train_epochs=4, load_best_model_at_end=False)
     trainer.train()
     assert model.code_vectors("text").abs().max() < 100
     codes, _ = encode_items(model, items)

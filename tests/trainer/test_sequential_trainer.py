@@ -87,6 +87,52 @@ def test_training_learns_the_rule(make, tmp_path):
     assert trainer.rank()["hr@5"] > 0.95
 
 
+def test_a_backbone_that_cannot_take_the_mask_is_named_in_a_warning(tmp_path, caplog):
+    unpacked_mmesid_trainer(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert "cannot share a sequence on MistralModel: its sliding window of 8" in caplog.text
+
+
+def quick_arguments(tmp_path) -> TrainingArguments:
+    return TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+
+
+def test_flex_attention_that_fails_its_trial_is_not_used(tmp_path, caplog, monkeypatch):
+    """As on CUDA, where it is tried; on the CPU it has no backward pass."""
+    monkeypatch.setattr("trainer.mmesid_trainer.should_try_flex_attention", lambda *_: True)
+    with torch.compiler.set_stance("force_eager"):
+        trainer = mmesid_trainer(quick_arguments(tmp_path))
+    assert "FlexAttention cannot read the packed prefixes of LlamaModel" in caplog.text
+    assert "does not support backward on CPU" in caplog.text
+    assert trainer.data_collator.packed and trainer.train_attention == "sdpa"
+    caplog.clear()
+    chosen = mmesid_trainer(quick_arguments(tmp_path), flex_attention=False)
+    assert chosen.train_attention == "sdpa" and not caplog.text
+    assert trainer.train().training_loss > 0
+
+
+def test_the_attention_of_training_is_that_of_training_alone(tmp_path):
+    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    assert trainer.train_attention == "sdpa", "FlexAttention is not tried on the CPU"
+    trainer.train_attention, seen = "eager", []
+    trainer.model.backbone.register_forward_pre_hook(
+        lambda backbone, _: seen.append((backbone.training, backbone.config._attn_implementation))
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert set(seen) == {(True, "eager"), (False, "sdpa")}
+
+
+def test_batches_hold_histories_of_like_length(tmp_path):
+    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    spread = [int(np.ptp((batch["items"] != 0).sum(1).numpy())) for batch in trainer.get_train_dataloader()]
+    lengths = trainer.train_dataset.lengths
+    assert sum((batch["items"] != 0).sum().item() for batch in trainer.get_train_dataloader()) == sum(lengths)
+    assert np.mean(spread) < 1.5 < np.ptp(lengths)
+
+
 def test_candidates_are_drawn_by_smoothed_popularity():
     weights = smoothed_popularity(torch.tensor([0, 0, 15, 80]))
     assert weights.tolist() == pytest.approx([0.0, 1.0, 8.0, 27.0])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft.utils.error import NoMatchingPeftModuleError
 from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from hub_cards import model_licence, save_card
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer_arguments(arguments, run),
             packed=arguments.packed,
             num_candidates=arguments.num_candidates,
+            flex_attention=arguments.attn_implementation is None,
             train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history, arguments.max_targets),
             eval_dataset=EvaluationHistories(data.sequences("validation")),
             processing_class=processor,
@@ -194,23 +196,37 @@ def build(
             MMESIDConfig(backbone_config=backbone_config, item_token_scale=arguments.hidden_size**0.5, **settings)
         )
     else:
-        lora = {
-            "r": arguments.lora_r,
-            "lora_alpha": arguments.lora_alpha,
-            "lora_dropout": arguments.lora_dropout,
-            "target_modules": arguments.lora_target_modules,
-            "use_rslora": arguments.use_rslora,
-            "use_dora": arguments.use_dora,
-        }
-        model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
-            arguments.backbone_name_or_path,
-            revision=arguments.backbone_revision,
-            lora=lora if arguments.lora_r else None,
-            freeze_backbone=arguments.freeze_backbone,
-            backbone_kwargs=backbone_kwargs(arguments),
-            **settings,
-        )
+        try:
+            model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+                arguments.backbone_name_or_path,
+                revision=arguments.backbone_revision,
+                lora=lora_settings(arguments),
+                freeze_backbone=arguments.freeze_backbone,
+                backbone_kwargs=backbone_kwargs(arguments),
+                **settings,
+            )
+        except NoMatchingPeftModuleError as error:
+            raise ValueError(
+                f"'{arguments.backbone_name_or_path}' has no layer called {', '.join(arguments.lora_target_modules)}; "
+                "name some of its own as --lora_target_modules, or give all-linear for every linear layer."
+            ) from error
     return processor, model
+
+
+def lora_settings(arguments: FinetuneArguments) -> dict | None:
+    """Arguments of [`peft.LoraConfig`]; `None` for no adapter."""
+    if not arguments.lora_r or arguments.freeze_backbone:
+        return None
+    targets = arguments.lora_target_modules
+    return {
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        # As a word, not in a list, it is no name of a layer to PEFT.
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "use_rslora": arguments.use_rslora,
+        "use_dora": arguments.use_dora,
+    }
 
 
 def backbone_kwargs(arguments: FinetuneArguments) -> dict:

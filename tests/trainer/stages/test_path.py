@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
+from trainer.arguments import FinetuneArguments, parse
 from trainer.backbone import train_tokenizer
 from trainer.data.prepared import PreparedDataset
 from trainer.publishing import publication
@@ -265,6 +266,21 @@ def test_a_backbone_that_is_trained_in_full_cannot_be_quantized(tiny_run, base):
     flags = [*finetune_flags(tiny_run, "unused"), "--backbone_name_or_path", str(base), "--quantization", "nf4"]
     with pytest.raises(ValueError, match="--lora_r 0 trains in full"):
         finetune.main([*flags, "--lora_r", "0"])
+
+
+def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(tiny_run, base):
+    GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
+    data = PreparedDataset.load(tiny_run / "prepared")
+    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", "unused", "--backbone_name_or_path", str(base)]
+    with pytest.raises(ValueError, match="no layer called gate_proj, up_proj, down_proj; .* --lora_target_modules"):
+        finetune.build(parse(FinetuneArguments, flags), data, {})
+    for given, expected in ((["all-linear"], {"c_attn", "c_fc", "c_proj"}), (["c_attn", "c_fc"], {"c_attn", "c_fc"})):
+        arguments = parse(FinetuneArguments, [*flags, "--lora_target_modules", *given])
+        _, model = finetune.build(arguments, data, {})
+        adapted = {name.split(".")[-4] for name, _ in model.backbone.named_parameters() if "lora_A" in name}
+        assert adapted == expected
+    _, frozen = finetune.build(parse(FinetuneArguments, [*flags, "--freeze_backbone", "true"]), data, {})
+    assert not any(parameter.requires_grad for parameter in frozen.backbone.parameters())
 
 
 INTERRUPT = """
