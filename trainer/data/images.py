@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import httpx2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -108,6 +108,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadImageError("unreadable", "no picture in a format that is read") from error
     # Damage shows as whatever a format's decoder stumbles over: OSError, SyntaxError, struct.error, RuntimeError ...
     except Exception as error:
         raise BadImageError("unreadable", " ".join(str(error).split()) or type(error).__name__) from error
