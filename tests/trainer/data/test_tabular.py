@@ -198,6 +198,7 @@ def times_of(tmp_path, name, times) -> list[int]:
     )
     collector = InteractionCollector()
     read_interactions(TableLocation(str(path)), InteractionColumns("user_id", "item_id", "timestamp"), collector)
+    collector.finish()
     return collector.interactions({"1": 0}).times.tolist()
 
 
