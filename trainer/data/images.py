@@ -367,8 +367,11 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]
                         try:
                             with opened.open(member) as file:
                                 data = file.read(max_bytes + 1)
-                        # Damaged, compressed in an unknown way, encrypted.
-                        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+                        # Damaged (OSError: in bzip2), compressed in an unknown way, encrypted.
+                        except (
+                            zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError,
+                            RuntimeError,
+                        ):  # fmt: skip
                             data = None
                         yield _normal(member.filename), data
         else:
