@@ -5,11 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """What `datasets` keeps of the tests' files lies beside them, for the tests and for the processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("datasets_cache"))
+        patch.setenv("HF_DATASETS_CACHE", cache)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ def read_amazon(
         collector.extend_rows(_reviews(reviews, generation.columns))
     else:
         read_interactions(TableLocation(str(reviews)), generation.columns, collector)
+    collector.finish()
 
     builder = CatalogueBuilder(text_fields)
     for number, item in _metadata(metadata):

@@ -5,7 +5,6 @@ Every picture comes from elsewhere, so none is trusted: only the raster formats 
 EPS file to Ghostscript), sizes are capped in bytes and in pixels, and no name that came with a picture becomes a path.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import httpx2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -65,7 +64,7 @@ class BadImageError(ValueError):
 
 def read_image(image: Path | bytes, item_id: str, max_bytes: int = MAX_BYTES) -> bytes:
     """
-    The bytes of a picture, as they are, once its first frame has been decoded to the last pixel.
+    The bytes of a picture, as they are, once [`decode_image`] has decoded its first frame to the last pixel.
 
     Args:
         image (`Path` or `bytes`): A picture file, or the bytes of one.
@@ -96,20 +95,6 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         BadImageError: If the bytes are no picture of `FORMATS`, or one of more than `MAX_PIXELS`.
     """
-    with _decoded(data) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):
-            # Pillow clips 16-bit grey to 255, which turns most of it white.
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.has_transparency_data:
-            # What lies under a transparent pixel is arbitrary, and shops show their products on white.
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-
-@contextlib.contextmanager
-def _decoded(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             # The header tells the size: nothing of a decompression bomb is unpacked.
@@ -118,14 +103,35 @@ def _decoded(data: bytes) -> Iterator[Image.Image]:
                     "too_large", f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}"
                 )
             picture.load()
-            yield picture
+            return _to_rgb(_upright(picture))
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError("too_large", str(error)) from error
-    # Pillow reports damage by any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-        raise BadImageError("unreadable", str(error) or type(error).__name__) from error
+    except UnidentifiedImageError as error:
+        raise BadImageError("unreadable", "no picture in a format that is read") from error
+    # Damage shows as whatever a format's decoder stumbles over: OSError, SyntaxError, struct.error, RuntimeError ...
+    except Exception as error:
+        raise BadImageError("unreadable", " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as the camera says, or as it is where that is damaged: its pixels are sound."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        # Pillow clips 16-bit grey to 255, which turns most of it white.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        # What lies under a transparent pixel is arbitrary, and shops show their products on white.
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def _checked(image: Path | bytes, max_bytes: int) -> bytes:
@@ -133,14 +139,16 @@ def _checked(image: Path | bytes, max_bytes: int) -> bytes:
         try:
             size = image.stat().st_size
             data = image.read_bytes() if size <= max_bytes else b""
-        except OSError as error:
-            raise BadImageError("missing", error.strerror or type(error).__name__) from error
+        # ValueError: a name that no file can have.
+        except (OSError, ValueError) as error:
+            raise BadImageError("missing", getattr(error, "strerror", None) or str(error)) from error
     else:
         size, data = len(image), image
     if size > max_bytes:
         raise BadImageError("too_large", f"{size:,} bytes are more than {max_bytes:,}")
-    with _decoded(data):
-        return data
+    # All that an encoder will do with it, so that it cannot fail there.
+    decode_image(data)
+    return data
 
 
 def fetch_images(
@@ -164,7 +172,7 @@ def fetch_images(
         cache_dir (`str` or `os.PathLike`): Where the files go, and nowhere else; made if it does not exist.
         workers (`int`, *optional*, defaults to 16): Pictures fetched at a time.
         timeout (`float`, *optional*, defaults to 20.0):
-            Seconds after which an attempt is given up, from its first byte sent to the last one read.
+            Seconds after which an attempt is given up: of silence, and from its start to the last byte of the picture.
         retries (`int`, *optional*, defaults to 3):
             Attempts after the first where the server fails, stalls or asks to wait, at growing intervals.
         max_bytes (`int`, *optional*, defaults to 32 MiB): Size above which a picture is given up, unread.
@@ -247,6 +255,7 @@ def _fetch(client: httpx2.Client, url: str, timeout: float, retries: int, max_by
         raise BadImageError("not_a_url", "it does not start with http:// or https://")
     for attempt in range(retries + 1):
         wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+        deadline = time.monotonic() + timeout
         try:
             with client.stream("GET", url) as response:
                 status = response.status_code
@@ -258,7 +267,7 @@ def _fetch(client: httpx2.Client, url: str, timeout: float, retries: int, max_by
                 elif status != 200:
                     raise BadImageError("missing", f"HTTP status {status}")
                 else:
-                    return _checked(_read(response, timeout, max_bytes), max_bytes)
+                    return _checked(_read(response, deadline, max_bytes), max_bytes)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.TooManyRedirects, UnicodeError) as error:
             raise BadImageError("not_a_url", str(error) or type(error).__name__) from error
         except httpx2.HTTPError as error:
@@ -268,11 +277,10 @@ def _fetch(client: httpx2.Client, url: str, timeout: float, retries: int, max_by
     raise BadImageError("unreachable", failure)
 
 
-def _read(response: httpx2.Response, timeout: float, max_bytes: int) -> bytes:
+def _read(response: httpx2.Response, deadline: float, max_bytes: int) -> bytes:
     declared = response.headers.get("Content-Length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise BadImageError("too_large", f"{int(declared):,} bytes are more than {max_bytes:,}")
-    deadline = time.monotonic() + timeout
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk
@@ -280,7 +288,7 @@ def _read(response: httpx2.Response, timeout: float, max_bytes: int) -> bytes:
             raise BadImageError("too_large", f"more than {max_bytes:,} bytes")
         # The client's own time-out starts anew with every byte, which a stalling server may send one by one.
         if time.monotonic() > deadline:
-            raise httpx2.ReadTimeout(f"not read within {timeout} s")
+            raise httpx2.ReadTimeout("not read to its end in time")
     return bytes(body)
 
 
@@ -359,8 +367,11 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]
                         try:
                             with opened.open(member) as file:
                                 data = file.read(max_bytes + 1)
-                        # Damaged, compressed in an unknown way, encrypted.
-                        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+                        # Damaged (OSError: in bzip2), compressed in an unknown way, encrypted.
+                        except (
+                            zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError,
+                            RuntimeError,
+                        ):  # fmt: skip
                             data = None
                         yield _normal(member.filename), data
         else:

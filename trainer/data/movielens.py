@@ -64,6 +64,7 @@ def read_movielens(
     films = directory / release.films
     collector = InteractionCollector()
     collector.extend_rows(_ratings(directory / release.ratings, release.separator))
+    collector.finish()
     builder = CatalogueBuilder(text_fields)
     for number, line in read_lines(films, _ENCODING):
         where = place(films, number)

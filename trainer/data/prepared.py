@@ -178,8 +178,11 @@ class PreparedDataset:
         return Sequences(table["user_id"].to_pylist(), histories, offsets, targets)
 
     def items(self) -> datasets.Dataset:
-        """The items in the order of their rows; a picture is decoded when read, `None` where an item has none."""
-        return datasets.Dataset(pq.read_table(self.path / ITEMS_FILE))
+        """
+        The items in the order of their rows; a picture is decoded when read, `None` where an item has none. Pictures
+        may be larger than memory: they are read from the file that `datasets` makes of them in its cache.
+        """
+        return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
 
 
 def write_prepared(

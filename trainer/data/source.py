@@ -1,6 +1,6 @@
 """What every reader of raw data yields: a catalogue of items and the interactions of users with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,7 +73,7 @@ class Interactions:
     One entry an interaction, in any order.
 
     Args:
-        user_ids (`list[str]`): Raw id of every user, no two alike.
+        user_ids (`Sequence[str]`): Raw id of every user, no two alike.
         users (`np.ndarray`): `(interactions,)` int32 positions in `user_ids`.
         items (`np.ndarray`): `(interactions,)` int32 positions in the catalogue.
         times (`np.ndarray`): `(interactions,)` int64; anything that grows with time. Equal times of one user keep the
@@ -82,7 +82,7 @@ class Interactions:
             the source has no ratings at all.
     """
 
-    user_ids: list[str]
+    user_ids: Sequence[str]
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray
@@ -185,11 +185,30 @@ class CatalogueBuilder:
         return Catalogue(list(self.positions), table.select(present), text_fields, images)
 
 
+class ArrowStrings(Sequence):
+    """
+    Strings in Arrow memory, a third of what Python objects take.
+
+    Args:
+        strings (`Iterable[str]`): The strings.
+    """
+
+    def __init__(self, strings: Iterable[str]):
+        self._array = pa.array(strings, pa.large_string())
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, position: int) -> str:
+        return self._array[int(position)].as_py()
+
+
 class InteractionCollector:
     """
     Collects interactions into arrays: sixteen bytes for each, and one string for each user and item.
 
-    Positions of users and items follow the order in which they first appear.
+    Positions of users and items follow the order in which they first appear. After the last interaction comes
+    [`~InteractionCollector.finish`].
     """
 
     def __init__(self):
@@ -228,6 +247,12 @@ class InteractionCollector:
                 np.array([np.nan if rating is None else rating for rating in ratings], np.float32),
             )
 
+    def finish(self) -> None:
+        """Lets go of what only further interactions would need: raw data have millions of users, and the items that
+        are read next need the memory."""
+        self.user_ids = ArrowStrings(self.user_positions.keys())
+        del self.user_positions
+
     def interactions(self, positions: dict[str, int]) -> Interactions:
         """
         Returns the interactions and forgets them.
@@ -247,7 +272,7 @@ class InteractionCollector:
         users, items, times, *ratings = arrays
         remap = np.fromiter((positions[item_id] for item_id in self.item_positions), np.int32)
         return Interactions(
-            user_ids=list(self.user_positions),
+            user_ids=self.user_ids,
             users=users,
             items=remap[items],
             times=times,

@@ -168,6 +168,7 @@ def read_tabular(
     """
     collector = InteractionCollector()
     read_interactions(interactions, interaction_columns, collector)
+    collector.finish()
     builder = CatalogueBuilder(text_fields)
     embedded = None
     if items is not None:

@@ -47,6 +47,7 @@ class LLM2CLIPEncoder:
         text_model_name_or_path (`str`, *optional*): The Llama.
         text_model_revision (`str`, *optional*): Branch, tag or commit of the Llama's repository.
         image_processor_name_or_path (`str`, *optional*): Where the image processor comes from.
+        image_processor_revision (`str`, *optional*): Branch, tag or commit of that repository.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of both models.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the CLIP model's own code may run. That of the Llama never does: the library's Llama is used.
@@ -63,6 +64,7 @@ class LLM2CLIPEncoder:
         text_model_name_or_path: str | None = None,
         text_model_revision: str | None = None,
         image_processor_name_or_path: str | None = None,
+        image_processor_revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ):
@@ -71,7 +73,9 @@ class LLM2CLIPEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=text_model_revision)
             self.llama = load_llama(text_model_name_or_path, text_model_revision, dtype)
         if image_processor_name_or_path is not None:
-            self.image_processor = AutoImageProcessor.from_pretrained(image_processor_name_or_path)
+            self.image_processor = AutoImageProcessor.from_pretrained(
+                image_processor_name_or_path, revision=image_processor_revision
+            )
         self.pooling = "projected" if text_model_name_or_path is None else "mean, bidirectional, projected"
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:

@@ -196,8 +196,12 @@ def load_encoder(name: str, arguments: EmbedArguments, run: StageRun) -> Encoder
     elif name == "dual_encoder":
         encoder = DualEncoder.from_pretrained(model, **source)
     elif column_of(arguments) == "image":
+        own = arguments.image_processor_name_or_path is None
         encoder = LLM2CLIPEncoder(
-            model, image_processor_name_or_path=arguments.image_processor_name_or_path or model, **source
+            model,
+            image_processor_name_or_path=model if own else arguments.image_processor_name_or_path,
+            image_processor_revision=arguments.revision if own else None,
+            **source,
         )
     else:
         encoder = LLM2CLIPEncoder(

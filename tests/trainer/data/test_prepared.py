@@ -125,6 +125,22 @@ def test_load_dataset_reads_the_directory_and_decodes_pictures(tmp_path, source)
             assert image is None if item_id == "b" else image.convert("RGB").getpixel((3, 3)) == COLOURS[item_id]
 
 
+def test_pictures_are_read_from_disk_one_by_one(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, format="PNG")
+    source = make_source()
+    items = [f"item {number}" for number in range(300)]
+    source.catalogue = Catalogue(items, pa.table({"title": items}), ["title"], [file.getvalue()] * 300)
+    (tmp_path / "prepared").mkdir()
+    write_prepared(tmp_path / "prepared", source, build_sequences(source.interactions, 300))
+    data = PreparedDataset.load(tmp_path / "prepared")
+    before = pa.total_allocated_bytes()
+    items = data.items()
+    assert items["item_id"][:] == data.item_ids[1:] and np.array_equal(np.asarray(items[299]["image"]), noise)
+    assert pa.total_allocated_bytes() - before < 0.2 * 300 * len(file.getvalue())
+
+
 def test_a_source_without_pictures_has_no_image_column(tmp_path):
     statistics = write(tmp_path / "prepared", make_source(images=None))
     assert "image" not in pq.read_schema(tmp_path / "prepared/items.parquet").names

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -198,6 +199,7 @@ def times_of(tmp_path, name, times) -> list[int]:
     )
     collector = InteractionCollector()
     read_interactions(TableLocation(str(path)), InteractionColumns("user_id", "item_id", "timestamp"), collector)
+    collector.finish()
     return collector.interactions({"1": 0}).times.tolist()
 
 
@@ -220,6 +222,20 @@ def test_times_of_any_kind_become_integers_in_their_order(tmp_path):
         times_of(tmp_path, "infinite.parquet", [1.5, float("nan")])
     with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp' is empty in number 2 of them"):
         times_of(tmp_path, "gaps.parquet", [5, None])
+
+
+def test_ids_of_users_leave_pythons_memory_when_the_last_has_come():
+    collector = InteractionCollector()
+    tracemalloc.start()
+    users = pa.array((f"user-{number:08}" for number in range(30_000)), pa.string())
+    collector.extend(users, pa.array(["item"] * 30_000), np.arange(30_000))
+    before, _ = tracemalloc.get_traced_memory()
+    collector.finish()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert before - after > 30_000 * 60, "an object a user"
+    interactions = collector.interactions({"item": 0})
+    assert len(interactions.user_ids) == 30_000 and interactions.user_ids[29_999] == "user-00029999"
 
 
 def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):

@@ -16,15 +16,7 @@ from transformers import (
     BertModel,
     CLIPModel,
     EvalPrediction,
-    Siglip2Config,
-    Siglip2Model,
-    Siglip2Processor,
-    SiglipConfig,
-    SiglipModel,
-    SiglipProcessor,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from trainer.encoders.dual_encoder import (
     CaptionedPictures,
@@ -35,6 +27,8 @@ from trainer.encoders.dual_encoder import (
     train_tokenizer,
 )
 from trainer.encoders.encoding import encode
+
+from ..siglip_models import save_siglip
 
 
 CAPTIONS = ["a red shirt", "blue", "a tall green lamp of steel and paper", "赤いシャツ", "shoes"]
@@ -126,26 +120,9 @@ def test_saved_encoder_loads_by_the_auto_classes_and_encodes_alike(clip, tmp_pat
         assert approximate.dtype == torch.float32 and 0 < (approximate - exact).abs().max() < 0.1
 
 
-def siglip(tmp_path, version: int) -> str:
-    tokenizer = train_tokenizer(CAPTIONS, max_length=16, min_word_frequency=1)
-    transformer = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = transformer | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
-    torch.manual_seed(0)
-    if version == 1:
-        vision = transformer | {"image_size": 32, "patch_size": 16}
-        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
-        processor = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
-    else:
-        model = Siglip2Model(Siglip2Config(text_config=text, vision_config=transformer | {"num_patches": 16}))
-        processor = Siglip2Processor(Siglip2ImageProcessorPil(max_num_patches=16), tokenizer)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_siglip_loads_by_name_and_reads_texts_padded_to_its_length(tmp_path, version):
-    encoder = DualEncoder.from_pretrained(siglip(tmp_path, version))
+    encoder = DualEncoder.from_pretrained(save_siglip(tmp_path, version, CAPTIONS))
     texts = in_batches(encoder, texts=CAPTIONS)
     ids = encoder.processor.tokenizer(
         CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"

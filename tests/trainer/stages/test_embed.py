@@ -38,6 +38,8 @@ from trainer.records import StageRecord, file_digest
 from trainer.stages import prepare
 from trainer.stages.embed import main
 
+from ..siglip_models import save_siglip
+
 
 COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
 NUM_ITEMS = len(COLOURS) ** 2
@@ -207,6 +209,24 @@ def test_a_named_dual_encoder_can_be_trained_further(prepared, trained, tmp_path
     assert "from scratch" in (trained / "visual_encoder" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_siglip_by_name_learns_from_the_catalogue(prepared, tmp_path, version):
+    base = save_siglip(tmp_path / "siglip", version, [f"flag of {' and '.join(COLOURS)}"])
+    flags = ["--encoder", "train_dual_encoder", "--model_name_or_path", base, "--normalize", "false"]
+    rates = ["--per_device_train_batch_size", "8", "--learning_rate", "3e-3", "--num_train_epochs", "1"]
+    table, present, record = embed(prepared, tmp_path / "out", "visual", *flags, *rates)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE] and record.details["base_model"] == base
+    before, after = (DualEncoder.from_pretrained(str(path)) for path in (base, tmp_path / "out" / "visual_encoder"))
+    assert type(after.model) is type(before.model) and "Siglip" in type(after.model).__name__
+    captions, pictures = PreparedDataset.load(prepared).texts, PreparedDataset.load(prepared).items()["image"]
+    rows = [row for row in range(1, 41) if row not in (WITHOUT_PICTURE, WITHOUT_TEXT)]
+    batch = after.prepare([captions[row] for row in rows], [pictures[row - 1] for row in rows])
+    with torch.inference_mode():
+        losses = [encoder.model(**batch, return_loss=True).loss.item() for encoder in (before, after)]
+    assert losses[1] < 0.8 * losses[0]
+    torch.testing.assert_close(table[1], after.embed(after.prepare(images=pictures[:1]))[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_table_is_imported(prepared, tmp_path):
     values = torch.randn(NUM_ITEMS + 1, 6, generator=torch.Generator().manual_seed(0)).half()
     values[9] = 0
@@ -272,6 +292,14 @@ def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepare
             "held_out_fraction 1.0 is no share",
         ),
         ("present", ["--from_file", "y"], "cannot name a modality"),
+        *(
+            (
+                "visual",
+                ["--model_name_or_path", "owner/clip", "--trust_remote_code", "true", *revision],
+                "runs code from 'owner/clip', .* pin what you have read with --revision and a full commit hash",
+            )
+            for revision in ([], ["--revision", "main"], ["--revision", "0123456789ab"])
+        ),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(prepared, tmp_path, modality, flags, message):
@@ -351,6 +379,52 @@ def test_llm2clip_reads_texts_and_pictures_by_the_flags_of_its_models(
 
     with pytest.raises(ValueError, match="--trust_remote_code true may run"):
         embed(prepared, tmp_path / "refused", "text", *flags[:4], "--text_model_name_or_path", llama)
+
+
+PINNED_SCRIPT = """
+import sys
+from huggingface_hub import HfApi
+from trainer.stages.embed import main
+
+clip, processor, *flags = sys.argv[1:]
+api, name = HfApi(), "tester/clip"
+api.create_repo(name)
+for folder in (processor, clip):
+    api.upload_folder(folder_path=folder, repo_id=name)
+pinned = api.model_info(name).sha
+# Later the owner changes the code, and what pictures are prepared with.
+code = b"raise SystemExit('code that nobody has read')"
+for content, file in ((code, "modeling_clip.py"), (b"{}", "preprocessor_config.json")):
+    api.upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=name)
+main([*flags, "--model_name_or_path", name, "--revision", pinned])
+print("pinned", pinned)
+"""
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_code_and_image_processor_of_a_repository_are_those_of_the_pinned_commit(
+    prepared, llm2clip, image_processor, tmp_path, hub_environment
+):
+    flags = ["--encoder", "llm2clip", "--trust_remote_code", "true"]
+    local = ["--model_name_or_path", llm2clip, "--image_processor_name_or_path", image_processor]
+    expected, _, _ = embed(prepared, tmp_path / "local", "visual", *flags, *local)
+    common = [
+        "--prepared_dir",
+        prepared,
+        "--output_dir",
+        tmp_path / "hub",
+        "--modality",
+        "visual",
+        "--use_cpu",
+        "true",
+    ]
+    command = [sys.executable, "-c", PINNED_SCRIPT, llm2clip, image_processor, *map(str, common), *flags]
+    result = subprocess.run(command, env=hub_environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table, _ = load_table(tmp_path / "hub" / "visual.safetensors", "visual", NUM_ITEMS)
+    torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5)
+    revision = StageRecord.load(tmp_path / "hub" / "visual.json").details["revision"]
+    assert f"pinned {revision}" in result.stdout and len(revision) == 40
 
 
 def one_by_one(prepared, output_dir, checkpoint) -> list[str]:

@@ -1,0 +1,165 @@
+"""The Amazon recipes' preparation, on small files under the names, and in the format, of the published ones."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from trainer.cli import main, read_recipe
+from trainer.data.prepared import PreparedDataset
+
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+CATEGORIES = ("beauty", "toys", "sports")
+USERS, ITEMS = 6, 5
+# What the 5-core drops: a user with two reviews, and the item that nobody else reviewed.
+REVIEWS = [
+    (f"A{user}", f"B{item:03}", 1_400_000_000 + 10 * item + user) for user in range(USERS) for item in range(ITEMS)
+]
+REVIEWS += [("A9", "B000", 1_400_000_500), ("A9", "B900", 1_400_000_501)]
+# A user reviews an item again, which the files of 2014 do not have: `repeats: first` keeps the earlier one.
+AGAIN = [("A0", "B000", 1_400_009_000)]
+WITHOUT_PICTURE, GONE, UNREADABLE = "B001", "B002", "B003"
+
+
+class Shop(BaseHTTPRequestHandler):
+    def do_GET(self):
+        item = Path(self.path).stem
+        file = io.BytesIO()
+        Image.new("RGB", (6, 4), "red").save(file, "JPEG")
+        self.send_response(404 if item == GONE else 200)
+        self.end_headers()
+        self.wfile.write(b"<html>" if item == UNREADABLE else file.getvalue())
+
+    def log_message(self, *arguments):
+        """Requests are not worth a line each."""
+
+
+@pytest.fixture
+def shop_url(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Shop) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def review(year: int, user: str, item: str, time: int) -> dict:
+    if year == 2023:
+        return {
+            "rating": 5.0, "title": "Good", "text": "Good<br />", "images": [], "asin": f"{item}X",
+            "parent_asin": item, "user_id": user, "timestamp": 1000 * time, "helpful_vote": 0,
+            "verified_purchase": True,
+        }  # fmt: skip
+    return {
+        "reviewerID": user, "asin": item, "reviewerName": "J. \"Jo\"", "overall": 5.0, "unixReviewTime": time,
+        "reviewText": "It's good", "summary": "Good", "reviewTime": "05 13, 2014",
+    }  # fmt: skip
+
+
+def metadata(year: int, item: str, picture: str | None) -> dict:
+    title, description = f"Item {item} of 'this' &amp; that", "Soft.<br />Red."
+    if year == 2014:
+        own = {"imUrl": picture} if picture else {}
+        return {"asin": item, "title": title, "description": description, "price": 9.5, "brand": "OPI",
+                "categories": [["Shop", "Aisle"]], "salesRank": {"Shop": 3}, **own}  # fmt: skip
+    if year == 2018:
+        return {"asin": item, "title": title, "description": [description], "price": "$9.50", "brand": "OPI",
+                "category": ["Shop", "Aisle"], "imageURL": [], "imageURLHighRes": [picture] if picture else [],
+                "feature": [], "details": {}, "also_buy": []}  # fmt: skip
+    image = {"thumb": None, "large": picture, "variant": "MAIN", "hi_res": None}
+    return {"main_category": "Shop", "title": title, "average_rating": 4.5, "rating_number": 3, "features": [],
+            "description": [description], "price": 9.5, "images": [image] if picture else [], "videos": [],
+            "store": "OPI", "categories": ["Shop", "Aisle"], "details": {}, "parent_asin": item,
+            "bought_together": None}  # fmt: skip
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_files(folder: Path, recipe: Path, year: int, url: str) -> None:
+    """The two files of a recipe where it looks for them, below `folder`."""
+    (prepare,) = read_recipe(recipe)["prepare"]
+    interactions, items = (
+        folder / prepare[name].removeprefix("hf://datasets/McAuley-Lab/Amazon-Reviews-2023/")
+        for name in ("interactions", "items")
+    )
+    reviews = REVIEWS if year == 2014 else REVIEWS + AGAIN
+    write_lines(interactions, [json.dumps(review(year, *entry)) for entry in reviews])
+    encode = repr if year == 2014 else json.dumps
+    described = [*(f"B{item:03}" for item in range(ITEMS)), "B900", "B901"]
+    write_lines(
+        items,
+        [encode(metadata(year, item, None if item == WITHOUT_PICTURE else f"{url}/{item}.jpg")) for item in described],
+    )
+
+
+def check(prepared: Path, year: int) -> None:
+    data = PreparedDataset.load(prepared)
+    assert data.item_ids == ["", *(f"B{item:03}" for item in range(ITEMS))]
+    assert data.titles[1] == "Item B000 of 'this' & that"
+    assert data.texts[1] == "Item B000 of 'this' & that. OPI. Shop, Aisle. Soft. Red."
+    statistics = data.statistics
+    assert (statistics["users"], statistics["interactions"]) == (USERS, USERS * ITEMS)
+    assert (statistics["dropped_short_users"], statistics["dropped_items"]) == (1, 1)
+    assert statistics["dropped_repeats"] == (year != 2014)
+    assert str(year) in statistics["source"] and "Amazon" in statistics["source"]
+    counted = {name: count for name, count in statistics.items() if name.startswith("image_urls_") and count}
+    assert counted == {"image_urls_fetched": 2, "image_urls_missing": 1, "image_urls_unreadable": 1}
+    assert [item["image"] is not None for item in data.items()] == [True, False, False, False, True]
+    for split, target in (("validation", 4), ("test", 5)):
+        examples = data.sequences(split)
+        assert [examples[user]["target"] for user in range(USERS)] == [target] * USERS
+        assert examples[0]["history"].tolist() == list(range(1, target))
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("year", [2014, 2018])
+def test_the_recipes_of_downloaded_files_prepare_them(year, category, shop_url, tmp_path, monkeypatch):
+    recipe = RECIPES / f"amazon_{category}_{year}.yaml"
+    write_files(tmp_path, recipe, year, shop_url)
+    # A recipe looks for the files, and writes, below the directory it is run in.
+    monkeypatch.chdir(tmp_path)
+    main(["run", str(recipe), "--only", "prepare"])
+    prepared = tmp_path / "runs" / recipe.stem / "prepared"
+    check(prepared, year)
+    assert len(load_dataset(str(prepared), cache_dir=str(tmp_path / "cache"))["test"]) == USERS
+
+
+HUB_SCRIPT = """
+import sys
+from huggingface_hub import HfApi
+from trainer.cli import main
+
+folder, *recipes = sys.argv[1:]
+api, dataset = HfApi(), {"repo_id": "McAuley-Lab/Amazon-Reviews-2023", "repo_type": "dataset"}
+api.create_repo(**dataset)
+api.upload_folder(folder_path=folder, **dataset)
+# The published repository has a loading script, which `datasets` refuses; its files are read as they are.
+script = b"raise SystemExit('a loading script ran')"
+api.upload_file(path_or_fileobj=script, path_in_repo="Amazon-Reviews-2023.py", **dataset)
+for recipe in recipes:
+    main(["run", recipe, "--only", "prepare"])
+"""
+
+
+def test_the_recipes_of_the_hub_prepare_its_files(shop_url, tmp_path, hub_environment):
+    recipes = [RECIPES / f"amazon_{category}_2023.yaml" for category in CATEGORIES]
+    for recipe in recipes:
+        write_files(tmp_path / "repository", recipe, 2023, f"{shop_url}/{recipe.stem}")
+    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "repository"), *map(str, recipes)]
+    result = subprocess.run(command, env=hub_environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for recipe in recipes:
+        check(tmp_path / "runs" / recipe.stem / "prepared", 2023)
