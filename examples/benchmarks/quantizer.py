@@ -1,7 +1,7 @@
 """
 How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, the default.
 
-    python examples/benchmarks/quantizer.py                   # a Markdown table, mean over three seeds
+    python examples/benchmarks/quantizer.py                   # a Markdown table, mean ± deviation of three seeds
     python examples/benchmarks/quantizer.py --seeds 0         # one seed, a third of the time
     python examples/benchmarks/quantizer.py --json            # one object: `tau` of the default setting, and the table
 
@@ -74,19 +74,22 @@ def main() -> None:
     items = ItemTables(
         {name: pair[0] for name, pair in loaded.items()}, {name: pair[1] for name, pair in loaded.items()}
     )
-    table = {}
+    table, deviations = {}, {}
     for name in arguments.only:
         runs = [measure(items, sequences, seed, *QUANTIZERS[name], arguments.epochs) for seed in arguments.seeds]
         table[name] = {metric: float(np.mean([run[metric] for run in runs])) for metric in runs[0]}
+        deviations[name] = {metric: float(np.std([run[metric] for run in runs])) for metric in runs[0]}
     memory = peak_memory_bytes() / 2**30
     if arguments.json:
         tau = {modality: table[DEFAULT][f"tau_{modality}"] for modality in tables} if DEFAULT in table else {}
-        print(json.dumps({"tau": tau, "seeds": arguments.seeds, "peak_memory_gib": memory, "table": table}, indent=2))
+        result = {"tau": tau, "seeds": arguments.seeds, "peak_memory_gib": memory}
+        print(json.dumps(result | {"table": table, "standard_deviations": deviations}, indent=2))
         return
     columns = list(next(iter(table.values())))
     print("| quantizer | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
     for name, values in table.items():
-        print(f"| {name} | " + " | ".join(f"{values[column]:.4g}" for column in columns) + " |")
+        cells = (f"{values[column]:.4g} ± {deviations[name][column]:.2g}" for column in columns)
+        print(f"| {name} | " + " | ".join(cells) + " |")
     print(f"\nSeeds {arguments.seeds}, peak memory {memory:.2f} GiB, {torch.get_num_threads()} threads.")
 
 
