@@ -60,13 +60,14 @@ def quantize(inputs, output, *flags):
     main(
         ["--prepared_dir", str(inputs / "prepared"), "--embeddings_dir", str(inputs / "embeddings")]
         + ["--output_dir", str(output), "--codebook_size", "8", "--num_quantizers", "3", "--codebook_dim", "8"]
-        + ["--encoder_hidden_dims", "16", "--num_train_epochs", "2", "--disable_tqdm", "true", *flags]
+        + ["--num_train_epochs", "2", "--disable_tqdm", "true", *flags]
     )
 
 
-def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current(inputs, tmp_path, capsys):
+@pytest.mark.parametrize("flags", [[], ["--objective", "paper", "--encoder_hidden_dims", "16"]])
+def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current(inputs, tmp_path, capsys, flags):
     output = tmp_path / "quantizer"
-    quantize(inputs, output)
+    quantize(inputs, output, *flags)
     model = MMRQVAEModel.from_pretrained(output)
     assert model.config.modalities == ["collaborative", "text"]
     table = pq.read_table(output / "semantic_ids.parquet")
@@ -89,7 +90,7 @@ def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current
 
     digest = file_digest(output / "model.safetensors")
     capsys.readouterr()
-    quantize(inputs, output)
+    quantize(inputs, output, *flags)
     assert "is up to date, skipped" in capsys.readouterr().out
     assert file_digest(output / "model.safetensors") == digest
 
