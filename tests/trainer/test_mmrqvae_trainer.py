@@ -78,12 +78,14 @@ def test_split_is_a_partition():
 # Standardized embeddings have a variance of 1 a dimension: of the 16 of a code vector, or of the 20 of their own.
 @pytest.mark.parametrize(("objective", "variance"), [("stress", 16.0), ("distance", 20.0)])
 def test_initialisation_looks_at_present_items_alone_and_reconstructs(objective, variance):
-    items, model = toy_items(), toy_model(objective=objective)
+    items = toy_items()
+    settings = {"objective": objective, "num_anchors": items.fewest()}
+    model = toy_model(**settings)
     poisoned = ItemTables({name: table.clone() for name, table in items.embeddings.items()}, items.present)
     for name, table in poisoned.embeddings.items():
         table[~items.present[name]] = 1e9
     initialize(model, items)
-    other = toy_model(objective=objective)
+    other = toy_model(**settings)
     initialize(other, poisoned)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
