@@ -399,6 +399,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         return output
 
     def _stress_step(self, branch, values, inputs, codes, mask, return_loss):
+        """Codes, quantized vectors, the decoder's outputs and the losses by name, of one modality without encoder."""
         if codes is None:
             codes = branch.encode(values)
         vectors = branch.quantizer.decode(codes)
@@ -411,6 +412,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         return codes, vectors, outputs, losses
 
     def _encoder_step(self, branch, values, inputs, codes, mask, return_loss):
+        """As [`_stress_step`], of one modality with an encoder, whose gradient passes straight through the codes."""
         latents = branch.latents(inputs)
         if codes is None:
             codes = branch.quantizer.encode(latents)
