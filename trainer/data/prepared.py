@@ -247,7 +247,7 @@ def write_prepared(
                 "title": catalogue.titles(positions),
                 "text": catalogue.texts(positions),
                 "frequency": frequencies[start : start + len(positions)],
-            } | dict(zip(fields, catalogue.fields.select(fields).take(positions).columns))
+            } | dict(zip(fields, catalogue.columns(fields, positions).columns))
             missing_text += columns["text"].count("")
             if catalogue.images is not None:
                 columns["image"] = list(images(positions))

@@ -110,7 +110,11 @@ def keep_unrepeated(
     order = np.lexsort((times, items, users))
 
     def same_as_before(*columns: np.ndarray) -> np.ndarray:
-        return np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
+        same = np.ones(len(order) - 1, bool)
+        for column in columns:
+            ordered = column[order]
+            same &= ordered[1:] == ordered[:-1]
+        return same
 
     if duplicates == "drop":
         order = order[np.append(True, ~same_as_before(users, items, times))]

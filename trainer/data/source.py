@@ -1,5 +1,6 @@
 """What every reader of raw data yields: a catalogue of items and the interactions of users with them."""
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -50,20 +51,27 @@ class Catalogue:
         return len(self.item_ids)
 
     def titles(self, positions: np.ndarray | None = None) -> list[str]:
-        """Titles of the items at `positions`, by default of all; empty where there is none."""
-        return [title or "" for title in self._columns(["title"], positions)[0]]
+        """Titles of the items at `positions`, ascending, by default of all; empty where there is none."""
+        return [title or "" for title in self._lists(["title"], positions)[0]]
 
     def texts(self, positions: np.ndarray | None = None) -> list[str]:
-        """What an encoder reads of the items at `positions`, by default of all; empty where there is nothing."""
-        columns = self._columns(self.text_fields, positions)
+        """What an encoder reads of the items at `positions`, ascending, by default of all; empty where there is
+        nothing."""
+        columns = self._lists(self.text_fields, positions)
         return [
             compose_text(field_text(value, field, "the catalogue") for field, value in zip(self.text_fields, values))
             for values in zip(*columns, strict=True)
         ]
 
-    def _columns(self, names: list[str], positions: np.ndarray | None) -> list[list]:
-        table = self.fields.select(names)
-        table = table if positions is None else table.take(positions)
+    def columns(self, names: list[str], positions: np.ndarray) -> pa.Table:
+        """The fields of these names of the items at `positions`, ascending."""
+        wanted = np.zeros(len(self), bool)
+        wanted[positions] = True
+        # `Table.take` would first join the parts of every column into a copy of the whole.
+        return self.fields.select(names).filter(pa.array(wanted))
+
+    def _lists(self, names: list[str], positions: np.ndarray | None) -> list[list]:
+        table = self.fields.select(names) if positions is None else self.columns(names, positions)
         return [column.to_pylist() for column in table.columns]
 
 
@@ -214,10 +222,11 @@ class InteractionCollector:
     def __init__(self):
         self.user_positions: dict[str, int] = {}
         self.item_positions: dict[str, int] = {}
-        self._chunks: list[tuple[np.ndarray, ...]] = []
+        # These grow in place: parts that are joined at the end would be there twice.
+        self._users, self._items, self._times, self._ratings = array("i"), array("i"), array("q"), array("f")
 
     def __len__(self) -> int:
-        return sum(len(chunk[0]) for chunk in self._chunks)
+        return len(self._users)
 
     def extend(self, users: pa.Array, items: pa.Array, times: np.ndarray, ratings: np.ndarray | None = None) -> None:
         """
@@ -229,12 +238,11 @@ class InteractionCollector:
             times (`np.ndarray`): `(interactions,)` integers.
             ratings (`np.ndarray`, *optional*): `(interactions,)` floats, NaN where there is none.
         """
-        chunk = (
-            _positions(users, self.user_positions),
-            _positions(items, self.item_positions),
-            times.astype(np.int64, copy=False),
-        )
-        self._chunks.append(chunk if ratings is None else (*chunk, ratings.astype(np.float32)))
+        self._users.frombytes(_positions(users, self.user_positions).tobytes())
+        self._items.frombytes(_positions(items, self.item_positions).tobytes())
+        self._times.frombytes(times.astype(np.int64).tobytes())
+        if ratings is not None:
+            self._ratings.frombytes(ratings.astype(np.float32).tobytes())
 
     def extend_rows(self, rows: Iterator[tuple[str, str, int, float | None]]) -> None:
         """Adds interactions `(user, item, time, rating)` that come one at a time."""
@@ -255,28 +263,19 @@ class InteractionCollector:
 
     def interactions(self, positions: dict[str, int]) -> Interactions:
         """
-        Returns the interactions and forgets them.
+        Returns the interactions, in the memory that they were collected in.
 
         Args:
             positions (`dict[str, int]`): Position of every item in the catalogue.
         """
-        columns = [[] for _ in self._chunks[0]] if self._chunks else []
-        # Chunk by chunk, so that nothing is held twice for longer than a column.
-        for chunk in self._chunks:
-            for column, values in zip(columns, chunk, strict=True):
-                column.append(values)
-        self._chunks = []
-        arrays = []
-        while columns:
-            arrays.append(np.concatenate(columns.pop(0)))
-        users, items, times, *ratings = arrays
         remap = np.fromiter((positions[item_id] for item_id in self.item_positions), np.int32)
+        ratings = np.asarray(self._ratings)
         return Interactions(
             user_ids=self.user_ids,
-            users=users,
-            items=remap[items],
-            times=times,
-            ratings=ratings[0] if ratings and not np.isnan(ratings[0]).all() else None,
+            users=np.asarray(self._users),
+            items=remap[np.asarray(self._items)],
+            times=np.asarray(self._times),
+            ratings=None if np.isnan(ratings).all() else ratings,
         )
 
 
