@@ -158,7 +158,7 @@ class QuantizeArguments(StageTrainingArguments):
         },
     )
     codebook_learning_rate: float = field(
-        default=8e-2,
+        default=4e-2,
         metadata={
             "help": "Peak learning rate of the code vectors; the objectives other than `stress` take a smaller one "
             "(1e-2 for `distance`, 1e-3 for reconstructions)."
