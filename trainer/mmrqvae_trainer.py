@@ -176,7 +176,9 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         if searches:
             _fit_anchors(branch, dataset, modality, latents)
         if config.objective == "stress" or config.encoder_projection:
-            _fit_linear_decoder(branch, dataset, modality, rows, latents)
+            batches = _batches(branch, dataset, modality, rows)
+            codes = torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches])
+            _fit_linear_decoder(branch, dataset, modality, codes)
 
 
 def _require_enough(config: MMRQVAEConfig, modality: str, count: int) -> None:
@@ -262,16 +264,18 @@ def _fit_anchors(branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str
     branch.offset.copy_(2 * (before.var(0, correction=0).sum() - after.var(0, correction=0).sum()) / branch.width)
 
 
-def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor, latents) -> None:
-    """The decoder that makes the least squared error of all linear ones."""
+def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, codes: torch.Tensor) -> None:
+    """The decoder that makes the least squared error of all linear ones, given the codes of the dataset's items that
+    have the modality."""
     gram = products = 0
-    for batch in _batches(branch, dataset, modality, rows):
-        quantized = branch.quantizer.decode(branch.quantizer.encode(latents(batch)))
+    rows = dataset.rows_with(modality)
+    for part, batch in zip(codes.split(ENCODING_BATCH), _batches(branch, dataset, modality, rows)):
+        quantized = branch.quantizer.decode(part.to(batch.device))
         inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
         gram = gram + inputs.T @ inputs
         products = products + inputs.T @ branch.standardize(batch).double()
-    # The ridge keeps directions that no code vector uses at zero.
-    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # The ridge keeps directions that code vectors hardly use small, which few items would decide.
+    gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram, products)
     branch.decoder[0].weight.copy_(solution[:-1].T)
     branch.decoder[0].bias.copy_(solution[-1])
@@ -586,6 +590,10 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             _, owners = torch.unique(identities[identities != ABSENT], return_counts=True)
             passes = self._samples_in_epoch() // len(self.train_dataset)
             logs[f"collisions_{modality}"] = float(owners[owners > passes].sum() / owners.sum().clamp_min(1))
+            if model.config.objective == "stress":
+                # The code vectors have moved farther than a decoder follows step by step.
+                codes = self.train_dataset.codes[modality][self.train_dataset.rows_with(modality)]
+                _fit_linear_decoder(model.branches[modality], self.train_dataset, modality, codes)
             self._revive(model, modality, counts == 0, inputs)
             self._balance(model, modality)
             self._counts[modality].zero_()

@@ -332,3 +332,18 @@ def test_held_out_recall_and_tau_equal_a_count(tmp_path):
     cosine = (left @ right.T) / np.linalg.norm(left, axis=1)[:, None] / np.linalg.norm(right, axis=1)
     found = [int((row >= row[item] - 1e-6).sum() == 1) for item, row in enumerate(cosine)]
     assert metrics["eval_recall@1_text"] == pytest.approx(np.mean(found))
+
+
+def test_the_decoder_keeps_up_with_the_code_vectors(tmp_path):
+    items, model = toy_items(), toy_model()
+    initialize(model, items)
+    trainer = toy_trainer(tmp_path, model, items, load_best_model_at_end=False)
+    trainer.train()
+    codes, quantized = encode_items(model, items)
+    rows = trainer.train_dataset.rows_with("text")
+    original = items.embeddings["text"][rows]
+    inputs = torch.cat([quantized["text"][rows], torch.ones(len(rows), 1)], 1)
+    best = inputs @ torch.linalg.lstsq(inputs, original).solution
+    restored = model.decode({"text": codes["text"][rows].long()})["text"].detach()
+    # Of all linear decoders hardly any does better.
+    assert (restored - original).square().sum() < 1.1 * (best - original).square().sum()
