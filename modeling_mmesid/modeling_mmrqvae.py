@@ -14,8 +14,9 @@ from .configuration_mmrqvae import MMRQVAEConfig
 from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squared_distances, stress_loss
 
 
-# Passes over the levels in the search for an item's codes, and the most anchors, evenly chosen, that its stress is
-# measured to: more of either change little, and cost as much more.
+# A new item tries the codes of so many nearest anchors, and goes on from the best with so many passes over the levels.
+# Its stress is measured to no more than so many anchors, evenly chosen: more change little, and cost as much more.
+SEARCH_STARTS = 4
 SEARCH_SWEEPS = 2
 SEARCH_ANCHORS = 4_096
 
@@ -179,10 +180,17 @@ class MMRQVAEAnchorBranch(MMRQVAEBranch):
 
     def encode(self, embeddings: torch.Tensor) -> torch.LongTensor:
         inputs = self.standardize(embeddings)
-        # From the best of several starts the stress is lower still, but the codes drift from those that the code
-        # vectors were trained with, and the distances are kept no better.
-        nearest = nearest_anchors(inputs, self.anchors)[:, 0]
-        return self.search(inputs, self.anchor_codes[nearest], sweeps=SEARCH_SWEEPS)[0]
+        nearest = nearest_anchors(inputs, self.anchors, SEARCH_STARTS)
+        codes, stress = self.search(inputs, self.anchor_codes[nearest[:, 0]])
+        # An anchor starts from its own codes alone: others may leave less stress, but they are not those that the code
+        # vectors were trained with.
+        new = (self.anchors[nearest[:, 0]] != inputs).any(1).nonzero()[:, 0]
+        for start in nearest[new].T[1:]:
+            found, left = self.search(inputs[new], self.anchor_codes[start])
+            better = left < stress[new]
+            codes[new] = torch.where(better[:, None], found, codes[new])
+            stress[new] = torch.where(better, left, stress[new])
+        return self.search(inputs, codes, sweeps=SEARCH_SWEEPS)[0]
 
     def search(
         self, inputs: torch.Tensor, start: torch.LongTensor, anchors: torch.LongTensor | None = None, sweeps: int = 1
