@@ -80,7 +80,7 @@ def k_core(
     while True:
         user_counts = np.bincount(users[kept], minlength=num_users)
         item_counts = np.bincount(items[kept], minlength=num_items)
-        remaining = kept & (user_counts[users] >= min_user) & (item_counts[items] >= min_item)
+        remaining = kept & (user_counts >= min_user)[users] & (item_counts >= min_item)[items]
         if remaining.sum() == kept.sum():
             return kept
         kept = remaining
@@ -231,7 +231,7 @@ def build_sequences(
 
     unrepeated, num_duplicates, num_repeats = keep_unrepeated(users, items, times, duplicates, repeats)
     if num_duplicates or num_repeats:
-        users, items, times = users[unrepeated], items[unrepeated], times[unrepeated]
+        users, items = users[unrepeated], items[unrepeated]
 
     shortest = SHORTEST_SEQUENCE[split]
     short_users = int((np.bincount(users, minlength=num_users) < shortest).sum())
@@ -241,7 +241,8 @@ def build_sequences(
             f"No user of {num_users} is left with min_interactions={min_interactions} and {shortest} "
             "interactions a user at least; lower min_interactions or bring more data."
         )
-    users, items, times = users[kept], items[kept], times[kept]
+    # The times are filtered once little of them is left: no filter in between reads them.
+    users, items, times = users[kept], items[kept], times[unrepeated][kept]
     order = np.lexsort((times, users))
     users, items, times = users[order], items[order], times[order]
     kept_users, lengths = np.unique(users, return_counts=True)
