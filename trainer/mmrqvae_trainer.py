@@ -313,9 +313,14 @@ def encode_items(
             )
         if model.config.resolve_collisions:
             moved = shared(found).nonzero()[:, 0]
-            # Where the items lie now: the nearest free ID is the one whose vectors add up to nearly the same.
-            vectors = quantized_rows(model, modality, found[moved])
-            resolve_collisions(found, moved, vectors, model.code_vectors(modality).float().cpu())
+            branch = model.branches[modality]
+            if isinstance(branch, MMRQVAEAnchorBranch):
+                # Without latents an item lies where its code vectors put it.
+                latents = quantized_rows(model, modality, found[moved])
+            else:
+                batch = table[present[moved]].to(model.device, torch.float32)
+                latents = branch.latents(branch.standardize(batch)).cpu()
+            resolve_collisions(found, moved, latents, model.code_vectors(modality).float().cpu())
         codes[modality] = torch.full((len(table), found.shape[1]), -1, dtype=dtype)
         codes[modality][present] = found
         if return_quantized:

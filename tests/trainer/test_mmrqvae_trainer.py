@@ -193,8 +193,9 @@ def test_balanced_levels_get_the_same_codes_in_training_in_the_export_and_alone(
     assert perplexity[0.003] > perplexity[0.0]
 
 
-def test_resolved_ids_are_unique_within_each_modality():
-    items, model = toy_items(), toy_model(codebook_size=24)
+@pytest.mark.parametrize("objective", ["stress", "distance"])
+def test_resolved_ids_are_unique_within_each_modality(objective):
+    items, model = toy_items(), toy_model(objective=objective, codebook_size=24)
     initialize(model, items)
     before, _ = encode_items(model, items)
     model.config.resolve_collisions = True
