@@ -278,6 +278,9 @@ def peak_memory_bytes() -> int:
 
 
 def hardware() -> str:
-    device = PartialState().device
+    """Processor, and the accelerators or, on the processor alone, the processes if there are several."""
+    state = PartialState()
     processor = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
-    return processor if device.type == "cpu" else f"{processor}, {PartialState().num_processes} x {device.type}"
+    if state.device.type != "cpu":
+        return f"{processor}, {state.num_processes} x {state.device.type}"
+    return processor if state.num_processes == 1 else f"{processor}, {state.num_processes} processes"

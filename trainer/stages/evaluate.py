@@ -45,14 +45,22 @@ COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(EvaluateArguments, argv)
     inputs = {"prepared_dir": arguments.prepared_dir} | {f"model_dirs[{path}]": path for path in arguments.model_dirs}
-    run = StageRun("evaluate", arguments, inputs=inputs)
-    if not run.is_up_to_date():
-        evaluate_models(arguments, run)
+    with tempfile.TemporaryDirectory() as unused:
+        # Before anything asks which process this is: these find the device, and the other processes with it.
+        training_arguments = TrainingArguments(
+            unused,
+            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
+            use_cpu=arguments.use_cpu,
+            report_to="none",
+        )
+        run = StageRun("evaluate", arguments, inputs=inputs)
+        if not run.is_up_to_date():
+            evaluate_models(arguments, training_arguments, run)
     if PartialState().is_main_process:
         print("\n" + (Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"), flush=True)
 
 
-def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
+def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:
     """
     Writes `results.json` and `results.md`, the rank of every user's target to `ranks/<split>.parquet`, and the figures
     into the cards of the checkpoints.
@@ -69,7 +77,7 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
     with run as staging:
         ranks = {"popularity": {split: popularity_ranks(data, split) for split in SPLITS}}
         for directory in directories:
-            ranks[directory.name] = model_ranks(directory, data, arguments)
+            ranks[directory.name] = model_ranks(directory, data, training_arguments)
         if not PartialState().is_main_process:
             return
         results = {name: results_of(by_split, data, arguments) for name, by_split in ranks.items()}
@@ -87,7 +95,9 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
             add_metrics(directory, results[directory.name])
 
 
-def model_ranks(directory: Path, data: PreparedDataset, arguments: EvaluateArguments) -> dict[str, np.ndarray]:
+def model_ranks(
+    directory: Path, data: PreparedDataset, training_arguments: TrainingArguments
+) -> dict[str, np.ndarray]:
     """
     Rank of every user's target by split, `(users,)` in the order of the prepared users, from one checkpoint.
 
@@ -101,23 +111,16 @@ def model_ranks(directory: Path, data: PreparedDataset, arguments: EvaluateArgum
             "evaluate it on the data it was trained on."
         )
     trainer_class = SASRecTrainer if isinstance(model, SASRecForSequentialRecommendation) else MMESIDTrainer
+    trainer = trainer_class(model, training_arguments)
     ranks = {}
-    with tempfile.TemporaryDirectory() as unused:
-        training_arguments = TrainingArguments(
-            unused,
-            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
-            use_cpu=arguments.use_cpu,
-            report_to="none",
-        )
-        trainer = trainer_class(model, training_arguments)
-        for split in SPLITS:
-            histories = EvaluationHistories(data.sequences(split))
-            predicted = trainer.predict(histories)
-            # Each user once and in order, however many processes shared the work.
-            if not np.array_equal(predicted.label_ids, histories.sequences.targets[histories.order]):
-                raise AssertionError(f"The ranks of '{directory}' on {split} do not belong to its users one by one.")
-            ranks[split] = np.empty_like(predicted.predictions)
-            ranks[split][histories.order] = predicted.predictions
+    for split in SPLITS:
+        histories = EvaluationHistories(data.sequences(split))
+        predicted = trainer.predict(histories)
+        # Each user once and in order, however many processes shared the work.
+        if not np.array_equal(predicted.label_ids, histories.sequences.targets[histories.order]):
+            raise AssertionError(f"The ranks of '{directory}' on {split} do not belong to its users one by one.")
+        ranks[split] = np.empty_like(predicted.predictions)
+        ranks[split][histories.order] = predicted.predictions
     return ranks
 
 

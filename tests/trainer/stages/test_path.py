@@ -333,6 +333,7 @@ def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
         "--model_dirs", str(tiny_run / "sasrec"), str(tiny_run / "recommender"), "--output_dir",
     ]  # fmt: skip
     launch("-m", "trainer.stages.evaluate", *flags, str(tmp_path / "two"))
+    assert StageRecord.load(tmp_path / "two").hardware.endswith("2 processes")
     evaluate.main([*flags, str(tmp_path / "one")])
     for split in ("validation", "test"):
         two, one = (pq.read_table(tmp_path / name / "ranks" / f"{split}.parquet") for name in ("two", "one"))
@@ -345,6 +346,7 @@ def test_two_processes_train(tiny_run, tmp_path):
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
     launch("-m", "trainer.stages.finetune", *flags)
     record = StageRecord.load(tmp_path / "two")
+    assert record.hardware.endswith("2 processes")
     assert record.metrics["validation"]["mrr"] > 0
     model = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "two")
     assert model.recommend([[1, 2, 3]]).items.shape == (1, 10)
