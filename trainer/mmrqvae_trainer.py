@@ -42,8 +42,8 @@ TRAINING_ANCHORS = 1_024
 # Odd, so that no level of an ID is shifted out of its hash.
 HASH_FACTOR = 6_364_136_223_846_793_005
 ABSENT = torch.iinfo(torch.int64).min
-# Held-out items whose distances are compared, and to how many others each: evaluation takes a second, whatever the
-# catalogue.
+# Held-out items whose distances are compared, to how many others each, of how many of the training set: evaluation
+# takes a second, whatever the catalogue.
 TAU_ITEMS = 512
 TAU_OTHERS = 128
 TAU_POOL = 4_096
@@ -120,6 +120,11 @@ class ItemTables(Dataset):
             ItemTables(self.embeddings, self.present, self.rows[order[held_out:]].sort().values),
             ItemTables(self.embeddings, self.present, self.rows[order[:held_out]].sort().values),
         )
+
+
+def _evenly(count: int, chosen: int) -> torch.LongTensor:
+    """Indices of `chosen` of `count` things, or of all where there are fewer, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, chosen), dtype=torch.float64).long()
 
 
 @torch.no_grad()
@@ -255,7 +260,7 @@ def _fit_anchors(branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str
     """Keeps the anchors, evenly chosen, with the codes that are nearest to their latents, and what quantization takes
     from their distances."""
     rows = dataset.rows_with(modality)
-    rows = rows[torch.linspace(0, len(rows) - 1, len(branch.anchors), dtype=torch.float64).long()]
+    rows = rows[_evenly(len(rows), len(branch.anchors))]
     batches = list(_batches(branch, dataset, modality, rows))
     branch.anchors.copy_(torch.cat([branch.standardize(batch) for batch in batches]))
     branch.anchor_codes.copy_(torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches]))
@@ -429,10 +434,10 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     code vectors with these codes. An epoch depends on nothing but the model and the seed, so that a resumed training
     is the same.
 
-    Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and random ones among them,
-    mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over variance),
-    `recall@1_<modality>` (how often an item's quantized anchor finds its own quantized vector of the modality among
-    those of all held-out items) and the loss.
+    Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and to any items of the
+    training set, mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over
+    variance), `recall@1_<modality>` (how often an item's quantized anchor finds its own quantized vector of the
+    modality among those of all held-out items) and the loss.
 
     Args:
         model ([`MMRQVAEModel`]): Already initialised by [`initialize`].
@@ -678,6 +683,24 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         made = {"quantized": output.quantized, "reconstructions": output.reconstructions}
         return output.loss.detach(), made, inputs
 
+    @torch.no_grad()
+    def _trained_items(self, modality: str) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings and quantized vectors of the items that held-out ones are compared with, evenly chosen from the
+        training set."""
+        model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
+        branch, dataset = model.branches[modality], self.train_dataset
+        if isinstance(branch, MMRQVAEAnchorBranch):
+            # Anchors have the codes that the code vectors were trained with.
+            chosen = _evenly(len(branch.anchors), TAU_POOL)
+            embeddings = branch.anchors[chosen] * branch.input_scale + branch.input_mean
+            codes = branch.anchor_codes[chosen]
+        else:
+            rows = dataset.rows_with(modality)
+            rows = rows[_evenly(len(rows), TAU_POOL)]
+            embeddings = dataset.embeddings[modality][rows].to(self.args.device, torch.float32)
+            codes = branch.encode(embeddings)
+        return embeddings.float().cpu().numpy(), branch.quantizer.decode(codes).float().cpu().numpy()
+
     def _heldout_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         quantized, reconstructions = prediction.predictions["quantized"], prediction.predictions["reconstructions"]
         embeddings, present = prediction.label_ids["embeddings"], prediction.label_ids["present"]
@@ -686,7 +709,9 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         for modality in modalities:
             mask = present[modality]
             original = embeddings[modality][mask]
-            metrics[f"tau_{modality}"] = _pairwise_tau(original, quantized[modality][mask])
+            metrics[f"tau_{modality}"] = _tau_to_others(
+                (original, quantized[modality][mask]), self._trained_items(modality)
+            )
             error = np.square(original - reconstructions[modality][mask]).sum()
             metrics[f"reconstruction_{modality}"] = float(error / np.square(original - original.mean(0)).sum())
         metrics["tau"] = float(np.mean([metrics[f"tau_{modality}"] for modality in modalities]))
@@ -698,19 +723,19 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         return metrics
 
 
-def _pairwise_tau(embeddings: np.ndarray, quantized: np.ndarray) -> float:
-    embeddings, quantized = embeddings[:TAU_POOL], quantized[:TAU_POOL]
-    items = min(len(embeddings), TAU_ITEMS)
-    near = min((len(embeddings) - 1) // 2, TAU_OTHERS // 2)
-    distances = pairwise_squared_distances(torch.from_numpy(embeddings[:items]), torch.from_numpy(embeddings)).numpy()
-    distances[np.arange(items), np.arange(items)] = np.inf
-    # A history holds near and far items alike: half of the others are the nearest, half are those that follow in the
-    # order of the rows, around the end, which are the same at every evaluation.
-    nearest = np.argpartition(distances, near, axis=1)[:, :near]
-    following = (np.arange(items)[:, None] + 1 + np.arange(max(near, 1))) % len(embeddings)
-    right = np.concatenate([nearest, following], axis=1)
-    left = np.repeat(np.arange(items), right.shape[1])
-    before, after = (np.linalg.norm(table[left] - table[right.ravel()], axis=1) for table in (embeddings, quantized))
+def _tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:
+    """Mean tau of the distances from items to others; of both, the embeddings and the quantized vectors."""
+    embeddings, quantized = (values[:TAU_ITEMS] for values in items)
+    near = min(len(others[0]), TAU_OTHERS // 2)
+    distances = pairwise_squared_distances(torch.from_numpy(embeddings), torch.from_numpy(others[0])).numpy()
+    # A history holds near and far items alike: half of the others are the nearest, half are spread evenly over all,
+    # the same at every evaluation.
+    nearest = np.argpartition(distances, near - 1, axis=1)[:, :near]
+    spread = np.arange(len(embeddings))[:, None] + np.linspace(0, len(others[0]), near, endpoint=False, dtype=np.int64)
+    right = np.concatenate([nearest, spread % len(others[0])], axis=1).ravel()
+    left = np.repeat(np.arange(len(embeddings)), 2 * near)
+    before = np.linalg.norm(embeddings[left] - others[0][right], axis=1)
+    after = np.linalg.norm(quantized[left] - others[1][right], axis=1)
     return mean_tau(left, before, after)
 
 

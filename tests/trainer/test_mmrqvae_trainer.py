@@ -322,7 +322,7 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
 
 
 def test_held_out_recall_and_tau_equal_a_count(tmp_path):
-    items, model = toy_items(120), toy_model(num_anchors=100)
+    items, model = toy_items(120), toy_model(num_anchors=60)
     initialize(model, items)
     trainer = toy_trainer(tmp_path, model, items)
     metrics = trainer.evaluate()
@@ -333,6 +333,17 @@ def test_held_out_recall_and_tau_equal_a_count(tmp_path):
     cosine = (left @ right.T) / np.linalg.norm(left, axis=1)[:, None] / np.linalg.norm(right, axis=1)
     found = [int((row >= row[item] - 1e-6).sum() == 1) for item, row in enumerate(cosine)]
     assert metrics["eval_recall@1_text"] == pytest.approx(np.mean(found))
+
+    branch = model.branches["text"]
+    anchors = (branch.anchors * branch.input_scale + branch.input_mean).numpy()
+    coded = branch.quantizer.decode(branch.anchor_codes).detach().numpy()
+    taus = []
+    for row in rows[items.present["text"][rows]]:
+        before = np.linalg.norm(items.embeddings["text"][row].numpy() - anchors, axis=1)
+        after = np.linalg.norm(quantized["text"][row].numpy() - coded, axis=1)
+        signs = [np.sign(values[:, None] - values) for values in (before, after)]
+        taus.append((signs[0] * signs[1]).sum() / np.sqrt(np.abs(signs[0]).sum() * np.abs(signs[1]).sum()))
+    assert metrics["eval_tau_text"] == pytest.approx(np.mean(taus), abs=0.01)
 
 
 def test_the_decoder_keeps_up_with_the_code_vectors(tmp_path):
