@@ -15,7 +15,7 @@ from .loss_mmrqvae import distance_correlation_loss, info_nce, mmd, pairwise_squ
 
 
 # A new item tries the codes of so many nearest anchors, and goes on from the best with so many passes over the levels.
-# Its stress is measured to no more than so many anchors, evenly chosen: more change little, and cost as much more.
+# Its stress is measured to no more than so many anchors, the first: more change little, and cost as much more.
 SEARCH_STARTS = 4
 SEARCH_SWEEPS = 2
 SEARCH_ANCHORS = 4_096
@@ -175,6 +175,7 @@ class MMRQVAEAnchorBranch(MMRQVAEBranch):
         # that one learning rate serves every width.
         self.width = config.codebook_dim
         self.offset = nn.Parameter(torch.zeros(()))
+        # In random order: the first ones are a sample of all.
         self.register_buffer("anchors", torch.empty(config.num_anchors, embedding_dim))
         self.register_buffer("anchor_codes", torch.empty(config.num_anchors, config.num_quantizers, dtype=torch.long))
 
@@ -201,7 +202,7 @@ class MMRQVAEAnchorBranch(MMRQVAEBranch):
         Args:
             inputs (`torch.Tensor` of shape `(batch_size, embedding_dim)`): Standardized embeddings.
             start (`torch.LongTensor` of shape `(batch_size, num_quantizers)`): Codes to start from.
-            anchors (`torch.LongTensor`, *optional*): The anchors to measure the stress to; evenly chosen by default.
+            anchors (`torch.LongTensor`, *optional*): The anchors to measure the stress to; the first 4,096 by default.
             sweeps (`int`, *optional*, defaults to 1): Passes over the levels.
 
         Returns:
@@ -209,8 +210,7 @@ class MMRQVAEAnchorBranch(MMRQVAEBranch):
             leave, `(batch_size,)`.
         """
         if anchors is None:
-            step = -(-len(self.anchors) // SEARCH_ANCHORS)
-            anchors = torch.arange(0, len(self.anchors), step, device=inputs.device)
+            anchors = torch.arange(min(len(self.anchors), SEARCH_ANCHORS), device=inputs.device)
         vectors = self.quantizer.decode(self.anchor_codes[anchors])
         codebooks = torch.stack([layer.codebook for layer in self.quantizer.layers])
         return search_codes(

@@ -150,6 +150,13 @@ class QuantizeArguments(StageTrainingArguments):
         default=0.8,
         metadata={"help": "How much more distances to near items count in the objectives `stress` and `distance`."},
     )
+    frequency_exponent: float = field(
+        default=0.5,
+        metadata={
+            "help": "stress: items are drawn in proportion to this power of 1 + their occurrences in the training "
+            "split, for their distances are met as often; 0 draws all alike."
+        },
+    )
     num_anchors: int = field(
         default=16_384,
         metadata={

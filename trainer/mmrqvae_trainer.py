@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -58,6 +58,8 @@ class ItemTables(Dataset):
         present (`dict[str, torch.BoolTensor]` of shape `(items + 1,)` a modality): Which items have the modality.
         rows (`torch.LongTensor` of shape `(selected,)`, *optional*):
             The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
+        weights (`torch.Tensor` of shape `(items + 1,)`, *optional*): How often an item is drawn for the objective
+            `"stress"`, in proportion. Defaults to all alike.
 
     Attributes:
         codes (`dict[str, torch.LongTensor]` of shape `(items + 1, num_quantizers)` a modality, *optional*): Codes that
@@ -72,9 +74,13 @@ class ItemTables(Dataset):
         embeddings: dict[str, torch.Tensor],
         present: dict[str, torch.Tensor],
         rows: torch.LongTensor | None = None,
+        weights: torch.Tensor | None = None,
     ):
+        if weights is None:
+            weights = torch.ones(len(next(iter(embeddings.values()))))
         sizes = {modality: len(table) for modality, table in embeddings.items()}
         sizes |= {f"present of {modality}": len(mask) for modality, mask in present.items()}
+        sizes["weights"] = len(weights)
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 f"All tables must have one row an item and the padding row 0, got {sizes} rows; "
@@ -82,6 +88,7 @@ class ItemTables(Dataset):
             )
         self.embeddings = embeddings
         self.present = present
+        self.weights = weights
         if rows is None:
             rows = torch.stack(list(present.values())).any(0).nonzero()[:, 0]
         self.rows = rows[rows > 0]
@@ -117,8 +124,8 @@ class ItemTables(Dataset):
         order = torch.randperm(len(self), generator=generator)
         held_out = max(min(round(fraction * len(self)), HELD_OUT_ITEMS), 3)
         return (
-            ItemTables(self.embeddings, self.present, self.rows[order[held_out:]].sort().values),
-            ItemTables(self.embeddings, self.present, self.rows[order[:held_out]].sort().values),
+            ItemTables(self.embeddings, self.present, self.rows[order[held_out:]].sort().values, self.weights),
+            ItemTables(self.embeddings, self.present, self.rows[order[:held_out]].sort().values, self.weights),
         )
 
 
@@ -179,7 +186,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             for part in residual.split(ENCODING_BATCH):
                 part -= layer.decode(layer.encode(part))
         if searches:
-            _fit_anchors(branch, dataset, modality, latents)
+            _fit_anchors(branch, dataset, modality, latents, generator)
         if config.objective == "stress" or config.encoder_projection:
             batches = _batches(branch, dataset, modality, rows)
             codes = torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches])
@@ -256,11 +263,16 @@ def _balance(layer, residual: torch.Tensor, epsilon: float) -> None:
         layer.offsets.copy_(sinkhorn_offsets(squared, epsilon))
 
 
-def _fit_anchors(branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str, latents) -> None:
-    """Keeps the anchors, evenly chosen, with the codes that are nearest to their latents, and what quantization takes
-    from their distances."""
+def _fit_anchors(
+    branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str, latents, generator: torch.Generator
+) -> None:
+    """Keeps the anchors with the codes that are nearest to their latents, and what quantization takes from their
+    distances. Anchors are drawn by the weights of the items, without replacement, and stand in the order drawn: the
+    first of them, to which a search is confined, are a sample of all."""
     rows = dataset.rows_with(modality)
-    rows = rows[_evenly(len(rows), len(branch.anchors))]
+    # The smallest of exponential waiting times are such a sample (Efraimidis and Spirakis, 2006).
+    waits = torch.empty(len(rows), dtype=torch.float64).exponential_(generator=generator) / dataset.weights[rows]
+    rows = rows[waits.argsort()[: len(branch.anchors)]]
     batches = list(_batches(branch, dataset, modality, rows))
     branch.anchors.copy_(torch.cat([branch.standardize(batch) for batch in batches]))
     branch.anchor_codes.copy_(torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches]))
@@ -430,9 +442,9 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     `collisions_<modality>` (share of the items whose ID another has as well).
 
     For the objective `"stress"` every epoch begins with a pass of the search over all items, from the codes of their
-    nearest anchors and with new random anchors to measure the stress to; then `args.passes_per_epoch` passes train the
-    code vectors with these codes. An epoch depends on nothing but the model and the seed, so that a resumed training
-    is the same.
+    nearest anchors and with new random anchors to measure the stress to; then `args.passes_per_epoch` times as many
+    items as there are, drawn by their weights, train the code vectors with these codes. An epoch depends on nothing
+    but the model and the seed, so that a resumed training is the same.
 
     Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and to any items of the
     training set, mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over
@@ -483,7 +495,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         self._counts = {name: torch.zeros(config.num_quantizers, config.codebook_size) for name in config.modalities}
         self._steps_counted = 0
         self._losses: dict[str, float] = {}
-        self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         if config.objective == "stress":
             self.add_callback(_CodeSearch(self))
 
@@ -495,11 +507,12 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         generator = torch.Generator().manual_seed(self.args.seed + epoch)
         codes = {}
         for modality, branch in model.branches.items():
-            chosen = torch.randperm(config.num_anchors, generator=generator)[:TRAINING_ANCHORS].to(self.args.device)
-            branch.anchor_codes.copy_(branch.search(branch.anchors, branch.anchor_codes, chosen)[0])
             if modality not in self._nearest:
                 self._nearest[modality] = self._nearest_anchors(branch, modality)
-            nearest, is_anchor = self._nearest[modality]
+            nearest, is_anchor, weights = self._nearest[modality]
+            count = min(TRAINING_ANCHORS, int(weights.count_nonzero()))
+            chosen = torch.multinomial(weights, count, generator=generator).to(self.args.device)
+            branch.anchor_codes.copy_(branch.search(branch.anchors, branch.anchor_codes, chosen)[0])
             rows = dataset.rows_with(modality)
             found = torch.zeros(len(dataset.present[modality]), config.num_quantizers, dtype=torch.long)
             found[rows] = branch.anchor_codes.cpu()[nearest]
@@ -511,16 +524,23 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             codes[modality] = found
         dataset.codes = codes
 
-    def _nearest_anchors(self, branch: MMRQVAEAnchorBranch, modality: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the training set's items that have the modality: the nearest anchor, and whether it is the item itself.
-        Anchors stay the same all through the training."""
+    def _nearest_anchors(
+        self, branch: MMRQVAEAnchorBranch, modality: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the training set's items that have the modality: the nearest anchor, and whether it is the item itself;
+        and the weights of the anchors. Anchors stay the same all through the training."""
         nearest, is_anchor = [], []
-        for batch in _batches(branch, self.train_dataset, modality, self.train_dataset.rows_with(modality)):
+        rows = self.train_dataset.rows_with(modality)
+        for batch in _batches(branch, self.train_dataset, modality, rows):
             inputs = branch.standardize(batch)
             found = nearest_anchors(inputs, branch.anchors)[:, 0]
             nearest.append(found.cpu())
             is_anchor.append((branch.anchors[found] == inputs).all(1).cpu())
-        return torch.cat(nearest), torch.cat(is_anchor)
+        nearest, is_anchor = torch.cat(nearest), torch.cat(is_anchor)
+        weights = torch.zeros(len(branch.anchors), dtype=torch.float64)
+        # Items with the same embedding share an anchor.
+        weights.index_add_(0, nearest[is_anchor], self.train_dataset.weights[rows[is_anchor]].double())
+        return nearest, is_anchor, weights
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One group for the code vectors and the offset of their distances, with a rate of their own and no decay, and
@@ -546,7 +566,9 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         if model.training:
             for name in ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss"):
                 self._losses[name] = self._losses.get(name, 0.0) + float(output[name].detach())
-            for modality, codes in output.codes.items():
+            # Codes that were searched for are counted item by item, not batch by batch.
+            counted = output.codes if self.train_dataset.codes is None else {}
+            for modality, codes in counted.items():
                 present = inputs["present"][modality]
                 self._identities[modality].append(_identities(codes).masked_fill(~present, ABSENT))
                 kept = codes[present].cpu()
@@ -572,8 +594,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.model.config.objective != "stress":
             return super()._get_train_sampler(train_dataset)
-        # More samples than items: one random order of all items after the other.
-        return RandomSampler(self.train_dataset, num_samples=self._samples_in_epoch())
+        dataset = self.train_dataset
+        return WeightedSampler(dataset.weights[dataset.rows], self._samples_in_epoch(), self.args.seed)
 
     def _samples_in_epoch(self) -> int:
         passes = self.args.passes_per_epoch if self.model.config.objective == "stress" else 1
@@ -588,29 +610,39 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         loss."""
         model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
         logs = {name: value / self._steps_counted for name, value in self._losses.items()}
-        for modality, counts in self._counts.items():
-            counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
+        for modality in model.config.modalities:
+            counts, identities = self._chosen_codes(modality)
             shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
             perplexity = torch.exp(torch.special.entr(shares).sum(1))
             for level in range(len(counts)):
                 logs[f"use@{level + 1}_{modality}"] = float((counts[level] > 0).float().mean())
                 logs[f"dead@{level + 1}_{modality}"] = int((counts[level] == 0).sum())
                 logs[f"perplexity@{level + 1}_{modality}"] = float(perplexity[level])
-            identities = self.accelerator.gather(torch.cat(self._identities[modality]))
-            _, owners = torch.unique(identities[identities != ABSENT], return_counts=True)
-            passes = self._samples_in_epoch() // len(self.train_dataset)
-            logs[f"collisions_{modality}"] = float(owners[owners > passes].sum() / owners.sum().clamp_min(1))
+            _, owners = torch.unique(identities, return_counts=True)
+            logs[f"collisions_{modality}"] = float(owners[owners > 1].sum() / owners.sum().clamp_min(1))
             if model.config.objective == "stress":
                 # The code vectors have moved farther than a decoder follows step by step.
                 codes = self.train_dataset.codes[modality][self.train_dataset.rows_with(modality)]
                 _fit_linear_decoder(model.branches[modality], self.train_dataset, modality, codes)
             self._revive(model, modality, counts == 0, inputs)
             self._balance(model, modality)
-            self._counts[modality].zero_()
-            self._identities[modality].clear()
         self._losses.clear()
         self._steps_counted = 0
         self.log(logs)
+
+    def _chosen_codes(self, modality: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many items of the epoch chose each code, `(num_quantizers, codebook_size)`, and their IDs, one number an
+        item."""
+        dataset, counts = self.train_dataset, self._counts[modality]
+        if dataset.codes is not None:
+            codes = dataset.codes[modality][dataset.rows_with(modality)]
+            found = torch.stack([torch.bincount(level, minlength=counts.shape[1]) for level in codes.T])
+            return found.to(self.args.device, counts.dtype), _identities(codes)
+        found = self.accelerator.reduce(counts.to(self.args.device, copy=True), "sum")
+        identities = self.accelerator.gather(torch.cat(self._identities[modality]))
+        counts.zero_()
+        self._identities[modality].clear()
+        return found, identities[identities != ABSENT]
 
     def _revive(self, model: MMRQVAEModel, modality: str, dead: torch.Tensor, inputs: dict) -> None:
         if not dead.any():
@@ -721,6 +753,36 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
                 both = present[anchor] & present[modality]
                 metrics[f"recall@1_{modality}"] = _recall_at_1(quantized[anchor][both], quantized[modality][both])
         return metrics
+
+
+class WeightedSampler(Sampler):
+    """
+    Draws indices in proportion to weights, others every epoch and the same on every process.
+
+    The draws are systematic: an index that is expected k times comes floor(k) or ceil(k) times. There may be more of
+    them than the 2^24 of [`~torch.utils.data.WeightedRandomSampler`].
+
+    Args:
+        weights (`torch.Tensor` of shape `(indices,)`): Weights above 0.
+        num_samples (`int`): Draws an epoch.
+        seed (`int`): Seed of the first epoch.
+    """
+
+    def __init__(self, weights: torch.Tensor, num_samples: int, seed: int):
+        self.weights, self.num_samples, self.seed, self.epoch = weights, num_samples, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        ends = self.weights.double().cumsum(0)
+        steps = torch.arange(self.num_samples, dtype=torch.float64) + torch.rand(1, generator=generator)
+        drawn = torch.searchsorted(ends, steps * (ends[-1] / self.num_samples), right=True).clamp_max(len(ends) - 1)
+        yield from drawn[torch.randperm(self.num_samples, generator=generator)].tolist()
 
 
 def _tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:

@@ -69,12 +69,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="Instead of the default number.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a Markdown table.")
     arguments = parser.parse_args()
-    sequences = read_sequences(arguments.data_dir / "sequences.txt")
-    highest = int(max(sequences.histories.max(), sequences.targets.max()))
+    sequences, frequencies = read_sequences(arguments.data_dir / "sequences.txt")
+    highest = len(frequencies) - 1
     tables = dict(entry.split("=", 1) for entry in arguments.tables)
     loaded = {name: import_table(arguments.data_dir / file, name, highest) for name, file in tables.items()}
     items = ItemTables(
-        {name: pair[0] for name, pair in loaded.items()}, {name: pair[1] for name, pair in loaded.items()}
+        {name: pair[0] for name, pair in loaded.items()},
+        {name: pair[1] for name, pair in loaded.items()},
+        weights=(1.0 + torch.from_numpy(frequencies)) ** QuantizeArguments.frequency_exponent,
     )
     table, deviations = {}, {}
     for name in arguments.only:
@@ -95,8 +97,9 @@ def main() -> None:
     print(f"\nSeeds {arguments.seeds}, peak memory {memory:.2f} GiB, {torch.get_num_threads()} threads.")
 
 
-def read_sequences(path: Path) -> Sequences:
-    """Every user's last item as the target, and all before it as the history."""
+def read_sequences(path: Path) -> tuple[Sequences, np.ndarray]:
+    """Every user's last item as the target, and all before it as the history; and how often each row occurs among all
+    but a user's last two items, which are for testing and validation."""
     users, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         user, *items = line.split()
@@ -104,7 +107,9 @@ def read_sequences(path: Path) -> Sequences:
         rows.append(np.array(items, dtype=np.int32))
     offsets = np.concatenate([[0], np.cumsum([len(items) - 1 for items in rows])])
     targets = np.array([items[-1] for items in rows], dtype=np.int32)
-    return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets)
+    highest = max(items.max() for items in rows)
+    frequencies = np.bincount(np.concatenate([items[:-2] for items in rows]), minlength=highest + 1)
+    return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets), frequencies
 
 
 def measure(

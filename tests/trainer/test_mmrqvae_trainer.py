@@ -12,6 +12,7 @@ from trainer.arguments import QuantizeArguments
 from trainer.mmrqvae_trainer import (
     ItemTables,
     MMRQVAETrainer,
+    WeightedSampler,
     code_metrics,
     encode_items,
     history_distances,
@@ -66,6 +67,33 @@ def test_batches_hold_the_rows_asked_for_and_never_the_padding():
     assert torch.equal(batch["present"]["text"], items.present["text"][rows])
     with pytest.raises(ValueError, match="'text': 51, 'collaborative': 50"):
         ItemTables({"text": torch.zeros(51, 2), "collaborative": torch.zeros(50, 2)}, items.present)
+
+
+def test_draws_follow_the_weights_and_change_with_the_epoch_alone():
+    weights = torch.tensor([1.0, 3.0, 0.5, 7.5])
+    sampler = WeightedSampler(weights, 40, seed=0)
+    first, counts = list(sampler), []
+    assert list(sampler) == first and len(sampler) == len(first)
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        drawn = torch.bincount(torch.tensor(list(sampler)), minlength=4)
+        expected = 40 * weights / weights.sum()
+        assert ((drawn - expected).abs() < 1).all(), drawn
+        counts.append(drawn.double())
+    torch.testing.assert_close(torch.stack(counts).mean(0), expected.double(), atol=0.15, rtol=0)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+def test_items_of_more_weight_are_the_first_anchors(tmp_path):
+    items = toy_items(300)
+    items.weights[1:] = torch.where(torch.arange(300) % 3 == 0, 1e6, 1.0)
+    model = toy_model(num_anchors=150)
+    initialize(model, items)
+    branch, rows = model.branches["text"], items.rows_with("text")
+    heavy = branch.standardize(items.embeddings["text"][rows[items.weights[rows] > 1]])
+    is_heavy = (branch.anchors[:, None] == heavy).all(2).any(1)
+    assert is_heavy[: len(heavy)].all() and not is_heavy[len(heavy) :].any()
 
 
 def test_split_is_a_partition():

@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     data = PreparedDataset.load(arguments.prepared_dir)
     tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
     items = ItemTables(
-        {name: table for name, (table, _) in tables.items()}, {name: mask for name, (_, mask) in tables.items()}
+        {name: table for name, (table, _) in tables.items()},
+        {name: mask for name, (_, mask) in tables.items()},
+        weights=(1 + data.frequencies.double()) ** arguments.frequency_exponent,
     )
     if not 0 < arguments.validation_fraction < 1:
         raise ValueError(
