@@ -7,6 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..records import StageRecord
+
 
 PRESENT_KEY = "present"
 
@@ -14,6 +16,16 @@ PRESENT_KEY = "present"
 def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
     """Where `mmesid embed` puts the table of a modality."""
     return Path(embeddings_dir) / f"{modality}.safetensors"
+
+
+def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> dict[str, str]:
+    """What made the embeddings of each modality, where `mmesid embed` left a record of it: new items need the same."""
+    records = {modality: Path(embeddings_dir) / f"{modality}.json" for modality in modalities}
+    details = {modality: StageRecord.load(path).details for modality, path in records.items() if path.is_file()}
+    return {
+        modality: f"{one['encoder']} at {one['revision']}" if one["revision"] else one["encoder"]
+        for modality, one in details.items()
+    }
 
 
 def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,11 +29,11 @@ from ..arguments import FinetuneArguments, parse
 from ..backbone import new_llama_config, train_tokenizer
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..encoders.tables import load_table, table_path
+from ..encoders.tables import load_table, table_encoders, table_path
 from ..item_description import describe_items
 from ..mmesid_trainer import MMESIDTrainer
 from ..mmrqvae_trainer import ItemTables, encode_items
-from ..records import StageRecord, StageRun
+from ..records import StageRun
 from ..training import early_stopping, fit, trainer_arguments
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     model.initialize_items(data.frequencies, **tables)
     run.details.update(
         data=data.statistics,
-        encoders=encoders(arguments.embeddings_dir, modalities),
+        encoders=table_encoders(arguments.embeddings_dir, modalities),
         base_model=base_model(arguments.backbone_name_or_path),
         base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
     )
@@ -107,16 +107,6 @@ def base_model(name_or_path: str | None) -> str | None:
     """The decoder for the record: one in a folder by its whole path, which cannot be taken for a repository."""
     is_folder = name_or_path is not None and Path(name_or_path).is_dir()
     return str(Path(name_or_path).resolve()) if is_folder else name_or_path
-
-
-def encoders(embeddings_dir: str, modalities: list[str]) -> dict[str, str]:
-    """What made the embeddings of each modality, where `mmesid embed` left a record of it: new items need the same."""
-    records = {modality: Path(embeddings_dir) / f"{modality}.json" for modality in modalities}
-    details = {modality: StageRecord.load(path).details for modality, path in records.items() if path.is_file()}
-    return {
-        modality: f"{one['encoder']} at {one['revision']}" if one["revision"] else one["encoder"]
-        for modality, one in details.items()
-    }
 
 
 def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, str | list[Path]]:

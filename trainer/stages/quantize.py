@@ -20,7 +20,7 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
 from ..data.prepared import PreparedDataset
-from ..encoders.tables import load_table, table_path
+from ..encoders.tables import load_table, table_encoders, table_path
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
 from ..records import StageRun
 from ..semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     set_seed(arguments.seed)
     model = MMRQVAEModel(config)
-    run.details.update(data=data.statistics)
+    run.details.update(data=data.statistics, encoders=table_encoders(arguments.embeddings_dir, arguments.modalities))
     with run as staging:
         initialize(model, training, arguments.seed)
         trainer = MMRQVAETrainer(

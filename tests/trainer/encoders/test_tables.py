@@ -1,10 +1,14 @@
 """What is written is what is read, and a table that does not fit the catalogue is refused in one sentence."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.encoders.tables import import_table, load_table, save_table
+from trainer.encoders.tables import import_table, load_table, save_table, table_encoders
+from trainer.records import StageRecord
 
 
 @pytest.fixture
@@ -133,3 +137,14 @@ def test_an_imported_table_survives_the_round_trip(tmp_path, table):
     save_table(tmp_path / "text.safetensors", "text", *import_table(tmp_path / "foreign.safetensors", "text", 5))
     assert set(load_file(tmp_path / "text.safetensors")) == {"text", "present"}
     assert torch.equal(load_table(tmp_path / "text.safetensors", "text", 5)[0][1:], table[0].half().float()[1:])
+
+
+def test_encoders_are_told_where_they_are_on_record(tmp_path):
+    fields = {field.name: None for field in dataclasses.fields(StageRecord)}
+    for modality, details in {
+        "text": {"encoder": "me/bert", "revision": "a1"},
+        "visual": {"encoder": "a table", "revision": None},
+    }.items():
+        (tmp_path / f"{modality}.json").write_text(json.dumps(fields | {"details": details}))
+    encoders = table_encoders(tmp_path, ["collaborative", "text", "visual"])
+    assert encoders == {"text": "me/bert at a1", "visual": "a table"}

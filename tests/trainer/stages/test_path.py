@@ -1,6 +1,5 @@
 """The stages behind the encoders, one after the other, on files and in real processes."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -180,14 +179,6 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
         finetune.main([*finetune_flags(tiny_run, "recommender"), "--seed", "7"])
     assert (tiny_run / "recommender" / "model.safetensors").stat().st_mtime_ns == before
     assert not list((tiny_run / "recommender").glob(".staging*"))
-
-
-def test_the_encoders_are_told_where_they_are_on_record(tiny_run, tmp_path):
-    record = dataclasses.replace(
-        StageRecord.load(tiny_run / "sasrec"), details={"encoder": "me/bert", "revision": "a1"}
-    )
-    (tmp_path / "text.json").write_text(json.dumps(dataclasses.asdict(record)))
-    assert finetune.encoders(tmp_path, ["collaborative", "text"]) == {"text": "me/bert at a1"}
 
 
 def test_finetune_without_tables_says_which_flag(tiny_run):
