@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
+from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
@@ -71,6 +72,31 @@ def require_safetensors(name_or_path: str | os.PathLike, **hub_arguments) -> Non
         f"'{name_or_path}' holds no {SAFE_WEIGHTS_NAME}, and weights in pickle files are not read, for they can run "
         "any code; have its owner save it again with `save_pretrained`."
     )
+
+
+def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
+    """
+    The files, on this machine, with the weights of a checkpoint: one, or the shards of a large one.
+
+    Raises:
+        OSError: If the checkpoint, on disk or on the Hub, holds no weights in safetensors.
+    """
+    require_safetensors(name_or_path, **hub_arguments)
+    whole = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if whole is not None:
+        return [whole]
+    index = Path(cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub_arguments))
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [cached_file(name_or_path, shard, **hub_arguments) for shard in shards]
+
+
+def weight_names(name_or_path: str | os.PathLike, **hub_arguments) -> set[str]:
+    """Names of the tensors in [`weight_files`]."""
+    names = set()
+    for path in weight_files(name_or_path, **hub_arguments):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def require_public_base_model(name_or_path: str | None) -> None:

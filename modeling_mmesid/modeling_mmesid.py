@@ -4,7 +4,7 @@ product."""
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 
 import torch
@@ -20,7 +20,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .checkpoints import HUB_ARGUMENTS, SafetensorsMixin, require_fit, require_public_base_model, require_safetensors
+from .checkpoints import (
+    HUB_ARGUMENTS,
+    SafetensorsMixin,
+    require_fit,
+    require_public_base_model,
+    weight_files,
+    weight_names,
+)
 from .configuration_mmesid import MMESIDConfig
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
@@ -33,7 +40,12 @@ from .recommendation import RecommendationMixin, SequentialRecommendationOutput
 ITEMS_PER_BLOCK = 2**15
 
 
-# What checkpoints of 0.1.0 lack.
+# Known items whose codes tell whether a quantizer is the model's, and the share of their codes that must agree: of a
+# stranger's one in `codebook_size` does.
+QUANTIZER_PROBES = 64
+MINIMUM_AGREEMENT = 0.3
+
+# What checkpoints of 0.1.0 lack, all of it.
 ADDED_BUFFERS = {"items.has_id", "items.removed", "items.fusion.log_range"}
 
 
@@ -363,15 +375,18 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             does not have.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        with_loading_info = kwargs.pop("output_loading_info", False)
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
             # The library would draw a missing weight at random, and say so in a table that nobody reads.
-            with_loading_info = kwargs.pop("output_loading_info", False)
             model, loading = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-            require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
+            missing = set(loading["missing_keys"]) | _missing_additions(
+                model, weight_names(pretrained_model_name_or_path, **hub_kwargs)
+            )
+            require_fit(pretrained_model_name_or_path, missing, loading["unexpected_keys"])
             return (model, loading) if with_loading_info else model
         backbone_kwargs = {
             name: kwargs[name]
@@ -386,7 +401,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             )
             if name in kwargs
         }
-        require_safetensors(pretrained_model_name_or_path, **hub_kwargs)
+        files = weight_files(pretrained_model_name_or_path, **hub_kwargs)
         try:
             backbone = AutoModel.from_pretrained(
                 config.base_model_name_or_path,
@@ -400,14 +415,17 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
                 f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
             ) from error
         model = cls(config, backbone=backbone)
-        weights = load_file(cached_file(pretrained_model_name_or_path, "model.safetensors", **hub_kwargs))
+        weights = {name: weight for path in files for name, weight in load_file(path).items()}
         keys = model.load_state_dict(weights, strict=False)
         if "items.fusion.log_range" in keys.missing_keys:
             fusion = model.items.fusion
             fusion.log_range.copy_(fusion.log_range_of(fusion.frequencies))
         missing = set(keys.missing_keys) - model._keys_to_ignore_on_save - ADDED_BUFFERS
+        missing |= _missing_additions(model, weights)
         require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
-        return model.to(backbone.device).eval()
+        model = model.to(backbone.device).eval()
+        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, nothing) if with_loading_info else model
 
     def save_pretrained(
         self,
@@ -592,7 +610,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
 
         Raises:
             ValueError: If an embedding does not fit, an item has no modality at all, or the quantizer is missing or
-            another one.
+            gives the model's own items other codes than they have.
         """
         config, items = self.config, self.items
         self._check_new_embeddings(embeddings)
@@ -605,6 +623,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
                 f"The model's items have {config.num_quantizers} codes of {config.codebook_size}; give the quantizer "
                 "that made them as `quantizer`."
             )
+        if quantizer is not None and config.num_quantizers:
+            self._check_quantizer(quantizer, embeddings)
         count = len(next(iter(embeddings.values())))
         added = {}
         for name, modality in items.modalities.items():
@@ -636,6 +656,21 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         config.num_items += count
         self._item_table = None
         return list(range(first, first + count))
+
+    def _check_quantizer(self, quantizer: MMRQVAEModel, modalities: Iterable[str]) -> None:
+        """Codes of another training mean other things. Those of known items tell: the quantizer that made them gives
+        most again (an ID that was moved to be unique differs, or one that rounded embeddings no longer decide)."""
+        for name in modalities:
+            known = self.items.modalities[name]
+            rows = known.present.nonzero()[:QUANTIZER_PROBES, 0]
+            expected = known.codes[rows].cpu()
+            found = quantizer.encode({name: known.embeddings[rows].to(quantizer.device)}).codes[name].cpu()
+            agreement = (found == expected).double().mean()
+            if agreement < MINIMUM_AGREEMENT:
+                raise ValueError(
+                    f"The quantizer gives the model's own items other codes of '{name}' than they have "
+                    f"({agreement:.0%} agree); give the one that the model was trained with."
+                )
 
     def _check_new_embeddings(self, embeddings: dict[str, torch.Tensor]) -> None:
         widths = dict(zip(self.config.modalities, self.config.embedding_dims, strict=True))
@@ -948,6 +983,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         inputs = pack_histories(latest, (), self.config.prompt_suffix_ids)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return self(**inputs, shared_prompt=True).user_embeddings
+
+
+def _missing_additions(model: MMESIDForSequentialRecommendation, stored: Iterable[str]) -> set[str]:
+    """Of what 0.1.0 did not know, what a checkpoint lacks that does hold another part of it."""
+    added = ADDED_BUFFERS & set(model.state_dict())
+    missing = added - set(stored)
+    return missing if missing != added else set()
 
 
 __all__ = ["MMESIDForSequentialRecommendation"]

@@ -13,18 +13,33 @@ HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
 NEW = [NUM_ITEMS + 1, NUM_ITEMS + 2, NUM_ITEMS + 3]
 
 
-@pytest.fixture(scope="module")
-def quantizer() -> MMRQVAEModel:
-    set_seed(3)
+def new_quantizer(seed: int) -> MMRQVAEModel:
+    set_seed(seed)
     config = MMRQVAEConfig(
         modalities=["collaborative", "text"],
         embedding_dims=[8, 12],
         num_quantizers=3,
         codebook_size=6,
         codebook_dim=16,
-        encoder_hidden_dims=[],
+        objective="mse",
+        initializer_range=1.0,
     )
     return MMRQVAEModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def quantizer() -> MMRQVAEModel:
+    return new_quantizer(seed=3)
+
+
+def model_of(quantizer: MMRQVAEModel, **kwargs) -> MMESIDForSequentialRecommendation:
+    """A recommender whose items have the quantizer's codes."""
+    model = new_model(**kwargs)
+    if model.config.num_quantizers:
+        for name, modality in model.items.modalities.items():
+            codes = quantizer.encode({name: modality.embeddings}).codes[name]
+            modality.codes.copy_(codes * modality.present[:, None])
+    return model
 
 
 def new_embeddings() -> dict[str, torch.Tensor]:
@@ -37,7 +52,7 @@ def new_embeddings() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kwargs", [{}, {"share_item_table": False}, {"use_item_ids": False}, {"num_quantizers": 0}])
 def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quantizer):
-    model = new_model(**kwargs)
+    model = model_of(quantizer, **kwargs)
     before = model.recommend(HISTORIES)
     embeddings = new_embeddings()
     assert model.add_items(embeddings, quantizer=quantizer if model.config.num_quantizers else None) == NEW
@@ -69,7 +84,7 @@ def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quant
 
 
 def test_new_items_are_part_of_the_checkpoint_and_of_training(tmp_path, quantizer):
-    model = new_model()
+    model = model_of(quantizer)
     model.add_items(new_embeddings(), quantizer=quantizer)
     model.remove_items([8])
     expected = model.recommend([[3, NEW[1]]], top_k=20)
@@ -106,7 +121,7 @@ def test_removed_items_are_read_but_never_recommended():
     ],
 )
 def test_what_cannot_be_added_is_named_and_changes_nothing(change, words, quantizer):
-    model, embeddings = new_model(), new_embeddings()
+    model, embeddings = model_of(quantizer), new_embeddings()
     before = model.recommend(HISTORIES).scores
     change(embeddings)
     with pytest.raises(ValueError, match=words):
@@ -115,9 +130,13 @@ def test_what_cannot_be_added_is_named_and_changes_nothing(change, words, quanti
     assert torch.equal(model.recommend(HISTORIES).scores, before)
 
 
-def test_the_quantizer_is_needed_and_the_id_only_model_takes_no_items():
+def test_the_model_s_quantizer_is_needed_and_the_id_only_model_takes_no_items():
     with pytest.raises(ValueError, match="give the quantizer that made them"):
         new_model().add_items(new_embeddings())
+    model = model_of(new_quantizer(seed=3))
+    with pytest.raises(ValueError, match=r"other codes of '\w+' than they have \(\d\d?% agree\)"):
+        model.add_items(new_embeddings(), quantizer=new_quantizer(seed=4))
+    assert model.config.num_items == NUM_ITEMS
     with pytest.raises(ValueError, match="nothing but trained ID vectors"):
         new_model(modalities=[], embedding_dims=[]).add_items(new_embeddings())
 
