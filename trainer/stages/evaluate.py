@@ -34,11 +34,12 @@ from ..metrics.ranking.analysis import (
 )
 from ..mmesid_trainer import MMESIDTrainer
 from ..publishing import add_metrics
-from ..records import StageRun
+from ..records import RECORD_NAME, StageRecord, StageRun
 from ..sasrec_trainer import SASRecTrainer
 
 
 SPLITS = ("validation", "test")
+RANKING_STAGES = ("sasrec", "finetune")
 COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
 
@@ -54,25 +55,41 @@ def main(argv: list[str] | None = None) -> None:
             report_to="none",
         )
         run = StageRun("evaluate", arguments, inputs=inputs)
+        check_model_dirs([Path(path) for path in arguments.model_dirs])
         if not run.is_up_to_date():
             evaluate_models(arguments, training_arguments, run)
     if PartialState().is_main_process:
+        complete_cards(arguments)
         print("\n" + (Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"), flush=True)
 
 
-def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:
+def check_model_dirs(directories: list[Path]) -> None:
     """
-    Writes `results.json` and `results.md`, the rank of every user's target to `ranks/<split>.parquet`, and the figures
-    into the cards of the checkpoints.
-
     Raises:
-        ValueError: If two checkpoints have the same directory name, which names them in the results.
+        FileNotFoundError: If a directory is not that of a stage that has finished.
+        ValueError: If the stage that wrote a directory makes nothing that ranks, or two have the same name, which
+            names them in the results.
     """
-    directories = [Path(path) for path in arguments.model_dirs]
+    for directory in directories:
+        if not (directory / RECORD_NAME).is_file():
+            raise FileNotFoundError(
+                f"'{directory}' has no {RECORD_NAME}; give --model_dirs the directories of stages that have finished."
+            )
+        stage = StageRecord.load(directory).stage
+        if stage not in RANKING_STAGES:
+            raise ValueError(
+                f"'{directory}' was written by the stage '{stage}'; give --model_dirs the directories of "
+                f"{' and '.join(RANKING_STAGES)}."
+            )
     names = ["popularity", *(directory.name for directory in directories)]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f"Two models are called '{repeated}'; evaluate them apart, or rename one of --model_dirs.")
+
+
+def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:
+    """Writes `results.json` and `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
+    directories = [Path(path) for path in arguments.model_dirs]
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
         ranks = {"popularity": {split: popularity_ranks(data, split) for split in SPLITS}}
@@ -91,7 +108,15 @@ def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingAr
             pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
         (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
-        for directory in directories:
+
+
+def complete_cards(arguments: EvaluateArguments) -> None:
+    """Adds the published figures to the records and cards that do not have them yet: those of a checkpoint that was
+    just ranked, or whose stage has since written it again, or that an interrupted run did not come to."""
+    results = StageRecord.load(arguments.output_dir).metrics
+    for directory in map(Path, arguments.model_dirs):
+        known = StageRecord.load(directory).metrics
+        if known | results[directory.name] != known:
             add_metrics(directory, results[directory.name])
 
 

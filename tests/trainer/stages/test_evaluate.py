@@ -1,0 +1,95 @@
+"""What evaluation promises for the directories that it reads and writes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hub_cards import save_card
+from trainer.records import RECORD_NAME, StageRecord, StageRun
+from trainer.stages import evaluate
+
+
+@pytest.fixture
+def evaluated(tiny_run, tmp_path):
+    """Evaluates directories under `tmp_path` by name."""
+
+    def run(*names):
+        evaluate.main(
+            ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "evaluation"), "--use_cpu",
+             "true", "--bootstrap_resamples", "20", "--model_dirs", *(str(tmp_path / name) for name in names)]
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tiny_run, tmp_path) -> Path:
+    """A SASRec that was not evaluated yet."""
+    shutil.copytree(tiny_run / "sasrec", tmp_path / "sasrec")
+    forget_figures(tmp_path / "sasrec")
+    return tmp_path / "sasrec"
+
+
+def forget_figures(directory: Path) -> None:
+    """As the stage left it when it wrote it (again)."""
+    record = dataclasses.asdict(StageRecord.load(directory)) | {"metrics": {}}
+    (directory / RECORD_NAME).write_text(json.dumps(record))
+    save_card(directory, record)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*.*")}
+
+
+def refuse(*_):
+    raise AssertionError("It ranked before it knew that it could finish.")
+
+
+def test_a_stage_that_did_not_finish_is_named_before_anything_is_ranked(
+    tiny_run, tmp_path, checkpoint, evaluated, monkeypatch
+):
+    before = contents(checkpoint)
+    shutil.copytree(tiny_run / "sasrec", tmp_path / "stopped", ignore=shutil.ignore_patterns(RECORD_NAME))
+    monkeypatch.setattr(evaluate, "popularity_ranks", refuse)
+    monkeypatch.setattr(evaluate, "model_ranks", refuse)
+    with pytest.raises(FileNotFoundError, match=r"stopped' has no record\.json; give --model_dirs .* have finished"):
+        evaluated("sasrec", "stopped")
+    assert contents(checkpoint) == before
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_stage_whose_result_ranks_nothing_is_named(tiny_run, tmp_path, checkpoint, evaluated):
+    shutil.copytree(tiny_run / "quantizer", tmp_path / "quantizer")
+    with pytest.raises(ValueError, match="quantizer' was written by the stage 'quantize'; .* of sasrec and finetune"):
+        evaluated("sasrec", "quantizer")
+
+
+def test_cards_are_left_alone_if_the_results_cannot_be_written(checkpoint, evaluated, monkeypatch):
+    def publish(run):
+        raise OSError("disk full")
+
+    before = contents(checkpoint)
+    monkeypatch.setattr(StageRun, "_publish", publish)
+    with pytest.raises(OSError, match="disk full"):
+        evaluated("sasrec")
+    assert contents(checkpoint) == before
+
+
+def test_a_card_that_lost_its_figures_gets_them_back_without_ranking(tmp_path, checkpoint, evaluated, monkeypatch):
+    evaluated("sasrec")
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    ndcg = f"{results['sasrec']['test']['ndcg@10']:.4f}"
+    card = checkpoint / "README.md"
+    assert ndcg in card.read_text()
+    forget_figures(checkpoint)
+    assert ndcg not in card.read_text()
+    monkeypatch.setattr(evaluate, "model_ranks", refuse)
+    evaluated("sasrec")
+    assert ndcg in card.read_text()
+    # What was added is not added again: a card may be edited by hand in between.
+    card.write_text(card.read_text() + "\nEdited.\n")
+    evaluated("sasrec")
+    assert card.read_text().endswith("Edited.\n")
