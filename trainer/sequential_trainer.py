@@ -1,7 +1,7 @@
 """What the trainers of both recommenders share: batches of like length, and evaluation by full ranking."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -25,6 +25,32 @@ def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
     return compute_metrics
 
 
+class ResumableLengthGroupedSampler(LengthGroupedSampler):
+    """
+    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order in an epoch does not depend on where training
+    was resumed: one that starts at a later epoch first draws what the earlier ones drew.
+
+    Args:
+        batch_size (`int`): Examples that should be of like length.
+        epoch (`Callable[[], int]`): Which epoch begins, from 0, whenever an order is asked for.
+        **kwargs: Further arguments of [`~transformers.trainer_pt_utils.LengthGroupedSampler`].
+    """
+
+    def __init__(self, batch_size: int, *, epoch: Callable[[], int], **kwargs):
+        super().__init__(batch_size, **kwargs)
+        self.epoch = epoch
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.drawn < self.epoch():
+            self._draw()
+        return self._draw()
+
+    def _draw(self) -> Iterator[int]:
+        self.drawn += 1
+        return super().__iter__()
+
+
 class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
@@ -40,13 +66,14 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
         super().__init__(model, args, compute_metrics=ranking_metrics(), **kwargs)
         self._item_table: torch.Tensor | None = None
 
-    def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset=None) -> ResumableLengthGroupedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         generator = torch.Generator().manual_seed(
             self.args.seed if self.args.data_seed is None else self.args.data_seed
         )
-        return LengthGroupedSampler(
+        return ResumableLengthGroupedSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            epoch=lambda: int(self.state.epoch or 0),
             lengths=dataset.lengths,
             generator=generator,
         )

@@ -1,0 +1,118 @@
+"""When a training stops, and how it goes on: on SASRec, whose stage is the quickest."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel, Trainer, TrainingArguments
+
+from trainer.data.prepared import PreparedDataset
+from trainer.metrics.ranking.analysis import metrics
+from trainer.records import StageRecord
+from trainer.stages import evaluate, sasrec
+from trainer.training import fit
+
+from .conftest import TRAINING
+
+
+EPOCHS = 30
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Training:
+    """Runs the stage, its step size too large to improve for long; keeps the trainer and counts the steps."""
+
+    def __init__(self, prepared_dir, monkeypatch):
+        self.flags = [
+            "--prepared_dir", str(prepared_dir), "--hidden_size", "16", *TRAINING, "--learning_rate", "5e-2",
+            "--num_train_epochs", str(EPOCHS),
+        ]  # fmt: skip
+        step = Trainer.training_step
+
+        def counted(trainer, *args, **kwargs):
+            if self.steps == self.stop_after:
+                raise Interrupted
+            self.steps += 1
+            return step(trainer, *args, **kwargs)
+
+        def kept(trainer):
+            self.trainer = trainer
+            fit(trainer)
+
+        monkeypatch.setattr(Trainer, "training_step", counted)
+        monkeypatch.setattr(sasrec, "fit", kept)
+
+    def __call__(self, output_dir, *flags, stop_after=None):
+        self.steps, self.stop_after = 0, stop_after
+        sasrec.main([*self.flags, "--output_dir", str(output_dir), *flags])
+
+    @property
+    def curve(self) -> list[float]:
+        """The validation metric of every epoch; behind them the stage evaluates once more, what it saves."""
+        history = [entry["eval_ndcg@10"] for entry in self.trainer.state.log_history if "eval_ndcg@10" in entry]
+        return history[:-1]
+
+
+@pytest.fixture
+def training(tiny_run, monkeypatch):
+    return Training(tiny_run / "prepared", monkeypatch)
+
+
+def saved_weights(directory):
+    return AutoModel.from_pretrained(directory).state_dict()
+
+
+def assert_same_weights(directory, expected):
+    for name, weights in saved_weights(directory).items():
+        torch.testing.assert_close(weights, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_training_stops_early_and_saves_the_best_epoch(tiny_run, training, tmp_path):
+    training(tmp_path / "out", "--early_stopping_patience", "1")
+    *improving, last = training.curve
+    assert len(improving) + 1 < EPOCHS
+    assert improving == sorted(improving) and last < improving[-1]
+    assert StageRecord.load(tmp_path / "out").metrics["validation"]["ndcg@10"] == pytest.approx(improving[-1])
+    # The saved weights themselves, ranked anew.
+    data = PreparedDataset.load(tiny_run / "prepared")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    ranks = evaluate.model_ranks(tmp_path / "out", data, arguments)["validation"]
+    assert metrics(ranks)["ndcg@10"] == pytest.approx(improving[-1])
+
+
+def test_patience_0_trains_to_the_end(training, tmp_path):
+    training(tmp_path / "out", "--early_stopping_patience", "0", "--num_train_epochs", "14")
+    assert len(training.curve) == 14
+    assert training.curve != sorted(training.curve)
+
+
+def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
+    """Batches, dropout, optimizer and patience go on as if nothing had been: the interruption comes in the epoch that
+    exhausts the patience."""
+    patience = ["--early_stopping_patience", "2"]
+    training(tmp_path / "whole", *patience)
+    curve, steps, expected = training.curve, training.steps, saved_weights(tmp_path / "whole")
+    assert len(curve) < EPOCHS and curve[-2] < curve[-3]
+    with pytest.raises(Interrupted):
+        training(tmp_path / "resumed", *patience, stop_after=steps - 1)
+    assert not (tmp_path / "resumed" / "record.json").exists()
+    training(tmp_path / "resumed", *patience)
+    assert training.steps == steps // len(curve), "one epoch was left"
+    assert training.curve == curve
+    assert_same_weights(tmp_path / "resumed", expected)
+
+
+def test_a_training_that_may_not_resume_starts_over(training, tmp_path):
+    short = ["--num_train_epochs", "3"]
+    training(tmp_path / "whole", *short)
+    steps, expected = training.steps, saved_weights(tmp_path / "whole")
+    for resume in ("true", "false"):
+        with pytest.raises(Interrupted):
+            training(tmp_path / "again", *short, "--resume", resume, stop_after=steps - 1)
+        training(tmp_path / "again", *short, "--resume", "false")
+        assert training.steps == steps
+        assert_same_weights(tmp_path / "again", expected)
+        shutil.rmtree(tmp_path / "again")
