@@ -88,7 +88,8 @@ def check_model_dirs(directories: list[Path]) -> None:
 
 
 def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:
-    """Writes `results.json` and `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
+    """Writes `results.json` (what [`results_of`] returns and whether the data are synthetic, by model) and
+    `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
     directories = [Path(path) for path in arguments.model_dirs]
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
@@ -106,7 +107,9 @@ def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingAr
             columns = {"user_id": sequences.user_ids, "target": sequences.targets}
             columns |= {name: by_split[split].astype(np.int32) for name, by_split in ranks.items()}
             pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
-        (staging / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        # With every model, for whoever takes the figures of one.
+        marked = {name: {"synthetic": data.statistics["synthetic"]} | result for name, result in results.items()}
+        (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
 
 

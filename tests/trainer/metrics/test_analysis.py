@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+from trainer.metrics.ranking import analysis
 from trainer.metrics.ranking.analysis import (
     confidence_intervals,
     frequency_groups,
@@ -34,6 +36,19 @@ def test_intervals_follow_the_seed_and_shrink_with_users():
     low, high = confidence_intervals(ranks)["ndcg@20"]
     many_low, many_high = confidence_intervals(np.tile(ranks, 16))["ndcg@20"]
     assert many_high - many_low == pytest.approx((high - low) / 4, rel=0.2)
+
+
+def test_long_draws_show_how_far_they_are(monkeypatch, capsys):
+    ranks = np.arange(1, 101)
+    confidence_intervals(ranks)
+    assert "Bootstrap" not in capsys.readouterr().err, "it took no two seconds"
+    monkeypatch.setattr(analysis, "COUNTS_PER_BLOCK", 100 * 50)
+    monkeypatch.setattr(
+        analysis, "tqdm", lambda blocks, **settings: tqdm(blocks, **settings | {"delay": 0, "mininterval": 0})
+    )
+    confidence_intervals(ranks, resamples=120)
+    printed = capsys.readouterr().err
+    assert "Bootstrap" in printed and "2/3" in printed
 
 
 def test_frequency_groups_by_hand():

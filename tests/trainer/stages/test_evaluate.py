@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hub_cards import save_card
+from trainer.data.prepared import STATISTICS_FILE
 from trainer.records import RECORD_NAME, StageRecord, StageRun
 from trainer.stages import evaluate
 
@@ -16,9 +17,9 @@ from trainer.stages import evaluate
 def evaluated(tiny_run, tmp_path):
     """Evaluates directories under `tmp_path` by name."""
 
-    def run(*names):
+    def run(*names, prepared=tiny_run / "prepared"):
         evaluate.main(
-            ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "evaluation"), "--use_cpu",
+            ["--prepared_dir", str(prepared), "--output_dir", str(tmp_path / "evaluation"), "--use_cpu",
              "true", "--bootstrap_resamples", "20", "--model_dirs", *(str(tmp_path / name) for name in names)]
         )  # fmt: skip
 
@@ -93,3 +94,17 @@ def test_a_card_that_lost_its_figures_gets_them_back_without_ranking(tmp_path, c
     card.write_text(card.read_text() + "\nEdited.\n")
     evaluated("sasrec")
     assert card.read_text().endswith("Edited.\n")
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_the_results_say_whether_the_data_are_synthetic(tiny_run, tmp_path, checkpoint, evaluated, synthetic):
+    shutil.copytree(tiny_run / "prepared", tmp_path / "prepared")
+    statistics = json.loads((tmp_path / "prepared" / STATISTICS_FILE).read_text()) | {"synthetic": synthetic}
+    (tmp_path / "prepared" / STATISTICS_FILE).write_text(json.dumps(statistics))
+    evaluated("sasrec", prepared=tmp_path / "prepared")
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert {name: result["synthetic"] for name, result in results.items()} == dict.fromkeys(
+        ("popularity", "sasrec"), synthetic
+    )
+    # The card has it from the data; there it is no figure.
+    assert "synthetic" not in StageRecord.load(checkpoint).metrics

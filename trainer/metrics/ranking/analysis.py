@@ -1,6 +1,7 @@
 """What lies behind a mean over users: how sure it is, and whom it serves."""
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .ranking import user_values
 
@@ -45,7 +46,7 @@ def confidence_intervals(
     means = np.concatenate(
         [
             generator.multinomial(len(ranks), counts / len(ranks), size=min(step, resamples - start)) @ table
-            for start in range(0, resamples, step)
+            for start in tqdm(range(0, resamples, step), desc="Bootstrap", unit="block", leave=False, delay=2)
         ]
     ) / len(ranks)
     bounds = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
