@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, TrainingArguments
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 from trainer.arguments import FinetuneArguments, parse
 from trainer.backbone import train_tokenizer
 from trainer.data.prepared import PreparedDataset
+from trainer.metrics.ranking.analysis import metrics
 from trainer.publishing import publication
 from trainer.records import StageRecord
 from trainer.stages import evaluate, finetune, prepare, recommend
@@ -333,11 +334,40 @@ def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
     assert (tmp_path / "two" / "results.md").read_text() == (tmp_path / "one" / "results.md").read_text()
 
 
-def test_two_processes_train(tiny_run, tmp_path):
+KEEP_HISTORY = """
+import json, sys
+from accelerate import PartialState
+from trainer.stages import finetune
+fit = finetune.fit
+def kept(trainer):
+    fit(trainer)
+    if PartialState().is_main_process:
+        with open(sys.argv[1], "w") as file:
+            json.dump(trainer.state.log_history, file)
+finetune.fit = kept
+finetune.main(sys.argv[2:])
+"""
+
+
+def test_two_processes_train_and_validate_as_one_does(tiny_run, tmp_path):
+    """Exact, in training and after it: 151 users do not divide by two, so that a user counted twice or left out would
+    move every mean."""
+    prepare.main(
+        ["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(tmp_path / "odd")]
+    )
+    (tmp_path / "train.py").write_text(KEEP_HISTORY)
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
-    launch("-m", "trainer.stages.finetune", *flags)
+    flags += ["--prepared_dir", str(tmp_path / "odd"), "--per_device_eval_batch_size", "32"]
+    launch(str(tmp_path / "train.py"), str(tmp_path / "history.json"), *flags)
     record = StageRecord.load(tmp_path / "two")
     assert record.hardware.endswith("2 processes")
-    assert record.metrics["validation"]["mrr"] > 0
     model = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "two")
     assert model.recommend([[1, 2, 3]]).items.shape == (1, 10)
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    data = PreparedDataset.load(tmp_path / "odd")
+    expected = metrics(evaluate.model_ranks(tmp_path / "two", data, arguments)["validation"])
+    assert record.metrics["validation"] == pytest.approx(expected, abs=1e-12)
+    in_training = [entry for entry in json.loads((tmp_path / "history.json").read_text()) if "eval_mrr" in entry]
+    best = max(in_training, key=lambda entry: entry["eval_ndcg@10"])
+    assert {name: best[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=1e-12)
