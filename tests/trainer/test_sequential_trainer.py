@@ -11,6 +11,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+from modeling_mmesid.recommendation import score_items
 from trainer.collators import HistoryCollator, ItemCollator
 from trainer.data.prepared import Sequences
 from trainer.data.windows import EvaluationHistories, TrainingWindows
@@ -203,3 +204,30 @@ def test_ranks_under_bf16_do_not_suffer_from_ties(tmp_path):
         table[1:, 0] = 1 + torch.arange(NUM_ITEMS) * 1e-5
     example = {"history": np.array([1]), "target": NUM_ITEMS}
     assert trainer.rank([example])["mrr"] == 1.0
+
+
+@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer])
+def test_ranks_alone_come_back_from_a_batch_and_nothing_keeps_gradients(make, tmp_path, monkeypatch):
+    trainer = make(quick_arguments(tmp_path))
+    returned, graphs = [], []
+
+    def step(*args, **kwargs):
+        returned.append(type(trainer).prediction_step(trainer, *args, **kwargs))
+        return returned[-1]
+
+    def scored(user_embeddings, item_table):
+        scores = score_items(user_embeddings, item_table)
+        # Not `requires_grad`: SASRec's table is the parameter itself.
+        graphs.append([tensor.grad_fn for tensor in (user_embeddings, item_table, scores)])
+        return scores
+
+    monkeypatch.setattr(trainer, "prediction_step", step)
+    monkeypatch.setattr("trainer.sequential_trainer.score_items", scored)
+    trainer.rank()
+    assert graphs == [[None] * 3] * len(returned)
+    assert sum(len(ranks) for _, ranks, _ in returned) == 61
+    for loss, *tensors in returned:
+        assert loss is None
+        for tensor in tensors:
+            assert tensor.ndim == 1 and tensor.dtype == torch.long
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a part that keeps the whole alive"
