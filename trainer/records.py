@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from .energy import EnergyMeter
 
 logger = logging.get_logger(__name__)
 
+CPUINFO = "/proc/cpuinfo"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
 
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
@@ -280,7 +282,25 @@ def peak_memory_bytes() -> int:
 def hardware() -> str:
     """Processor, and the accelerators or, on the processor alone, the processes if there are several."""
     state = PartialState()
-    processor = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
+    processor = f"{os.cpu_count()} x {processor_name()}"
     if state.device.type != "cpu":
-        return f"{processor}, {state.num_processes} x {state.device.type}"
+        return f"{processor}, {state.num_processes} x {accelerator_name(state.device)}"
     return processor if state.num_processes == 1 else f"{processor}, {state.num_processes} processes"
+
+
+def processor_name(cpuinfo: str | os.PathLike = CPUINFO) -> str:
+    """
+    The processor's model, or its architecture where nothing tells the model.
+
+    Args:
+        cpuinfo (`str` or `os.PathLike`, *optional*, defaults to `"/proc/cpuinfo"`): Where Linux describes processors.
+    """
+    # On Linux `platform.processor` knows the architecture alone.
+    lines = Path(cpuinfo).read_text(encoding="utf-8").splitlines() if Path(cpuinfo).is_file() else []
+    names = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def accelerator_name(device: torch.device) -> str:
+    """The accelerator's model on CUDA, its type on others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,10 +1,14 @@
 import dataclasses
 import json
+import os
 import platform
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from trainer import records
 from trainer.arguments import SASRecArguments, StageArguments
 from trainer.records import (
     StageRecord,
@@ -12,6 +16,7 @@ from trainer.records import (
     file_digest,
     hardware,
     input_digest,
+    processor_name,
     write_text_atomic,
 )
 
@@ -132,6 +137,30 @@ def test_the_record_says_what_was_done(toy):
 
 def test_the_hardware_does_not_name_the_machine():
     assert not re.search(rf"\b{re.escape(platform.node())}\b", hardware())
+
+
+def test_the_processor_is_called_by_its_model(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    core = "processor\t: {}\nmodel\t\t: 17\nmodel name\t: Brand X: 64-Core\ncpu MHz\t\t: 2596.128\n\n"
+    cpuinfo.write_text(core.format(0) + core.format(1))
+    assert processor_name(cpuinfo) == "Brand X: 64-Core"
+
+
+def test_a_processor_of_unknown_model_is_called_by_its_architecture(tmp_path):
+    architecture = platform.processor() or platform.machine()
+    assert processor_name(tmp_path / "nowhere") == architecture
+    # As on ARM, and on a virtual machine that hides it.
+    for content in ("processor\t: 0\nCPU implementer\t: 0x41\n", "processor\t: 0\nmodel name\t: \n"):
+        (tmp_path / "cpuinfo").write_text(content)
+        assert processor_name(tmp_path / "cpuinfo") == architecture
+
+
+@pytest.mark.parametrize(("kind", "name"), [("cuda", "Accelerator Y"), ("mps", "mps")])
+def test_accelerators_are_called_by_their_model(monkeypatch, kind, name):
+    state = SimpleNamespace(device=torch.device(kind, 0), num_processes=2)
+    monkeypatch.setattr(records, "PartialState", lambda: state)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {torch.device("cuda", 0): "Accelerator Y"}.get)
+    assert hardware() == f"{os.cpu_count()} x {processor_name()}, 2 x {name}"
 
 
 def test_the_digest_of_a_stage_is_that_of_its_outputs(toy):

@@ -19,7 +19,7 @@ from trainer.backbone import train_tokenizer
 from trainer.data.prepared import PreparedDataset
 from trainer.metrics.ranking.analysis import metrics
 from trainer.publishing import publication
-from trainer.records import StageRecord
+from trainer.records import StageRecord, processor_name
 from trainer.stages import evaluate, finetune, prepare, recommend
 
 from .conftest import finetune_flags
@@ -31,6 +31,7 @@ def test_every_directory_holds_a_record_and_a_card(tiny_run):
         assert record.outputs and record.fingerprint
         card = (tiny_run / name / "README.md").read_text()
         assert "synthetic" in card.lower()
+        assert processor_name() in card
         assert str(tiny_run) not in card
     assert (tiny_run / "quantizer" / "semantic_ids.parquet").is_file()
 
