@@ -116,3 +116,18 @@ def test_a_training_that_may_not_resume_starts_over(training, tmp_path):
         assert training.steps == steps
         assert_same_weights(tmp_path / "again", expected)
         shutil.rmtree(tmp_path / "again")
+
+
+def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(training, tmp_path):
+    by_steps = ["--num_train_epochs", "4"]
+    for name in ("save", "eval"):
+        by_steps += [f"--{name}_strategy", "steps", f"--{name}_steps", "4"]
+    training(tmp_path / "whole", *by_steps)
+    steps, expected = training.steps, saved_weights(tmp_path / "whole")
+    assert steps == 12 and training.curve[-1] == max(training.curve), "what is saved comes after the interruption"
+    with pytest.raises(Interrupted):
+        training(tmp_path / "resumed", *by_steps, stop_after=11)
+    training(tmp_path / "resumed", *by_steps)
+    # After the eighth step, the second of its epoch.
+    assert training.steps == 4
+    assert_same_weights(tmp_path / "resumed", expected)
