@@ -379,14 +379,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
-            # The library would draw a missing weight at random, and say so in a table that nobody reads.
             model, loading = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-            missing = set(loading["missing_keys"]) | _missing_additions(
-                model, weight_names(pretrained_model_name_or_path, **hub_kwargs)
-            )
-            require_fit(pretrained_model_name_or_path, missing, loading["unexpected_keys"])
+            stored = weight_names(pretrained_model_name_or_path, **hub_kwargs)
+            require_fit(pretrained_model_name_or_path, _missing_additions(model, stored), ())
             return (model, loading) if with_loading_info else model
         backbone_kwargs = {
             name: kwargs[name]

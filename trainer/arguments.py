@@ -68,6 +68,9 @@ class StageTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Save the checkpoint that is best on validation, not the last."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run remembers for how long validation has not improved."}
+    )
     metric_for_best_model: str | None = field(
         default="ndcg@10", metadata={"help": "Validation metric that chooses the checkpoint."}
     )
@@ -164,11 +167,11 @@ class QuantizeArguments(StageTrainingArguments):
             "are trained on where these are fewer."
         },
     )
-    codebook_learning_rate: float = field(
-        default=4e-2,
+    codebook_learning_rate: float | None = field(
+        default=None,
         metadata={
-            "help": "Peak learning rate of the code vectors; the objectives other than `stress` take a smaller one "
-            "(1e-2 for `distance`, 1e-3 for reconstructions)."
+            "help": "Peak learning rate of the code vectors; by default 4e-2 for `stress`, 1e-2 for `distance` and "
+            "1e-3 for reconstructions."
         },
     )
     codebook_ema_decay: float = field(
@@ -196,7 +199,10 @@ class QuantizeArguments(StageTrainingArguments):
     )
     passes_per_epoch: int = field(
         default=4,
-        metadata={"help": "stress: how often an epoch reads all items, between two searches for their codes."},
+        metadata={
+            "help": "stress: how many items an epoch draws between two searches for their codes, times as many as "
+            "there are."
+        },
     )
     per_device_train_batch_size: int = field(default=512, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=arguments.objective,
         objective_weight=arguments.objective_weight,
         distance_focus=arguments.distance_focus,
-        num_anchors=min(arguments.num_anchors, training.fewest()),
+        num_anchors=max(min(arguments.num_anchors, training.fewest()), 1),
         codebook_loss_weight=arguments.codebook_loss_weight,
         commitment_loss_weight=arguments.commitment_loss_weight,
         alignment=arguments.alignment,
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     model = MMRQVAEModel(config)
     run.details.update(data=data.statistics, encoders=table_encoders(arguments.embeddings_dir, arguments.modalities))
     with run as staging:
-        initialize(model, training, arguments.seed)
+        initialize(model.to(arguments.device), training, arguments.seed)
         trainer = MMRQVAETrainer(
             model, trainer_arguments(arguments, run), training, held_out, callbacks=early_stopping(arguments)
         )
