@@ -236,7 +236,7 @@ class MMRQVAEPreTrainedModel(SafetensorsMixin, PreTrainedModel):
     main_input_name = "embeddings"
     # What checkpoints of 0.1.0 lack, whose levels are not balanced.
     _keys_to_ignore_on_load_missing = [r"quantizer\.layers\.\d+\.offsets$"]
-    # Rounded embeddings and code vectors would give other codes. This is all but `anchor_codes`: integers would be cast
+    # Rounded embeddings and code vectors would give other codes. All but `anchor_codes`: integers would be cast
     # too.
     _keep_in_fp32_modules_strict = [
         "anchors",

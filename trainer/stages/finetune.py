@@ -131,7 +131,7 @@ def load_content(
         {modality: table for modality, (table, _) in loaded.items()},
         {modality: has for modality, (_, has) in loaded.items()},
     )
-    codes, _ = encode_items(quantizer, items)
+    codes, _ = encode_items(quantizer, items, return_quantized=False)
     tables = {"embeddings": items.embeddings, "present": items.present, "codes": codes}
     if arguments.code_initialization == "trained":
         tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
