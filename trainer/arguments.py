@@ -123,7 +123,12 @@ class QuantizeArguments(StageTrainingArguments):
     codebook_size: int = field(
         default=256, metadata={"help": "Codes a level chooses from; fewer than there are items."}
     )
-    codebook_dim: int = field(default=256, metadata={"help": "Width of the code vectors."})
+    codebook_dim: int = field(
+        default=128,
+        metadata={
+            "help": "Width of the code vectors; the width of the decoder that will read them spares a map between the two."
+        },
+    )
     encoder_hidden_dims: list[int] | None = field(
         default=None,
         metadata={
