@@ -126,7 +126,7 @@ class QuantizeArguments(StageTrainingArguments):
     codebook_dim: int = field(
         default=128,
         metadata={
-            "help": "Width of the code vectors; the width of the decoder that will read them spares a map between the two."
+            "help": "Width of the code vectors; that of the decoder which will read them spares a map between the two."
         },
     )
     encoder_hidden_dims: list[int] | None = field(
