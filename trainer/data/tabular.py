@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from .files import local_file, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
+from .texts import is_missing
 
 
 LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -369,7 +370,7 @@ def _read_items(
         if isinstance(categories, str):
             values["categories"] = categories.split("|")
         image = values.pop("image")
-        if image is not None and not isinstance(image, str):
+        if not is_missing(image) and not isinstance(image, str):
             raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
         builder.append(str(item_id), values, image_location(image, folder, pictures), where)
     return table if embedded else None
@@ -392,9 +393,9 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
         raise _unknown_format(path)
 
 
-def image_location(image: str | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
-    """What a field says of a picture: a URL stays one, anything else is one of `pictures` or a file in `folder`."""
-    if not image:
+def image_location(image: str | float | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
+    """What a field says of a picture: a URL stays one, any other string is one of `pictures` or a file in `folder`."""
+    if is_missing(image) or image == "":
         return None
     return image if image.startswith(("http://", "https://")) else pictures.get(image, folder / image)
 

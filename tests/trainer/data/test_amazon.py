@@ -159,6 +159,13 @@ def test_text_fields_may_be_those_of_the_metadata(files_2018):
         read_amazon(2018, *files_2018, text_fields=["features"])
 
 
+def test_metadata_may_say_that_a_field_is_no_number(files_2018):
+    with gzip.open(files_2018[1], "at") as file:
+        file.write('{"asin": "B03", "title": NaN, "description": NaN, "category": NaN, "brand": NaN, "price": NaN}\n')
+    catalogue = read_amazon(2018, *files_2018).catalogue
+    assert catalogue.item_ids[2] == "B03" and catalogue.texts()[2] == catalogue.titles()[2] == ""
+
+
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [

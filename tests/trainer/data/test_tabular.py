@@ -92,6 +92,30 @@ def test_files_of_every_format_give_the_same_source(tmp_path, suffix):
     assert source.name == "orders"
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_number_that_is_none_counts_as_missing(tmp_path, suffix):
+    """Tables of pandas hold NaN where a column of numbers has a gap, and Python's `json` writes it as NaN."""
+    nan = float("nan")
+    products = {"sku": ["007", "010"], "title": [nan, 4.0], "price": [nan, 2.5], "weight": [1.5, nan]}
+    if suffix == "jsonl":
+        products["image"] = [nan, nan]
+    items = write_table(tmp_path / f"products.{suffix}", products)
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
+    catalogue = read_tabular(
+        TableLocation(str(orders)),
+        COLUMNS,
+        TableLocation(str(items)),
+        ItemColumns("sku"),
+        text_fields=["title", "weight"],
+    ).catalogue
+    assert catalogue.fields.to_pydict() == {
+        "title": [None, "4.0", None],
+        "price": [None, 2.5, None],
+        "weight": ["1.5", None, None],
+    }
+    assert catalogue.texts() == ["1.5", "4.0", ""] and catalogue.images is None
+
+
 CARD = """---
 configs:
 - {config_name: orders, data_files: [{split: all, path: orders.parquet}]}
