@@ -485,8 +485,9 @@ class PrepareArguments(StageArguments):
     image_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder, zip or tar archive of pictures: those that items name, or, where none names one, those "
-            "called after an item's id (A7.jpg); by default pictures are looked for beside the items. Not synthetic."
+            "help": "Folder, zip or tar archive of pictures: those that items name, and, for items without a picture "
+            "or with a URL that is not downloaded, those called after their ids (A7.jpg); by default pictures are "
+            "looked for beside the items. Not synthetic."
         },
     )
     text_fields: list[str] | None = field(
