@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
+
+from .commands import read_yaml
 
 
 def changed_arguments(arguments) -> dict:
@@ -377,7 +378,8 @@ def parse(arguments_class: type, argv: list[str] | None = None):
         argv (`list[str]`, *optional*): The flags without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: If the YAML file holds a key that the stage does not have.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, or holds a key that the stage does not have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     stage = arguments_class.__name__.removesuffix("Arguments").lower()
@@ -391,7 +393,9 @@ def parse(arguments_class: type, argv: list[str] | None = None):
     )
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = Path(argv.pop(0))
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = read_yaml(path, "file of settings") or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"'{path}' holds no settings; write `flag: value`, one a line.")
         actions = {action.dest: action for action in parser._actions}
         for name in values:
             if name not in actions:

@@ -38,6 +38,7 @@ from hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..arguments import EmbedArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..encoders.dual_encoder import (
     SMALLEST_CROP,
@@ -347,4 +348,4 @@ def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("embed", main)

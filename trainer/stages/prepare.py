@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from hub_cards import save_card
 
 from ..arguments import PrepareArguments, parse
+from ..commands import run_as_script
 from ..data.amazon import read_amazon
 from ..data.files import local_file
 from ..data.images import fetch_images, list_images
@@ -257,4 +258,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("prepare", main)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
 from ..arguments import RecommendArguments, parse
+from ..commands import run_as_script
 from ..records import write_text_atomic
 
 
@@ -84,4 +85,4 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("recommend", main)
