@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from .files import local_file, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
-from .tabular import InteractionColumns, TableLocation, is_line_file, read_interactions
+from .tabular import InteractionColumns, TableLocation, is_line_file, parquet_batches, read_interactions
 from .texts import is_missing, plain_text
 
 
@@ -92,7 +90,7 @@ def _metadata(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, _parse(line, path, number)
     else:
         # The repository of 2023 has some categories as Parquet too.
-        batches = pq.ParquetFile(path).iter_batches(_ITEMS_AT_ONCE)
+        batches = parquet_batches(path, _ITEMS_AT_ONCE)
         yield from enumerate((item for batch in batches for item in batch.to_pylist()), start=1)
 
 

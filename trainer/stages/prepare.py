@@ -22,7 +22,7 @@ from hub_cards import save_card
 from ..arguments import PrepareArguments, parse
 from ..commands import run_as_script
 from ..data.amazon import read_amazon
-from ..data.files import local_file
+from ..data.files import local_file, on_the_hub
 from ..data.images import fetch_images, list_images
 from ..data.movielens import read_movielens
 from ..data.prepared import CARD_CONFIGS, write_prepared
@@ -104,7 +104,8 @@ def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
         if location.is_file():
             location = dataclasses.replace(location, path=str(local_file(path)))
         elif location.is_repository() and not HF_HUB_OFFLINE:
-            commit = HfApi().dataset_info(path, revision=location.revision).sha
+            with on_the_hub(path):
+                commit = HfApi().dataset_info(path, revision=location.revision).sha
             location = dataclasses.replace(location, revision=commit)
             # The name of a repository says nothing about what is in it: a new commit is another input.
             arguments.changed[f"{name}_revision"] = commit

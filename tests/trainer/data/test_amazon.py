@@ -200,6 +200,9 @@ def test_a_download_that_broke_off_and_a_wrong_pair_are_named(files_2014, tmp_pa
     other = write_lines(tmp_path / "meta_Toys.json.gz", [repr({"asin": "T1"})])
     with pytest.raises(ValueError, match=r"meta_Toys.json.gz' describes no item of the interactions.*like 'B01'"):
         read_amazon(2014, reviews, other)
+    (tmp_path / "meta_Toys.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"meta_Toys.parquet' cannot be read \(.*\); correct the file, or download"):
+        read_amazon(2014, reviews, str(tmp_path / "meta_Toys.parquet"))
     with pytest.raises(FileNotFoundError, match="meta_Nowhere.json.gz' does not exist"):
         read_amazon(2014, reviews, str(tmp_path / "meta_Nowhere.json.gz"))
     whole = open(reviews, "rb").read()

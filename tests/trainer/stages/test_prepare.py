@@ -7,6 +7,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
+import httpx2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -126,6 +127,21 @@ def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
         main(["--source", "sequences", "--source_dir", str(folder), "--title_field", "name", "--output_dir", "p"])
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         main(["--source", "sequences", "--source_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "p")])
+
+
+def test_a_mistyped_path_is_named_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    def unreachable(*arguments, **settings):
+        raise httpx2.ConnectError("Connection refused")
+
+    flags = ["--source", "tabular", "--interactions", "ordrs", "--output_dir", str(tmp_path / "prepared")]
+    with pytest.raises(
+        FileNotFoundError, match=r"'ordrs' is not on this machine, and the Hub .*OfflineMode.*; correct"
+    ):
+        main(flags)
+    monkeypatch.setattr("trainer.stages.prepare.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("trainer.stages.prepare.HfApi.dataset_info", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"'ordrs' is not on this machine, .* \(Connection refused\); correct"):
+        main(flags)
 
 
 def png(colour) -> bytes:
