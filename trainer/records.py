@@ -72,11 +72,23 @@ class StageRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "StageRecord":
-        """Reads a record from a file, or from the `record.json` of a directory."""
+        """
+        Reads a record from a file, or from the `record.json` of a directory.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
         path = Path(path)
         if path.is_dir():
             path = path / RECORD_NAME
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        # TypeError: JSON, but not these fields.
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"'{path}' is no record of a stage ({error}); remove it and run the stage that wrote '{path.parent}' "
+                "again."
+            ) from error
 
 
 def json_digest(value) -> str:
@@ -159,10 +171,11 @@ class StageRun:
         """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
         they have."""
         current = False
-        if not self.force and self.record_path.is_file():
+        if self.record_path.is_file():
+            # With `force` too: a record that cannot be read would only be found out when the work is done.
             record = StageRecord.load(self.record_path)
             present = all((self.output_dir / name).is_file() for name in record.outputs)
-            current = present and record.fingerprint == self.fingerprint
+            current = present and record.fingerprint == self.fingerprint and not self.force
         PartialState().wait_for_everyone()
         if current and PartialState().is_main_process:
             print(

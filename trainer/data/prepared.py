@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..records import write_text_atomic
+from .files import one_line
 from .images import read_image
 from .sequences import SPLITS, UserSequences
 from .source import Source
@@ -128,7 +129,7 @@ class PreparedDataset:
 
         Raises:
             FileNotFoundError: If the directory lacks one of its files.
-            ValueError: If the items are not rows 1 to N.
+            ValueError: If a file is damaged or lacks a column, or the items are not rows 1 to N.
         """
         path = Path(path)
         for name in (ITEMS_FILE, STATISTICS_FILE, *SEQUENCE_FILES.values()):
@@ -136,7 +137,7 @@ class PreparedDataset:
                 raise FileNotFoundError(
                     f"'{path}' is no prepared dataset, it lacks '{name}'; write it with `mmesid prepare`."
                 )
-        table = pq.read_table(path / ITEMS_FILE, columns=list(ITEM_FEATURES))
+        table = _read_table(path / ITEMS_FILE, list(ITEM_FEATURES))
         rows = table["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(
@@ -148,7 +149,7 @@ class PreparedDataset:
             titles=["", *table["title"].to_pylist()],
             texts=["", *table["text"].to_pylist()],
             frequencies=torch.from_numpy(np.concatenate([[0], table["frequency"].to_numpy()])).long(),
-            statistics=json.loads((path / STATISTICS_FILE).read_text(encoding="utf-8")),
+            statistics=_read_statistics(path / STATISTICS_FILE),
         )
 
     @property
@@ -160,12 +161,12 @@ class PreparedDataset:
         Reads `"train"`, `"validation"` or `"test"`.
 
         Raises:
-            ValueError: If there is no such split, or if it holds a row that is no item.
+            ValueError: If there is no such split, or if its file is damaged or holds a row that is no item.
         """
         if split not in SEQUENCE_FILES:
             raise ValueError(f"A prepared dataset has no split '{split}'; choose one of {', '.join(SEQUENCE_FILES)}.")
         file = self.path / SEQUENCE_FILES[split]
-        table = pq.read_table(file)
+        table = _read_table(file, list(SEQUENCE_FEATURES))
         history = table["history"]
         histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
         targets = table["target"].to_numpy()
@@ -183,6 +184,28 @@ class PreparedDataset:
         may be larger than memory: they are read from the file that `datasets` makes of them in its cache.
         """
         return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
+
+
+def _read_table(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        present = pq.read_schema(file).names
+        missing = [name for name in columns if name not in present]
+        if not missing:
+            return pq.read_table(file, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"'{file}' cannot be read ({one_line(error)}); write it again with `mmesid prepare`."
+        ) from error
+    raise ValueError(
+        f"'{file}' has no column '{missing[0]}', only {', '.join(present)}; write it again with `mmesid prepare`."
+    )
+
+
+def _read_statistics(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not JSON ({error}); write it again with `mmesid prepare`.") from error
 
 
 def write_prepared(

@@ -179,3 +179,25 @@ def test_a_directory_that_is_not_prepared_is_refused(tmp_path, source):
     pq.write_table(items.take([1, 0, 2, 3]), tmp_path / "prepared/items.parquet")
     with pytest.raises(ValueError, match="does not hold rows 1 to 4 in order"):
         PreparedDataset.load(tmp_path / "prepared")
+
+
+def test_a_file_that_is_damaged_or_lacks_a_column_is_named(tmp_path, source):
+    write(tmp_path / "prepared", source)
+    items, test = tmp_path / "prepared/items.parquet", tmp_path / "prepared/sequences/test.parquet"
+    data = PreparedDataset.load(tmp_path / "prepared")
+    pq.write_table(pq.read_table(test).drop_columns(["history"]), test)
+    with pytest.raises(
+        ValueError, match=r"test.parquet' has no column 'history', only user_id, target; write it again"
+    ):
+        data.sequences("test")
+    (tmp_path / "prepared/statistics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"statistics.json' is not JSON \(.*\); write it again with `mmesid prepare`"):
+        PreparedDataset.load(tmp_path / "prepared")
+    pq.write_table(pq.read_table(items).drop_columns(["text"]), items)
+    with pytest.raises(ValueError, match=r"items.parquet' has no column 'text', only row, item_id, title, frequency"):
+        PreparedDataset.load(tmp_path / "prepared")
+    items.write_bytes(items.read_bytes()[:50])
+    with pytest.raises(
+        ValueError, match=r"items.parquet' cannot be read \(.+\); write it again with `mmesid prepare`"
+    ):
+        PreparedDataset.load(tmp_path / "prepared")
