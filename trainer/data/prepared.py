@@ -12,6 +12,7 @@ Items are rows 1 to N; row 0 is padding. The dataset card beside the files confi
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..records import write_text_atomic
 from .files import one_line
-from .images import read_image
+from .images import BadImageError, read_image
 from .sequences import SPLITS, UserSequences
 from .source import Source
 
@@ -223,7 +224,7 @@ def write_prepared(
         source (`Source`): Where the items' texts and pictures come from.
         sequences (`UserSequences`): Who did what, from the same source.
         on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
-            `"missing"` leaves it out and counts it.
+            `"missing"` leaves it out and counts it by the reason of [`BadImageError`].
         counts (`dict[str, int]`, *optional*): Further statistics to write, of what came before.
 
     Returns:
@@ -235,19 +236,18 @@ def write_prepared(
     directory = Path(directory)
     catalogue = source.catalogue
     frequencies = sequences.training_frequencies()[1:]
-    bad_images = 0
+    bad_images: Counter = Counter()
 
     def images(positions: np.ndarray) -> Iterator[dict | None]:
-        nonlocal bad_images
         for position in positions:
             image, data = catalogue.images[position], None
             if image is not None:
                 try:
                     data = read_image(image, catalogue.item_ids[position])
-                except ValueError:
+                except BadImageError as error:
                     if on_bad_image == "error":
                         raise
-                    bad_images += 1
+                    bad_images[error.reason] += 1
             yield None if data is None else {"bytes": data, "path": None}
 
     fields = [name for name in catalogue.fields.column_names if name not in ITEM_FEATURES and name != "image"]
@@ -310,7 +310,8 @@ def write_prepared(
         "repeated_test_targets": repeated_targets,
         "missing_text": missing_text,
         "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
-        "bad_image": bad_images,
+        "bad_image": bad_images.total(),
+        **{f"bad_image_{reason}": count for reason, count in sorted(bad_images.items())},
         **(counts or {}),
         **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
     }

@@ -148,8 +148,10 @@ def test_a_source_without_pictures_has_no_image_column(tmp_path):
     assert PreparedDataset.load(tmp_path / "prepared").items()[0]["item_id"] == "a"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "absent"])
-def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source, damage):
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("truncated", "unreadable"), ("text", "unreadable"), ("absent", "missing")]
+)
+def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source, damage, reason):
     path = tmp_path / "broken.png"
     if damage != "absent":
         noise = np.random.default_rng(0).integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
@@ -160,6 +162,9 @@ def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source
         write(tmp_path / "refused", source)
     statistics = write(tmp_path / "prepared", source, on_bad_image="missing")
     assert (statistics["bad_image"], statistics["missing_image"]) == (1, 1)
+    assert {name: count for name, count in statistics.items() if name.startswith("bad_image_")} == {
+        f"bad_image_{reason}": 1
+    }
     assert PreparedDataset.load(tmp_path / "prepared").items()[1]["image"] is None
 
 
