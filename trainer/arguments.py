@@ -599,7 +599,10 @@ class EmbedArguments(StageTrainingArguments):
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the code that the model's repository brings; takes a full commit hash as --revision."},
+        metadata={
+            "help": "Run the code that the model's repository brings, and no other; takes a full commit hash as "
+            "--revision."
+        },
     )
     text_model_name_or_path: str | None = field(
         default=None,
