@@ -322,7 +322,10 @@ def write_prepared(
 def _write_sequences(path: Path, sequences: Sequences) -> None:
     path.parent.mkdir(exist_ok=True)
     schema = SEQUENCE_FEATURES.arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
+    with (
+        pq.ParquetWriter(path, schema) as writer,
+        tqdm(total=len(sequences), desc=path.name, unit="user", delay=2) as progress,
+    ):
         for start in range(0, len(sequences), SEQUENCE_ROW_GROUP):
             stop = min(start + SEQUENCE_ROW_GROUP, len(sequences))
             offsets = sequences.offsets[start : stop + 1]
@@ -337,3 +340,4 @@ def _write_sequences(path: Path, sequences: Sequences) -> None:
                 "target": sequences.targets[start:stop],
             }
             writer.write_table(pa.table(columns, schema=schema), row_group_size=SEQUENCE_ROW_GROUP)
+            progress.update(stop - start)

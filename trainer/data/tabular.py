@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
 
 from .files import local_file, on_the_hub, one_line, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
@@ -210,7 +211,7 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
         ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
     """
     rows, time_type = 0, None
-    for batch in _interaction_batches(location, columns):
+    for batch in _with_progress(_interaction_batches(location, columns), location):
         where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
         ratings = None
         if columns.rating is not None:
@@ -229,6 +230,15 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
             if kind != time_type:
                 raise ValueError(f"{where} column '{columns.time}' is {kind}, and {time_type} before; choose one.")
         rows += len(batch)
+
+
+def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -> Iterator[pa.RecordBatch]:
+    path = Path(location.path)
+    # Lines are counted where they are read.
+    with tqdm(desc=path.name, unit=" rows", delay=2, disable=is_line_file(path)) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))
 
 
 def _interaction_batches(location: TableLocation, columns: InteractionColumns) -> Iterator[pa.RecordBatch]:
@@ -399,10 +409,9 @@ def _read_items(
         _require_columns(required, table.column_names, location.path)
         embedded = isinstance(table.features.get(columns.image), datasets.Image)
         names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
-        rows = (
-            (f"'{location.path}', row {number},", row)
-            for number, row in enumerate(table.select_columns(names).with_format(None), start=1)
-        )
+        selected = table.select_columns(names).with_format(None)
+        selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
+        rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
     else:
         embedded = False
         rows = _item_rows(path, wanted, required)
@@ -433,7 +442,7 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
         # Text in any case: an id keeps its leading zeros.
         batches = _csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
         rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
             yield f"'{path}', row {number},", row
     else:
         raise _unknown_format(path)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from tqdm.auto import tqdm
 
 from trainer.data.prepared import PreparedDataset
 from trainer.records import StageRecord, file_digest
@@ -302,6 +303,23 @@ def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
     assert [row["item_id"] for row in data.items() if row["image"] is not None] == ["3"]
     counted = {name: count for name, count in data.statistics.items() if name.startswith("image_urls_") and count}
     assert counted == {"image_urls_fetched": 1, "image_urls_missing": 1} and data.statistics["missing_image"] == 9
+
+
+def test_what_takes_long_shows_how_far_it_is(shop, monkeypatch, capsys):
+    def at_once(*arguments, **settings):
+        return tqdm(*arguments, **settings | {"delay": 0, "mininterval": 0})
+
+    for module in ("records", "data.tabular", "data.sequences", "data.prepared"):
+        monkeypatch.setattr(f"trainer.{module}.tqdm", at_once)
+    (shop / "products.csv").write_text("item_id,title\n" + "".join(f"{item},Item {item}\n" for item in range(10)))
+    tabular(shop, "--items", str(shop / "products.csv"))
+    shown = capsys.readouterr().err
+    size = (shop / "orders.csv").stat().st_size
+    for bar in (
+        "orders.csv: 108 rows", "products.csv: 10 rows", f"hashing orders.csv: 100%|██████████| {size / 1000:.2f}k/",
+        "building sequences: 100%|██████████| 4/4", "train.parquet: 100%|██████████| 12/12",
+    ):  # fmt: skip
+        assert bar in shown, shown
 
 
 def test_what_was_read_decides_whether_prepare_runs_again(shop, capsys):
