@@ -1,7 +1,7 @@
 """
 Recommends items to users from their histories of raw item ids.
 
-    mmesid recommend --model_dir runs/quickstart/recommender --history item-7 item-31 --top_k 5
+    mmesid recommend --model_dir runs/quickstart/recommender --history sku000007 sku000031 --top_k 5
     mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file
     recommended.jsonl
 """
