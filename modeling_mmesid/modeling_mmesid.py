@@ -283,7 +283,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
 
     >>> model = MMESIDForSequentialRecommendation.from_pretrained("runs/quickstart/recommender")
     >>> processor = MMESIDProcessor.from_pretrained("runs/quickstart/recommender")
-    >>> best = model.recommend(processor([["item-7", "item-31"]]), top_k=5)
+    >>> best = model.recommend(processor([["sku000007", "sku000031"]]), top_k=5)
     >>> processor.convert_rows_to_item_ids(best.items)
     ```
     """

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
+
+from .commands import read_yaml
 
 
 def changed_arguments(arguments) -> dict:
@@ -388,7 +389,8 @@ def parse(arguments_class: type, argv: list[str] | None = None):
         argv (`list[str]`, *optional*): The flags without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: If the YAML file holds a key that the stage does not have.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, or holds a key that the stage does not have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     stage = arguments_class.__name__.removesuffix("Arguments").lower()
@@ -402,7 +404,9 @@ def parse(arguments_class: type, argv: list[str] | None = None):
     )
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = Path(argv.pop(0))
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = read_yaml(path, "file of settings") or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"'{path}' holds no settings; write `flag: value`, one a line.")
         actions = {action.dest: action for action in parser._actions}
         for name in values:
             if name not in actions:
@@ -496,8 +500,9 @@ class PrepareArguments(StageArguments):
     image_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder, zip or tar archive of pictures: those that items name, or, where none names one, those "
-            "called after an item's id (A7.jpg); by default pictures are looked for beside the items. Not synthetic."
+            "help": "Folder, zip or tar archive of pictures: those that items name, and, for items without a picture "
+            "or with a URL that is not downloaded, those called after their ids (A7.jpg); by default pictures are "
+            "looked for beside the items. Not synthetic."
         },
     )
     text_fields: list[str] | None = field(
@@ -605,7 +610,10 @@ class EmbedArguments(StageTrainingArguments):
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the code that the model's repository brings; takes a full commit hash as --revision."},
+        metadata={
+            "help": "Run the code that the model's repository brings, and no other; takes a full commit hash as "
+            "--revision."
+        },
     )
     text_model_name_or_path: str | None = field(
         default=None,

@@ -272,6 +272,7 @@ def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
     ("histories", "top_k", "words"),
     [
         ([[1], []], 5, "History 1 is empty"),
+        ([], 5, "There is no history to recommend for; give a list of rows"),
         ([[1, 41]], 5, "row 41, outside 1..40"),
         ([1, 4], 5, "History 0 is the row 1; give a list of rows for each user"),
         ([[0, 4]], 5, "row 0, outside 1..40"),

@@ -19,6 +19,7 @@ from hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..encoders.tables import load_table, table_encoders, table_path
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
@@ -124,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("quantize", main)
