@@ -31,6 +31,8 @@ _PICTURE_NOTES = {
 }
 
 # What a stage makes, as a title and as the tag that finds it on the Hub.
+# Arguments whose values are paths whatever they look like.
+_PATHS = ("_dir", "_file")
 _SUBJECTS = {
     "prepare": ("Sequential recommendation dataset", "dataset"),
     "sasrec": ("SASRec", "sasrec"),
@@ -208,20 +210,26 @@ def _public(value):
     """
     The value without what belongs to the machine it was made on: no tokens, and of a path only its last part.
 
-    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, or has two
-    slashes is a path.
+    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, has two
+    slashes, or is called a directory or a file is a path.
     """
     if isinstance(value, dict):
-        return {name: _public(inner) for name, inner in value.items() if not name.endswith("_token")}
+        return {
+            name: _last_part(inner) if isinstance(inner, str) and name.endswith(_PATHS) else _public(inner)
+            for name, inner in value.items()
+            if not name.endswith("_token")
+        }
     if isinstance(value, list):
         return [_public(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    if "\\" in value or re.match(r"[A-Za-z]:/", value):
-        return PureWindowsPath(value).name
-    if value.startswith(("/", "~", "./", "../")) or (value.count("/") > 1 and " " not in value):
-        return PurePosixPath(value).name
-    return value
+    is_path = "\\" in value or value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:/", value)
+    return _last_part(value) if is_path or (value.count("/") > 1 and " " not in value) else value
+
+
+def _last_part(path: str) -> str:
+    is_windows = "\\" in path or re.match(r"[A-Za-z]:/", path)
+    return (PureWindowsPath if is_windows else PurePosixPath)(path).name
 
 
 def _flat(values, prefix: str = "") -> dict:

@@ -194,10 +194,18 @@ class SafetensorsMixin:
 
         Raises:
             OSError: If the checkpoint holds no weights in safetensors.
+            ValueError: If a weight is missing from the checkpoint, or the checkpoint holds one that the model does not
+                have.
         """
         require_safetensors(
             pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         )
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, **kwargs | {"use_safetensors": True}
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            **kwargs | {"use_safetensors": True, "output_loading_info": True},
         )
+        # The library would draw a missing weight at random, and say so in a table that nobody reads.
+        require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
+        return (model, loading) if with_loading_info else model

@@ -27,7 +27,7 @@ class MMRQVAEConfig(CheckpointConfig):
             Residual levels, that is codes an item has in one modality.
         codebook_size (`int`, *optional*, defaults to 256):
             Codes a level chooses from.
-        codebook_dim (`int`, *optional*, defaults to 256):
+        codebook_dim (`int`, *optional*, defaults to 128):
             Width of the quantized latent and of every code vector.
         encoder_hidden_dims (`list[int]`, *optional*):
             Widths of the hidden layers of every encoder, and in reverse of every decoder. Defaults to none for the
@@ -80,7 +80,7 @@ class MMRQVAEConfig(CheckpointConfig):
     embedding_dims: list[int] | tuple[int, ...] = (64, 1280, 1280)
     num_quantizers: int = 4
     codebook_size: int = 256
-    codebook_dim: int = 256
+    codebook_dim: int = 128
     encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
     encoder_projection: bool | None = None
     objective: str = "stress"

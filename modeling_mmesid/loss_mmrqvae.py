@@ -134,7 +134,9 @@ def stress_weights(squared: torch.Tensor, focus: float) -> tuple[torch.Tensor, t
     others = (squared > 1e-5 * squared.mean()).to(squared.dtype)
     weights = near_weights(squared.sqrt(), others, focus)
     mean = (weights * squared).sum(1, keepdim=True)
-    return weights, (weights * (squared - mean).square()).sum(1).clamp_min(1e-12)
+    variance = (weights * (squared - mean).square()).sum(1)
+    # A single distance does not vary: nothing is learnt from it, however little it is off.
+    return weights, torch.where(variance > 1e-6 * mean[:, 0].square(), variance, torch.inf)
 
 
 def stress_loss(

@@ -87,9 +87,34 @@ class MMESIDModality(nn.Module):
     def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
         """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where
         missing."""
+        return torch.where(self.present[items, None], self.code_projection(self._summed(items)), self.absent_code)
+
+    def _summed(self, items: torch.Tensor) -> torch.Tensor:
         offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size
-        summed = nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
-        return torch.where(self.present[items, None], self.code_projection(summed), self.absent_code)
+        return nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
+
+    @torch.no_grad()
+    def initialize_codes(self, code_vectors: torch.Tensor, length: float) -> None:
+        """
+        Starts from trained code vectors, `(levels, codebook_size, codebook_dim)`, such that the distances that they
+        keep between the items stay in proportion: all scaled to a mean `length` of what [`embed_codes`] gives, and
+        mapped to the model's width by their principal directions, turned at random, where widths differ. Of a wider
+        quantizer the directions of least variance go.
+        """
+        self.code_vectors.copy_(code_vectors)
+        items = self.present.nonzero()[:, 0]
+        if isinstance(self.code_projection, nn.Linear):
+            hidden_size, width = self.code_projection.weight.shape
+            total, products = 0, 0
+            for block in items.split(ITEMS_PER_BLOCK):
+                summed = self._summed(block).double()
+                total, products = total + summed.sum(0), products + summed.T @ summed
+            covariance = products - torch.outer(total, total) / len(items)
+            kept = min(width, hidden_size)
+            directions = torch.linalg.eigh(covariance).eigenvectors[:, width - kept :]
+            turn = nn.init.orthogonal_(torch.empty(hidden_size, kept, dtype=directions.dtype))
+            self.code_projection.weight.copy_(turn.to(directions.device) @ directions.T)
+        self.code_vectors.mul_(length / self.embed_codes(items).norm(dim=-1).mean())
 
 
 class MMESIDFusion(nn.Module):
@@ -258,7 +283,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
 
     >>> model = MMESIDForSequentialRecommendation.from_pretrained("runs/quickstart/recommender")
     >>> processor = MMESIDProcessor.from_pretrained("runs/quickstart/recommender")
-    >>> best = model.recommend(processor([["item-7", "item-31"]]), top_k=5)
+    >>> best = model.recommend(processor([["sku000007", "sku000031"]]), top_k=5)
     >>> processor.convert_rows_to_item_ids(best.items)
     ```
     """
@@ -379,14 +404,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
-            # The library would draw a missing weight at random, and say so in a table that nobody reads.
             model, loading = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-            missing = set(loading["missing_keys"]) | _missing_additions(
-                model, weight_names(pretrained_model_name_or_path, **hub_kwargs)
-            )
-            require_fit(pretrained_model_name_or_path, missing, loading["unexpected_keys"])
+            stored = weight_names(pretrained_model_name_or_path, **hub_kwargs)
+            require_fit(pretrained_model_name_or_path, _missing_additions(model, stored), ())
             return (model, loading) if with_loading_info else model
         backbone_kwargs = {
             name: kwargs[name]
@@ -579,11 +601,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, SafetensorsMixin, P
             if self.config.num_quantizers:
                 modality.codes.copy_(codes[name].clamp(min=0))
             if code_vectors is not None:
-                modality.code_vectors.copy_(code_vectors[name])
-                # As long as an ID vector, on average: one source must not drown the others before training. A factor
-                # leaves the distances that the quantizer kept in proportion.
-                length = modality.embed_codes(has.nonzero()[:, 0]).norm(dim=-1).mean()
-                modality.code_vectors.mul_(self.config.initializer_range * self.config.hidden_size**0.5 / length)
+                # As long as an ID vector, on average: one source must not drown the others before training.
+                length = self.config.initializer_range * self.config.hidden_size**0.5
+                modality.initialize_codes(code_vectors[name], length)
 
     @torch.no_grad()
     def add_items(

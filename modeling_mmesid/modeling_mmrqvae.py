@@ -175,7 +175,7 @@ class MMRQVAEAnchorBranch(MMRQVAEBranch):
         # that one learning rate serves every width.
         self.width = config.codebook_dim
         self.offset = nn.Parameter(torch.zeros(()))
-        # In random order: the first ones are a sample of all.
+        # In the order drawn: the first ones are a sample of all.
         self.register_buffer("anchors", torch.empty(config.num_anchors, embedding_dim))
         self.register_buffer("anchor_codes", torch.empty(config.num_anchors, config.num_quantizers, dtype=torch.long))
 
@@ -234,6 +234,21 @@ class MMRQVAEPreTrainedModel(SafetensorsMixin, PreTrainedModel):
     config: MMRQVAEConfig
     base_model_prefix = "mmrqvae"
     main_input_name = "embeddings"
+    # What checkpoints of 0.1.0 lack, whose levels are not balanced.
+    _keys_to_ignore_on_load_missing = [r"quantizer\.layers\.\d+\.offsets$"]
+    # Rounded embeddings and code vectors would give other codes. All but `anchor_codes`: integers would be cast
+    # too.
+    _keep_in_fp32_modules_strict = [
+        "anchors",
+        "codebook",
+        "decoder",
+        "encoder",
+        "input_mean",
+        "input_scale",
+        "offset",
+        "offsets",
+        "projection",
+    ]
     # The loss is a mean over the batch: the Trainer must divide it by the number of accumulation steps itself.
     accepts_loss_kwargs = False
 

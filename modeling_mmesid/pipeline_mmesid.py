@@ -19,8 +19,9 @@ class SequentialRecommendationPipeline(Pipeline):
     >>> import modeling_mmesid  # registers the task; elsewhere `trust_remote_code=True` takes the repository's code
 
     >>> recommender = pipeline("sequential-recommendation", model="runs/quickstart/recommender")
-    >>> recommender(["item-7", "item-31"], top_k=1)
-    [{'item_id': 'item-12', 'title': 'Brass kettle', 'score': 7.31, 'contributions': {'id': 4.02, 'text': 3.29}}]
+    >>> recommender(["sku000007", "sku000031"], top_k=1)
+    [{'item_id': 'sku000012', 'title': 'Veldt Fipata red checked enamel mug', 'score': 7.31,
+      'contributions': {'id': 4.02, 'text': 2.1, 'visual': 1.19}}]
     ```
 
     Calls take a history, a list of item ids (oldest first), and return a list of items, best first; or a list of

@@ -83,9 +83,11 @@ def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
     """
     Raises:
-        ValueError: If a history is empty or holds a row outside 1..`num_items`; the sentence names the history and the
-        row. If there is no list of histories, but one history.
+        ValueError: If there is no history, or one is empty or holds a row outside 1..`num_items`; the sentence names
+        the history and the row. If there is no list of histories, but one history.
     """
+    if len(histories) == 0:
+        raise ValueError("There is no history to recommend for; give a list of rows for one user at least.")
     for index, history in enumerate(histories):
         if isinstance(history, Integral):
             raise ValueError(f"History {index} is the row {history}; give a list of rows for each user.")
@@ -180,8 +182,8 @@ class RecommendationMixin:
             [`RecommendationOutput`] with `items` and `scores` of shape `(batch, top_k)`.
 
         Raises:
-            ValueError: If a history is empty, a history or list names a row outside the catalogue, or fewer than
-            `top_k` items are left to recommend.
+            ValueError: If there is no history or one is empty, a history or list names a row outside the catalogue,
+            or fewer than `top_k` items are left to recommend.
         """
         num_items = self.config.num_items
         check_histories(histories, num_items)

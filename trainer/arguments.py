@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
+
+from .commands import read_yaml
 
 
 def changed_arguments(arguments) -> dict:
@@ -68,6 +69,9 @@ class StageTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Save the checkpoint that is best on validation, not the last."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run remembers for how long validation has not improved."}
+    )
     metric_for_best_model: str | None = field(
         default="ndcg@10", metadata={"help": "Validation metric that chooses the checkpoint."}
     )
@@ -120,7 +124,12 @@ class QuantizeArguments(StageTrainingArguments):
     codebook_size: int = field(
         default=256, metadata={"help": "Codes a level chooses from; fewer than there are items."}
     )
-    codebook_dim: int = field(default=256, metadata={"help": "Width of the code vectors."})
+    codebook_dim: int = field(
+        default=128,
+        metadata={
+            "help": "Width of the code vectors; that of the decoder which will read them spares a map between the two."
+        },
+    )
     encoder_hidden_dims: list[int] | None = field(
         default=None,
         metadata={
@@ -164,11 +173,11 @@ class QuantizeArguments(StageTrainingArguments):
             "are trained on where these are fewer."
         },
     )
-    codebook_learning_rate: float = field(
-        default=4e-2,
+    codebook_learning_rate: float | None = field(
+        default=None,
         metadata={
-            "help": "Peak learning rate of the code vectors; the objectives other than `stress` take a smaller one "
-            "(1e-2 for `distance`, 1e-3 for reconstructions)."
+            "help": "Peak learning rate of the code vectors; by default 4e-2 for `stress`, 1e-2 for `distance` and "
+            "1e-3 for reconstructions."
         },
     )
     codebook_ema_decay: float = field(
@@ -196,7 +205,10 @@ class QuantizeArguments(StageTrainingArguments):
     )
     passes_per_epoch: int = field(
         default=4,
-        metadata={"help": "stress: how often an epoch reads all items, between two searches for their codes."},
+        metadata={
+            "help": "stress: how many items an epoch draws between two searches for their codes, times as many as "
+            "there are."
+        },
     )
     per_device_train_batch_size: int = field(default=512, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})
@@ -377,7 +389,8 @@ def parse(arguments_class: type, argv: list[str] | None = None):
         argv (`list[str]`, *optional*): The flags without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        ValueError: If the YAML file holds a key that the stage does not have.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, or holds a key that the stage does not have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     stage = arguments_class.__name__.removesuffix("Arguments").lower()
@@ -391,7 +404,9 @@ def parse(arguments_class: type, argv: list[str] | None = None):
     )
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = Path(argv.pop(0))
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = read_yaml(path, "file of settings") or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"'{path}' holds no settings; write `flag: value`, one a line.")
         actions = {action.dest: action for action in parser._actions}
         for name in values:
             if name not in actions:
@@ -485,8 +500,9 @@ class PrepareArguments(StageArguments):
     image_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder, zip or tar archive of pictures: those that items name, or, where none names one, those "
-            "called after an item's id (A7.jpg); by default pictures are looked for beside the items. Not synthetic."
+            "help": "Folder, zip or tar archive of pictures: those that items name, and, for items without a picture "
+            "or with a URL that is not downloaded, those called after their ids (A7.jpg); by default pictures are "
+            "looked for beside the items. Not synthetic."
         },
     )
     text_fields: list[str] | None = field(
@@ -594,7 +610,10 @@ class EmbedArguments(StageTrainingArguments):
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the code that the model's repository brings; takes a full commit hash as --revision."},
+        metadata={
+            "help": "Run the code that the model's repository brings, and no other; takes a full commit hash as "
+            "--revision."
+        },
     )
     text_model_name_or_path: str | None = field(
         default=None,

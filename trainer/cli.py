@@ -11,11 +11,12 @@ import importlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+
+from .commands import TRACEBACK_FLAG, one_sentence, read_yaml, take_traceback_flag
 
 
 # Stages are imported when they run, so that `mmesid --help` does not wait for torch.
@@ -63,32 +64,19 @@ def main(argv: list[str] | None = None) -> None:
         + "`mmesid <command> --help` explains its flags.",
     )
     parser.add_argument("--version", action="version", version=f"mmesid {version('mmesid')}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show where an error comes from")
     parser.add_argument("command", choices=[*STAGES, "run"], metavar="command", help="one of the commands below")
-    show_traceback = "--traceback" in argv
-    argv = [argument for argument in argv if argument != "--traceback"]
+    argv, show_traceback = take_traceback_flag(argv)
     command = parser.parse_args(argv[:1]).command
     if command == "run":
-        with _one_sentence(command, show_traceback):
+        with one_sentence(command, show_traceback):
             _run(argv[1:], show_traceback)
     else:
         _run_stage(command, argv[1:], show_traceback)
 
 
-@contextmanager
-def _one_sentence(command: str, show_traceback: bool) -> Iterator[None]:
-    try:
-        yield
-    # OSError: an unknown name on the Hub, a full disk.
-    except (ValueError, OSError) as error:
-        if show_traceback:
-            raise
-        print(f"mmesid {command}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def _run_stage(stage: str, argv: list[str], show_traceback: bool) -> None:
-    with _one_sentence(stage, show_traceback):
+    with one_sentence(stage, show_traceback):
         importlib.import_module(f".stages.{stage}", __package__).main(argv)
 
 
@@ -134,12 +122,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no recipe, or an override does not fit it.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe '{path}'; correct the path.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}.") from error
+    content = read_yaml(path, "recipe")
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' is no recipe: it must map `output_dir` and the names of stages to their settings.")
     recipe = {}
@@ -160,16 +143,26 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> dict:
         stage, _, key = target.partition(".")
         if not separator or (target != "output_dir" and not key):
             raise ValueError(f"--set {override} does not have the form stage.key=value; write e.g. finetune.seed=1.")
+        value = _override_value(override, value)
         if target == "output_dir":
-            recipe["output_dir"] = yaml.safe_load(value)
+            recipe["output_dir"] = value
             continue
         if stage not in recipe:
             raise ValueError(f"--set {override} names '{stage}', which is no section of '{path}'; correct the name.")
         for settings in recipe[stage]:
-            settings[key] = yaml.safe_load(value)
+            settings[key] = value
     if not isinstance(recipe.get("output_dir"), str):
         raise ValueError(f"'{path}' does not say where to write; add `output_dir: runs/<name>`.")
     return recipe
+
+
+def _override_value(override: str, value: str):
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"--set {override} has a value that is not YAML; put it into quotes within quotes, as in key='\"value\"'."
+        ) from error
 
 
 def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tuple[str, dict]]:

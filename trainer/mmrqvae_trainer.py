@@ -37,6 +37,8 @@ KMEANS_NUMBERS = 2**26
 BALANCING_ITEMS = 8_192
 # Held-out items are at most so many: what the model makes of them is held until the end of the evaluation.
 HELD_OUT_ITEMS = 10_000
+# Code vectors that the distances move take larger steps than those that follow residuals.
+CODEBOOK_LEARNING_RATES = {"stress": 4e-2, "distance": 1e-2}
 # Anchors, drawn anew every epoch, to which training measures the stress of an item: codes must not fit a few by heart.
 TRAINING_ANCHORS = 1_024
 # Odd, so that no level of an ID is shifted out of its hash.
@@ -58,8 +60,8 @@ class ItemTables(Dataset):
         present (`dict[str, torch.BoolTensor]` of shape `(items + 1,)` a modality): Which items have the modality.
         rows (`torch.LongTensor` of shape `(selected,)`, *optional*):
             The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
-        weights (`torch.Tensor` of shape `(items + 1,)`, *optional*): How often an item is drawn for the objective
-            `"stress"`, in proportion. Defaults to all alike.
+        weights (`torch.Tensor` of shape `(items + 1,)`, *optional*): How often an item is drawn, to learn from and as
+            an anchor, in proportion, for the objective `"stress"`. Defaults to all alike.
 
     Attributes:
         codes (`dict[str, torch.LongTensor]` of shape `(items + 1, num_quantizers)` a modality, *optional*): Codes that
@@ -246,13 +248,15 @@ def _turned(
     if len(both) == 0:
         return projections[modality]
     parts = {name: _batches(model.branches[name], dataset, name, both) for name in (anchor, modality)}
+    # Below these rows the projection is zero: a latent wider than the embedding does not fill.
+    projection = projections[modality][: projections[modality].shape[1]]
     products = 0
     for left, right in zip(parts[anchor], parts[modality]):
         left = nn.functional.linear(model.branches[anchor].standardize(left), projections[anchor])
-        right = nn.functional.linear(model.branches[modality].standardize(right), projections[modality])
+        right = nn.functional.linear(model.branches[modality].standardize(right), projection)
         products = products + left.double().T @ right.double()
-    left, _, right = torch.linalg.svd(products)
-    return (left @ right).to(projections[modality].dtype) @ projections[modality]
+    left, _, right = torch.linalg.svd(products, full_matrices=False)
+    return (left @ right).to(projection.dtype) @ projection
 
 
 def _balance(layer, residual: torch.Tensor, epsilon: float) -> None:
@@ -335,8 +339,9 @@ def encode_items(
                 # Without latents an item lies where its code vectors put it.
                 latents = quantized_rows(model, modality, found[moved])
             else:
-                batch = table[present[moved]].to(model.device, torch.float32)
-                latents = branch.latents(branch.standardize(batch)).cpu()
+                batches = _batches(branch, dataset, modality, present[moved])
+                latents = [branch.latents(branch.standardize(batch)).cpu() for batch in batches]
+                latents = torch.cat(latents) if latents else torch.empty(0, model.config.codebook_dim)
             resolve_collisions(found, moved, latents, model.code_vectors(modality).float().cpu())
         codes[modality] = torch.full((len(table), found.shape[1]), -1, dtype=dtype)
         codes[modality][present] = found
@@ -427,9 +432,12 @@ def history_distances(
     kept = present[targets] & present[histories]
     groups, targets, histories = groups[kept], targets[kept], histories[kept]
     table = dataset.embeddings[modality]
-    before = (table[targets] - table[histories]).norm(dim=1)
-    left, right = (quantized_rows(model, modality, codes[rows]) for rows in (targets, histories))
-    return HistoryDistances(groups.numpy(), before.numpy(), (left - right).norm(dim=1).numpy())
+    before, after = [], []
+    for left, right in zip(targets.split(ENCODING_BATCH), histories.split(ENCODING_BATCH)):
+        before.append((table[left] - table[right]).norm(dim=1))
+        left, right = (quantized_rows(model, modality, codes[rows]) for rows in (left, right))
+        after.append((left - right).norm(dim=1))
+    return HistoryDistances(groups.numpy(), torch.cat(before).numpy(), torch.cat(after).numpy())
 
 
 class MMRQVAETrainer(HubTrainerMixin, Trainer):
@@ -442,9 +450,9 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     `collisions_<modality>` (share of the items whose ID another has as well).
 
     For the objective `"stress"` every epoch begins with a pass of the search over all items, from the codes of their
-    nearest anchors and with new random anchors to measure the stress to; then `args.passes_per_epoch` times as many
-    items as there are, drawn by their weights, train the code vectors with these codes. An epoch depends on nothing
-    but the model and the seed, so that a resumed training is the same.
+    nearest anchors and with other anchors, drawn by weight, to measure the stress to; then `args.passes_per_epoch`
+    times as many items as there are, drawn by weight too, train the code vectors with these codes. An epoch depends on
+    nothing but the model and the seed, so that a training that is resumed between epochs is the same.
 
     Evaluation on held-out items measures `tau` (Kendall's tau of their distances to near and to any items of the
     training set, mean over the modalities), `tau_<modality>`, `reconstruction_<modality>` (mean squared error over
@@ -552,9 +560,12 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             codebooks = [parameter for name, parameter in trained.items() if name.endswith(of_codes)]
             networks = [parameter for name, parameter in trained.items() if not name.endswith(of_codes)]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate = self.args.codebook_learning_rate
+            if rate is None:
+                rate = CODEBOOK_LEARNING_RATES.get(self.model.config.objective, 1e-3)
             self.optimizer = optimizer_class(
                 [
-                    {"params": codebooks, "lr": self.args.codebook_learning_rate, "weight_decay": 0.0},
+                    {"params": codebooks, "lr": rate, "weight_decay": 0.0},
                     {"params": networks, "weight_decay": self.args.weight_decay},
                 ],
                 **settings,
@@ -759,8 +770,8 @@ class WeightedSampler(Sampler):
     """
     Draws indices in proportion to weights, others every epoch and the same on every process.
 
-    The draws are systematic: an index that is expected k times comes floor(k) or ceil(k) times. There may be more of
-    them than the 2^24 of [`~torch.utils.data.WeightedRandomSampler`].
+    The draws are systematic: an index that is expected k times comes floor(k) or ceil(k) times. There may be more
+    indices than the 2^24 of [`~torch.utils.data.WeightedRandomSampler`].
 
     Args:
         weights (`torch.Tensor` of shape `(indices,)`): Weights above 0.
@@ -787,18 +798,20 @@ class WeightedSampler(Sampler):
 
 def _tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:
     """Mean tau of the distances from items to others; of both, the embeddings and the quantized vectors."""
-    embeddings, quantized = (values[:TAU_ITEMS] for values in items)
-    near = min(len(others[0]), TAU_OTHERS // 2)
-    distances = pairwise_squared_distances(torch.from_numpy(embeddings), torch.from_numpy(others[0])).numpy()
+    before, after = (
+        pairwise_squared_distances(torch.from_numpy(left[:TAU_ITEMS]), torch.from_numpy(right)).numpy()
+        for left, right in zip(items, others)
+    )
+    count, near = len(others[0]), min(len(others[0]), TAU_OTHERS // 2)
     # A history holds near and far items alike: half of the others are the nearest, half are spread evenly over all,
     # the same at every evaluation.
-    nearest = np.argpartition(distances, near - 1, axis=1)[:, :near]
-    spread = np.arange(len(embeddings))[:, None] + np.linspace(0, len(others[0]), near, endpoint=False, dtype=np.int64)
-    right = np.concatenate([nearest, spread % len(others[0])], axis=1).ravel()
-    left = np.repeat(np.arange(len(embeddings)), 2 * near)
-    before = np.linalg.norm(embeddings[left] - others[0][right], axis=1)
-    after = np.linalg.norm(quantized[left] - others[1][right], axis=1)
-    return mean_tau(left, before, after)
+    nearest = np.argpartition(before, near - 1, axis=1)[:, :near]
+    spread = np.arange(len(before))[:, None] + np.linspace(0, count, near, endpoint=False, dtype=np.int64)
+    chosen = np.concatenate([nearest, spread % count], axis=1)
+    groups = np.repeat(np.arange(len(before)), chosen.shape[1])
+    # The order of squared distances is that of distances.
+    before, after = (np.take_along_axis(squared, chosen, axis=1).ravel() for squared in (before, after))
+    return mean_tau(groups, before, after)
 
 
 def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
@@ -836,4 +849,4 @@ class _CodeSearch(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.search_codes(round(state.epoch))
+        self.trainer.search_codes(int(state.epoch))

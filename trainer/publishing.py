@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -85,25 +86,31 @@ def check_private(directory: Path, files: dict[str, Path | bytes]) -> None:
         content = files["config.json"]
         config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
         require_public_base_model(config.get("base_model_name_or_path"))
-    private = {"a directory of this machine": [Path.home(), Path.cwd(), directory.resolve()]}
-    needles = [(what, f"{path}/".encode()) for what, paths in private.items() for path in paths if len(path.parts) > 1]
+    paths = {str(path) for path in (Path.home(), Path.cwd(), directory.resolve()) if len(path.parts) > 1}
+    private = [("a directory of this machine", _path_pattern(path)) for path in sorted(paths)]
     if (token := get_token()) is not None:
-        needles.append(("your token for the Hub", token.encode()))
+        private.append(("your token for the Hub", re.compile(re.escape(token.encode()))))
     for name, content in files.items():
-        for what, needle in needles:
-            if _holds(content, needle):
+        for what, pattern in private:
+            if _holds(content, pattern):
                 raise ValueError(f"'{name}' of '{directory}' holds {what}; take it out before others read it.")
 
 
-def _holds(content: Path | bytes, needle: bytes, block_size: int = 2**24) -> bool:
+def _path_pattern(path: str) -> re.Pattern[bytes]:
+    """The path alone or with more behind it, but not as the beginning of a longer name. A short one, such as `/root`,
+    turns up by chance among the bytes of large weights, and counts with a slash behind it alone."""
+    return re.compile(re.escape(path.encode()) + (rb"(?![\w-])" if len(path) > 5 else b"/"))
+
+
+def _holds(content: Path | bytes, pattern: re.Pattern[bytes], block_size: int = 2**24, overlap: int = 2**12) -> bool:
     if isinstance(content, bytes):
-        return needle in content
+        return pattern.search(content) is not None
     with open(content, "rb") as file:
         tail = b""
         while block := file.read(block_size):
-            if needle in tail + block:
+            if pattern.search(tail + block):
                 return True
-            tail = block[-len(needle) :]
+            tail = block[-overlap:]
     return False
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
@@ -37,6 +38,9 @@ _PRESENTATION_ARGUMENTS = {
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision",
     "debug", "include_num_input_tokens_seen",
 }  # fmt: skip
+
+# Bytes that are hashed between two steps of the bar.
+_BLOCK_SIZE = 2**24
 
 
 @dataclasses.dataclass
@@ -74,11 +78,23 @@ class StageRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "StageRecord":
-        """Reads a record from a file, or from the `record.json` of a directory."""
+        """
+        Reads a record from a file, or from the `record.json` of a directory.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
         path = Path(path)
         if path.is_dir():
             path = path / RECORD_NAME
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        # TypeError: JSON, but not these fields.
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"'{path}' is no record of a stage ({error}); remove it and run the stage that wrote '{path.parent}' "
+                "again."
+            ) from error
 
 
 def json_digest(value) -> str:
@@ -97,16 +113,32 @@ def input_digest(path: str | os.PathLike | list) -> str:
         return json_digest([input_digest(one) for one in path])
     path = Path(path)
     if path.is_file():
-        return file_digest(path)
+        return _digests([path], path.name)[0]
     if not path.is_dir():
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
         outputs = StageRecord.load(path).outputs
         # The card tells times and machines: two equal runs write two different ones.
         return json_digest({name: digest for name, digest in outputs.items() if name != "README.md"})
-    return json_digest(
-        {str(file.relative_to(path)): file_digest(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    )
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [str(file.relative_to(path)) for file in files]
+    return json_digest(dict(zip(names, _digests(files, path.name), strict=True)))
+
+
+def _digests(files: list[Path], name: str) -> list[str]:
+    """[`file_digest`] of every file, with a bar: raw data are gigabytes, and folders of pictures many files."""
+    total = sum(file.stat().st_size for file in files)
+    hidden = not PartialState().is_local_main_process
+    digests = []
+    with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, delay=2, disable=hidden) as progress:
+        for path in files:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(_BLOCK_SIZE):
+                    digest.update(block)
+                    progress.update(len(block))
+            digests.append(digest.hexdigest())
+    return digests
 
 
 class StageRun:
@@ -161,10 +193,11 @@ class StageRun:
         """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
         they have."""
         current = False
-        if not self.force and self.record_path.is_file():
+        if self.record_path.is_file():
+            # With `force` too: a record that cannot be read would only be found out when the work is done.
             record = StageRecord.load(self.record_path)
             present = all((self.output_dir / name).is_file() for name in record.outputs)
-            current = present and record.fingerprint == self.fingerprint
+            current = present and record.fingerprint == self.fingerprint and not self.force
         PartialState().wait_for_everyone()
         if current and PartialState().is_main_process:
             print(

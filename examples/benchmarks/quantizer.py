@@ -4,6 +4,7 @@ without alignment of the modalities and with it.
 
     python examples/benchmarks/quantizer.py                   # a Markdown table, mean ± deviation of three seeds
     python examples/benchmarks/quantizer.py --seeds 0         # one seed, a third of the time
+    python examples/benchmarks/quantizer.py --only "stress (default)"         # one row
     python examples/benchmarks/quantizer.py --json            # one object: `tau` of the default setting, and the table
 
 The data are a folder with `sequences.txt` (a user and the rows of the user's items, oldest first, a line) and one
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -43,7 +45,7 @@ logging.set_verbosity_error()
 
 DEFAULT = "stress (default)"
 # Those trained on reconstructions have encoders without a projection, whose code vectors have to keep up with them.
-RECONSTRUCTION = {"learning_rate": 1e-3, "codebook_learning_rate": 1e-3, "per_device_train_batch_size": 1024}
+RECONSTRUCTION = {"learning_rate": 1e-3, "per_device_train_batch_size": 1024}
 QUANTIZERS = {
     "residual k-means": ({"objective": "mse", "encoder_projection": True, "encoder_hidden_dims": []}, None),
     "MSE": ({"objective": "mse"}, RECONSTRUCTION),
@@ -70,9 +72,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a Markdown table.")
     arguments = parser.parse_args()
     sequences, frequencies = read_sequences(arguments.data_dir / "sequences.txt")
-    highest = len(frequencies) - 1
     tables = dict(entry.split("=", 1) for entry in arguments.tables)
-    loaded = {name: import_table(arguments.data_dir / file, name, highest) for name, file in tables.items()}
+    with safe_open(arguments.data_dir / next(iter(tables.values())), framework="pt") as file:
+        num_items = max(file.get_slice(key).get_shape()[0] for key in file.keys()) - 1
+    frequencies = np.pad(frequencies, (0, max(num_items + 1 - len(frequencies), 0)))
+    loaded = {name: import_table(arguments.data_dir / file, name, num_items) for name, file in tables.items()}
     items = ItemTables(
         {name: pair[0] for name, pair in loaded.items()},
         {name: pair[1] for name, pair in loaded.items()},
@@ -107,8 +111,7 @@ def read_sequences(path: Path) -> tuple[Sequences, np.ndarray]:
         rows.append(np.array(items, dtype=np.int32))
     offsets = np.concatenate([[0], np.cumsum([len(items) - 1 for items in rows])])
     targets = np.array([items[-1] for items in rows], dtype=np.int32)
-    highest = max(items.max() for items in rows)
-    frequencies = np.bincount(np.concatenate([items[:-2] for items in rows]), minlength=highest + 1)
+    frequencies = np.bincount(np.concatenate([items[:-2] for items in rows]))
     return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets), frequencies
 
 

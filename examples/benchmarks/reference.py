@@ -62,10 +62,20 @@ def encode(model: MMESIDForSequentialRecommendation, histories: Sequence[Sequenc
     return states[:, -1]
 
 
-def score(model: MMESIDForSequentialRecommendation, users: torch.Tensor) -> torch.Tensor:
-    """Scores of all items, `(batch, items + 1)`: one product for each source of an item, weighted by the fusion."""
-    rows = torch.arange(model.config.num_items + 1, device=users.device)
-    sources, weights = model.items.sources(rows), model.items.weights(rows)
+def project_items(model: MMESIDForSequentialRecommendation) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sources of all items, `(items + 1, sources, hidden)`, and their weights, `(items + 1, sources)`."""
+    rows = torch.arange(model.config.num_items + 1, device=model.device)
+    return model.items.sources(rows), model.items.weights(rows)
+
+
+def score(
+    model: MMESIDForSequentialRecommendation,
+    users: torch.Tensor,
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Scores of all items, `(batch, items + 1)`: one product for each source of an item, weighted by the fusion. As in
+    the published code every call projects the catalogue anew, unless it is given as `projected`."""
+    sources, weights = project_items(model) if projected is None else projected
     return sum(weights[:, source] * (users @ sources[:, source].T) for source in range(sources.shape[1]))
 
 
@@ -76,10 +86,15 @@ def loss(model: MMESIDForSequentialRecommendation, batch: Sequence[tuple[np.ndar
     return nn.functional.cross_entropy(logits[:, 1:].float(), targets - 1)
 
 
-def rank(model: MMESIDForSequentialRecommendation, history: np.ndarray, target: int) -> tuple[int, float]:
+def rank(
+    model: MMESIDForSequentialRecommendation,
+    history: np.ndarray,
+    target: int,
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[int, float]:
     """Rank of one user's target among the items that are not in the history, ties counted against it, and its
     cross-entropy."""
-    scores = score(model, encode(model, [history[-model.config.max_history :]]))[0].float()
+    scores = score(model, encode(model, [history[-model.config.max_history :]]), projected)[0].float()
     cross_entropy = nn.functional.cross_entropy(scores[1:], torch.tensor(target - 1, device=scores.device))
     candidates = torch.ones_like(scores, dtype=torch.bool)
     candidates[0] = False

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainer.data.synthetic import generate_catalogue
 
@@ -96,6 +98,29 @@ def test_memory_subtracts_what_has_a_row_an_item(results):
     for measured in (small, large):
         assert measured["remaining_bytes"] == measured["peak_bytes"] - sum(measured["table_bytes"].values()) > 0
     assert results["memory"]["ratio"] == large["remaining_bytes"] / small["remaining_bytes"]
+
+
+def test_quantizers_are_compared_on_tables_and_sequences_of_rows(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    # The last two items were never bought.
+    factors = torch.randn(323, 6, generator=generator)
+    for name, width in (("vectors", 12), ("texts", 20)):
+        table = torch.tanh(factors @ torch.randn(6, width, generator=generator))
+        save_file({name: table}, tmp_path / f"{name}.safetensors")
+    users = [[user, *(torch.randperm(320, generator=generator)[:9] + 1).tolist()] for user in range(40)]
+    (tmp_path / "sequences.txt").write_text("".join(" ".join(map(str, user)) + "\n" for user in users))
+    rows = ["residual k-means", "stress (default)"]
+    command = [sys.executable, str(BENCHMARKS / "quantizer.py"), "--data_dir", str(tmp_path), "--seeds", "0", "--json"]
+    command += ["--tables", "collaborative=vectors.safetensors", "text=texts.safetensors", "--epochs", "1"]
+    process = subprocess.run([*command, "--only", *rows], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert list(result["table"]) == rows
+    for values in result["table"].values():
+        assert 0.1 < values["tau_collaborative"] < 1 and 0 <= values["collisions"] < 1 and values["seconds"] > 0
+    assert result["tau"] == {
+        name: result["table"]["stress (default)"][f"tau_{name}"] for name in ("collaborative", "text")
+    }
 
 
 def test_missing_data_is_one_sentence(tmp_path):

@@ -57,7 +57,11 @@ def make_record(stage, **changes):
         "fingerprint": "0" * 64,
         "arguments": {"num_train_epochs": 3.0, "learning_rate": 0.002},
         "inputs": {"prepared_dir": "1" * 64},
-        "outputs": {"model.safetensors": "2" * 64},
+        "outputs": {
+            "model.safetensors": "2" * 64,
+            "semantic_ids.parquet": "3" * 64,
+            "processor_config.json": "4" * 64,
+        },
         "metrics": {"validation": dict(VALIDATION)},
         "details": {
             "data": {
@@ -171,6 +175,15 @@ def test_semantic_ids_are_shown_with_titles():
     text = render_card(record)
     assert "| item | title | collaborative | text |" in text
     assert "| a | Saddle \\| soft | 1-2 | 3-4 |\n| b |  | none | 3-5 |" in text
+
+
+@pytest.mark.parametrize("stage", ["quantize", "finetune"])
+def test_files_that_are_not_there_are_not_promised(stage):
+    alone = render_card(make_record(stage, outputs={"model.safetensors": "2" * 64}), "me/alone")
+    assert "semantic_ids" not in alone and "rocessor.from_pretrained" not in alone
+    assert 'AutoModel.from_pretrained("me/alone", trust_remote_code=True)' in alone
+    for code in snippets(alone, {}):
+        compile(code, stage, "exec")
 
 
 def test_the_encoders_of_the_embeddings_are_named():
@@ -312,13 +325,27 @@ def test_tokens_and_the_builders_paths_stay_out(stage):
         "prepared_dir": "/home/ada/runs/prepared",
         "embedding_files": ["../tables/text.safetensors", "C:\\Users\\Ada\\visual.safetensors"],
         "model_name_or_path": "D:/models/llama",
+        "image_cache_dir": "cache/pictures",
+        "histories_file": "my users/of may.txt",
         "encoder": "openai/clip-vit-base-patch32",
         "endpoint": "http://ada-laptop.local:8080/hub",
     }
     record["details"]["cache"] = "~/models/base"
     record["details"]["data"]["folder"] = "/srv/data/parts"
     text = render_card(record)
-    for secret in ("hf_secret", "/home", "runs/", "tables/", "Ada", "D:", "ada-laptop", "~", "/srv", "srv"):
+    for secret in (
+        "hf_secret",
+        "/home",
+        "runs/",
+        "tables/",
+        "Ada",
+        "D:",
+        "ada-laptop",
+        "~",
+        "srv",
+        "cache/",
+        "my users",
+    ):
         assert secret not in text
     assert "| `prepared_dir` | prepared |" in text
     assert "| `embedding_files` | text.safetensors, visual.safetensors |" in text

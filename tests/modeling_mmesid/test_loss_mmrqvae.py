@@ -71,15 +71,14 @@ def test_mmd_never_holds_the_differences_of_all_pairs():
     script = """
 import resource, torch
 from modeling_mmesid.loss_mmrqvae import mmd
-source, target = torch.randn(2048, 256, requires_grad=True), torch.randn(2048, 256)
+source, target = torch.randn(4096, 64, requires_grad=True), torch.randn(4096, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 mmd(source, target).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    # The points of both sets take 42 MB, a whole kernel matrix 268 MB; the tensor of all differences would take 344
-    # GB.
-    assert int(result.stdout) * 1024 < 1.2e9
+    # Of five kernels not even two are held whole, which take 268 MB each; all differences would take 17 GB.
+    assert int(result.stdout) * 1024 < 5.3e8
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])

@@ -144,6 +144,21 @@ def test_code_width_may_differ_from_the_backbone():
     assert model.item_table().shape == (NUM_ITEMS + 1, 16)
 
 
+@pytest.mark.parametrize("codebook_dim", [16, 10, 24])
+def test_codes_start_at_the_distances_that_the_quantizer_kept(codebook_dim):
+    """The backbone is 16 wide, and sums of three of six vectors each vary in 15 directions at most."""
+    model = new_model(codebook_dim=codebook_dim)
+    text, tables = model.items.modalities["text"], item_tables(codebook_dim=codebook_dim)
+    items = text.present.nonzero()[:, 0]
+    levels = range(3)
+    summed = sum(tables["code_vectors"]["text"][level][tables["codes"]["text"][items, level]] for level in levels)
+    embedded = text.embed_codes(items).detach()
+    before, after = torch.cdist(summed, summed), torch.cdist(embedded, embedded)
+    # Items may share all their codes.
+    factors = after[before > 1e-2] / before[before > 1e-2]
+    torch.testing.assert_close(factors, factors.mean().expand_as(factors), rtol=1e-3, atol=0)
+
+
 def test_code_vectors_start_trained_and_stay_trainable():
     """Trained up to one factor a modality, which makes the sums of code vectors as long as ID vectors."""
     model = new_model()
@@ -257,6 +272,7 @@ def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
     ("histories", "top_k", "words"),
     [
         ([[1], []], 5, "History 1 is empty"),
+        ([], 5, "There is no history to recommend for; give a list of rows"),
         ([[1, 41]], 5, "row 41, outside 1..40"),
         ([1, 4], 5, "History 0 is the row 1; give a list of rows for each user"),
         ([[0, 4]], 5, "row 0, outside 1..40"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_mmesid.configuration_mmrqvae import OBJECTIVES, MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
@@ -189,6 +190,24 @@ def test_saved_and_loaded_is_bit_equal(tmp_path, objective):
         assert torch.equal(model.code_vectors(modality), loaded.code_vectors(modality))
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert trained == {name: parameter.requires_grad for name, parameter in loaded.named_parameters()}
+
+
+def test_loaded_in_half_precision_gives_the_same_codes(tmp_path):
+    model, embeddings = small_model(), batch()
+    model.save_pretrained(tmp_path)
+    loaded = MMRQVAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for modality, codes in model.encode(embeddings).codes.items():
+        assert torch.equal(loaded.encode(embeddings).codes[modality], codes)
+
+
+@pytest.mark.parametrize("lost", ["branches.text.anchor_codes", "branches.visual.quantizer.layers.1.codebook"])
+def test_a_checkpoint_without_all_of_its_weights_is_refused(tmp_path, lost):
+    small_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"missing: \['{lost}'\]"):
+        MMRQVAEModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["stress", "distance"])

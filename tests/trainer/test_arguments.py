@@ -49,6 +49,24 @@ def test_an_unknown_key_of_the_yaml_is_named(tmp_path):
         parse(SASRecArguments, [recipe])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"output_dir: [", r"sasrec.yaml' is not YAML: while parsing a flow node .* line 1"),
+        (b"output_dir: \xff", r"sasrec.yaml' is not YAML: 'utf-8' codec can't decode"),
+        (b"- output_dir", r"sasrec.yaml' holds no settings; write `flag: value`, one a line"),
+    ],
+)
+def test_a_broken_file_of_settings_is_named(tmp_path, content, message):
+    path = tmp_path / "sasrec.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        parse(SASRecArguments, [str(path)])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="There is no file of settings '.*sasrec.yaml'; correct the path"):
+        parse(SASRecArguments, [str(path)])
+
+
 def test_an_unknown_flag_is_named():
     with pytest.raises(ValueError, match="--learning_rates"):
         parse(SASRecArguments, [*REQUIRED, "--learning_rates", "1"])

@@ -9,6 +9,7 @@ from trainer import arguments as stage_arguments
 from trainer import cli
 from trainer.arguments import parse
 from trainer.cli import STAGES, main, plan, read_recipe, to_flags
+from trainer.commands import run_as_script
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -95,6 +96,32 @@ def test_a_users_error_is_one_sentence(calls, capsys, error):
     with pytest.raises(type(error)):
         main(["sasrec", "--traceback"])
     assert calls.recorded == [("sasrec", [])] * 3
+
+
+def test_a_stage_that_is_started_as_a_module_says_the_same_sentence(tmp_path, capsys):
+    flags = ["--directory", str(tmp_path / "nowhere"), "--repo_id", "me/it"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["push", *flags])
+    sentence = capsys.readouterr().err
+    module = [sys.executable, "-m", "trainer.stages.push", *flags]
+    process = subprocess.run(module, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and process.stderr.endswith(sentence) and "Traceback" not in process.stderr
+    assert sentence.startswith(f"mmesid push: error: '{tmp_path / 'nowhere'}' has no record.json")
+
+
+def test_a_module_takes_traceback_too(monkeypatch):
+    def fail(argv):
+        raise ValueError(f"seen: {argv}")
+
+    monkeypatch.setattr(sys, "argv", ["push.py", "--traceback", "--dry_run"])
+    with pytest.raises(ValueError, match=r"seen: \['--dry_run'\]"):
+        run_as_script("push", fail)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_that_is_started_as_a_module_takes_its_own_name(stage):
+    text = (Path(cli.__file__).parent / "stages" / f"{stage}.py").read_text(encoding="utf-8")
+    assert text.endswith(f'if __name__ == "__main__":\n    run_as_script("{stage}", main)\n')
 
 
 def test_a_defect_of_ours_is_not_hidden(calls):
@@ -222,6 +249,7 @@ def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
         ("output_dir: o\nsasrec: {}", ["--only", "embed"], "--only names 'embed', which is no section"),
         ("output_dir: o\nsasrec: {}", ["--set", "embed.seed=1"], "names 'embed', which is no section"),
         ("output_dir: o\nsasrec: {}", ["--set", "sasrec.seed"], "does not have the form stage.key=value"),
+        ("output_dir: o\nsasrec: {}", ["--set", "sasrec.seed=["], "--set sasrec.seed=[ has a value that is not YAML"),
         ("output_dir: o\nsasrec: {}", ["--set", "sasrec.sed=1"], "sets 'sed', which the stage does not have"),
     ],
 )

@@ -85,6 +85,17 @@ def test_draws_follow_the_weights_and_change_with_the_epoch_alone():
     assert list(sampler) != first
 
 
+def test_training_draws_items_by_their_weights(tmp_path):
+    items = toy_items(200)
+    items.weights[:] = 1e-3
+    items.weights[items.rows[:60]] = 1e3
+    trainer = toy_trainer(tmp_path, toy_model(), items, passes_per_epoch=2)
+    heavy = {tuple(row) for row in items.embeddings["text"][items.rows[:60]].tolist()}
+    drawn = [tuple(row) for batch in trainer.get_train_dataloader() for row in batch["embeddings"]["text"].tolist()]
+    assert len(drawn) == 2 * len(trainer.train_dataset)
+    assert sum(row in heavy for row in drawn) > 0.99 * len(drawn)
+
+
 def test_items_of_more_weight_are_the_first_anchors(tmp_path):
     items = toy_items(300)
     items.weights[1:] = torch.where(torch.arange(300) % 3 == 0, 1e6, 1.0)

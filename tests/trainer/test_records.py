@@ -76,6 +76,23 @@ def test_a_stage_runs_once(toy, capsys):
     assert "toy: " in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b'{"stage": "toy"}', b"\xff"])
+def test_a_broken_record_is_named_before_the_work_starts(toy, content):
+    toy()
+    (toy.output_dir / "record.json").write_bytes(content)
+    sentence = (
+        r"'\S*output/record.json' is no record of a stage \(.+\); remove it and run the stage that wrote '\S*output'"
+    )
+    for settings in ({}, {"force": True}):
+        with pytest.raises(ValueError, match=sentence):
+            toy(**settings)
+    with pytest.raises(ValueError, match=sentence):
+        input_digest(toy.output_dir)
+    (toy.output_dir / "record.json").unlink()
+    toy()
+    assert toy.runs == 2
+
+
 @pytest.mark.parametrize("settings", [{"size": 4}, {"force": True}])
 def test_other_settings_and_force_run_it_again(toy, settings):
     toy()

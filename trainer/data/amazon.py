@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from .files import local_file, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
-from .tabular import InteractionColumns, TableLocation, is_line_file, read_interactions
-from .texts import plain_text
+from .tabular import InteractionColumns, TableLocation, is_line_file, parquet_batches, read_interactions
+from .texts import is_missing, plain_text
 
 
 _ITEMS_AT_ONCE = 1024
@@ -80,6 +78,7 @@ def read_amazon(
         item_id = raw_id(item[generation.item_id], generation.item_id, metadata, number)
         # The metadata of 2018 repeat lines.
         if item_id in collector.item_positions and item_id not in builder.positions:
+            item = {field: value for field, value in item.items() if not is_missing(value)}
             values = {field: _plain(item.get(field)) for field in text_fields or ()} | generation.fields(item)
             builder.append(item_id, values, generation.image(item), place(metadata, number))
     return join(name or f"Amazon {year}, {reviews.name.split('.')[0]}", licence, collector, builder, str(metadata))
@@ -91,7 +90,7 @@ def _metadata(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, _parse(line, path, number)
     else:
         # The repository of 2023 has some categories as Parquet too.
-        batches = pq.ParquetFile(path).iter_batches(_ITEMS_AT_ONCE)
+        batches = parquet_batches(path, _ITEMS_AT_ONCE)
         yield from enumerate((item for batch in batches for item in batch.to_pylist()), start=1)
 
 

@@ -4,11 +4,40 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+import httpx2
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import parse_hf_uri
 from tqdm.auto import tqdm
+
+
+@contextmanager
+def on_the_hub(location: str) -> Iterator[None]:
+    """
+    Surrounds what asks the Hub for something that is not on this machine, for example because its path is mistyped.
+
+    Raises:
+        FileNotFoundError: If the Hub cannot be reached, or does not have it; the sentence names the location.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError, httpx2.TransportError) as error:
+        if isinstance(error, HfHubHTTPError):
+            reason = f"it answers {error.response.status_code}"
+        else:
+            reason = one_line(error)
+        raise FileNotFoundError(
+            f"'{location}' is not on this machine, and the Hub at {constants.ENDPOINT} does not give it ({reason}); "
+            "correct the path or name, or look at the network and at your login (`hf auth login`)."
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error of a library as the part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def local_file(location: str | Path) -> Path:
@@ -17,11 +46,12 @@ def local_file(location: str | Path) -> Path:
     `huggingface_hub` first.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or the Hub cannot be reached.
     """
     if str(location).startswith("hf://"):
         uri = parse_hf_uri(str(location))
-        return Path(hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision))
+        with on_the_hub(str(location)):
+            return Path(hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision))
     path = Path(location)
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; correct the path, or download the file first.")

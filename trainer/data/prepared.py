@@ -12,6 +12,7 @@ Items are rows 1 to N; row 0 is padding. The dataset card beside the files confi
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..records import write_text_atomic
-from .images import read_image
+from .files import one_line
+from .images import BadImageError, read_image
 from .sequences import SPLITS, UserSequences
 from .source import Source
 
@@ -128,7 +130,7 @@ class PreparedDataset:
 
         Raises:
             FileNotFoundError: If the directory lacks one of its files.
-            ValueError: If the items are not rows 1 to N.
+            ValueError: If a file is damaged or lacks a column, or the items are not rows 1 to N.
         """
         path = Path(path)
         for name in (ITEMS_FILE, STATISTICS_FILE, *SEQUENCE_FILES.values()):
@@ -136,7 +138,7 @@ class PreparedDataset:
                 raise FileNotFoundError(
                     f"'{path}' is no prepared dataset, it lacks '{name}'; write it with `mmesid prepare`."
                 )
-        table = pq.read_table(path / ITEMS_FILE, columns=list(ITEM_FEATURES))
+        table = _read_table(path / ITEMS_FILE, list(ITEM_FEATURES))
         rows = table["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(
@@ -148,7 +150,7 @@ class PreparedDataset:
             titles=["", *table["title"].to_pylist()],
             texts=["", *table["text"].to_pylist()],
             frequencies=torch.from_numpy(np.concatenate([[0], table["frequency"].to_numpy()])).long(),
-            statistics=json.loads((path / STATISTICS_FILE).read_text(encoding="utf-8")),
+            statistics=_read_statistics(path / STATISTICS_FILE),
         )
 
     @property
@@ -160,12 +162,12 @@ class PreparedDataset:
         Reads `"train"`, `"validation"` or `"test"`.
 
         Raises:
-            ValueError: If there is no such split, or if it holds a row that is no item.
+            ValueError: If there is no such split, or if its file is damaged or holds a row that is no item.
         """
         if split not in SEQUENCE_FILES:
             raise ValueError(f"A prepared dataset has no split '{split}'; choose one of {', '.join(SEQUENCE_FILES)}.")
         file = self.path / SEQUENCE_FILES[split]
-        table = pq.read_table(file)
+        table = _read_table(file, list(SEQUENCE_FEATURES))
         history = table["history"]
         histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
         targets = table["target"].to_numpy()
@@ -185,6 +187,28 @@ class PreparedDataset:
         return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
 
 
+def _read_table(file: Path, columns: list[str]) -> pa.Table:
+    try:
+        present = pq.read_schema(file).names
+        missing = [name for name in columns if name not in present]
+        if not missing:
+            return pq.read_table(file, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"'{file}' cannot be read ({one_line(error)}); write it again with `mmesid prepare`."
+        ) from error
+    raise ValueError(
+        f"'{file}' has no column '{missing[0]}', only {', '.join(present)}; write it again with `mmesid prepare`."
+    )
+
+
+def _read_statistics(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not JSON ({error}); write it again with `mmesid prepare`.") from error
+
+
 def write_prepared(
     directory: str | os.PathLike,
     source: Source,
@@ -200,7 +224,7 @@ def write_prepared(
         source (`Source`): Where the items' texts and pictures come from.
         sequences (`UserSequences`): Who did what, from the same source.
         on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
-            `"missing"` leaves it out and counts it.
+            `"missing"` leaves it out and counts it by the reason of [`BadImageError`].
         counts (`dict[str, int]`, *optional*): Further statistics to write, of what came before.
 
     Returns:
@@ -212,19 +236,18 @@ def write_prepared(
     directory = Path(directory)
     catalogue = source.catalogue
     frequencies = sequences.training_frequencies()[1:]
-    bad_images = 0
+    bad_images: Counter = Counter()
 
     def images(positions: np.ndarray) -> Iterator[dict | None]:
-        nonlocal bad_images
         for position in positions:
             image, data = catalogue.images[position], None
             if image is not None:
                 try:
                     data = read_image(image, catalogue.item_ids[position])
-                except ValueError:
+                except BadImageError as error:
                     if on_bad_image == "error":
                         raise
-                    bad_images += 1
+                    bad_images[error.reason] += 1
             yield None if data is None else {"bytes": data, "path": None}
 
     fields = [name for name in catalogue.fields.column_names if name not in ITEM_FEATURES and name != "image"]
@@ -287,7 +310,8 @@ def write_prepared(
         "repeated_test_targets": repeated_targets,
         "missing_text": missing_text,
         "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
-        "bad_image": bad_images,
+        "bad_image": bad_images.total(),
+        **{f"bad_image_{reason}": count for reason, count in sorted(bad_images.items())},
         **(counts or {}),
         **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
     }
@@ -298,7 +322,10 @@ def write_prepared(
 def _write_sequences(path: Path, sequences: Sequences) -> None:
     path.parent.mkdir(exist_ok=True)
     schema = SEQUENCE_FEATURES.arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
+    with (
+        pq.ParquetWriter(path, schema) as writer,
+        tqdm(total=len(sequences), desc=path.name, unit="user", delay=2) as progress,
+    ):
         for start in range(0, len(sequences), SEQUENCE_ROW_GROUP):
             stop = min(start + SEQUENCE_ROW_GROUP, len(sequences))
             offsets = sequences.offsets[start : stop + 1]
@@ -313,3 +340,4 @@ def _write_sequences(path: Path, sequences: Sequences) -> None:
                 "target": sequences.targets[start:stop],
             }
             writer.write_table(pa.table(columns, schema=schema), row_group_size=SEQUENCE_ROW_GROUP)
+            progress.update(stop - start)

@@ -16,6 +16,7 @@ import numpy as np
 from .files import parse_json, place, read_lines, require
 from .source import Catalogue, CatalogueBuilder, Interactions, Source
 from .tabular import image_location
+from .texts import is_missing
 
 
 SEQUENCES_FILE = "sequences.txt"
@@ -78,7 +79,7 @@ def _read_items(
                 f"{where} has {item_field}={item_id!r}; an item id is an integer, or a string without spaces."
             )
         for field, value in (("title", title), (image_field, image)):
-            if not isinstance(value, str | None):
+            if not isinstance(value, str) and not is_missing(value):
                 raise ValueError(f"{where} has {field}={value!r}; it must be a string or null.")
         builder.append(str(item_id), item, image_location(image, path.parent, pictures), where)
     if not builder.positions:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .source import Interactions
 
@@ -218,40 +219,45 @@ def build_sequences(
     """
     if min_interactions < 0:
         raise ValueError(f"min_interactions is a count, 0 or more, got {min_interactions}.")
-    users, items, times = interactions.users, interactions.items, interactions.times
-    num_users = len(interactions.user_ids)
-    low_ratings = 0
-    if min_rating is not None:
-        if interactions.ratings is None:
-            raise ValueError(f"min_rating is {min_rating}, but the source has no ratings; leave it out.")
-        # Not the negation of a comparison: an interaction without rating is not known to be good.
-        good = interactions.ratings >= min_rating
-        low_ratings = int(len(good) - good.sum())
-        users, items, times = users[good], items[good], times[good]
+    with tqdm(total=4, desc="building sequences", unit="step", delay=2) as progress:
+        users, items, times = interactions.users, interactions.items, interactions.times
+        num_users = len(interactions.user_ids)
+        low_ratings = 0
+        if min_rating is not None:
+            if interactions.ratings is None:
+                raise ValueError(f"min_rating is {min_rating}, but the source has no ratings; leave it out.")
+            # Not the negation of a comparison: an interaction without rating is not known to be good.
+            good = interactions.ratings >= min_rating
+            low_ratings = int(len(good) - good.sum())
+            users, items, times = users[good], items[good], times[good]
+        progress.update()
 
-    unrepeated, num_duplicates, num_repeats = keep_unrepeated(users, items, times, duplicates, repeats)
-    if num_duplicates or num_repeats:
-        users, items = users[unrepeated], items[unrepeated]
+        unrepeated, num_duplicates, num_repeats = keep_unrepeated(users, items, times, duplicates, repeats)
+        if num_duplicates or num_repeats:
+            users, items = users[unrepeated], items[unrepeated]
+        progress.update()
 
-    shortest = SHORTEST_SEQUENCE[split]
-    short_users = int((np.bincount(users, minlength=num_users) < shortest).sum())
-    kept = k_core(users, items, num_users, num_items, max(min_interactions, shortest), min_interactions)
-    if not kept.any():
-        raise ValueError(
-            f"No user of {num_users} is left with min_interactions={min_interactions} and {shortest} "
-            "interactions a user at least; lower min_interactions or bring more data."
-        )
-    # The times are filtered once little of them is left: no filter in between reads them.
-    users, items, times = users[kept], items[kept], times[unrepeated][kept]
-    order = np.lexsort((times, users))
-    users, items, times = users[order], items[order], times[order]
-    kept_users, lengths = np.unique(users, return_counts=True)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    kept_items = np.unique(items) if min_interactions > 0 else np.arange(num_items)
-    if split == "leave_one_out":
-        targets, starts = split_leave_one_out(offsets), {}
-    else:
-        targets, starts = split_global_time(times, offsets, validation_fraction, test_fraction)
+        shortest = SHORTEST_SEQUENCE[split]
+        short_users = int((np.bincount(users, minlength=num_users) < shortest).sum())
+        kept = k_core(users, items, num_users, num_items, max(min_interactions, shortest), min_interactions)
+        if not kept.any():
+            raise ValueError(
+                f"No user of {num_users} is left with min_interactions={min_interactions} and {shortest} "
+                "interactions a user at least; lower min_interactions or bring more data."
+            )
+        progress.update()
+        # The times are filtered once little of them is left: no filter in between reads them.
+        users, items, times = users[kept], items[kept], times[unrepeated][kept]
+        order = np.lexsort((times, users))
+        users, items, times = users[order], items[order], times[order]
+        kept_users, lengths = np.unique(users, return_counts=True)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        progress.update()
+        kept_items = np.unique(items) if min_interactions > 0 else np.arange(num_items)
+        if split == "leave_one_out":
+            targets, starts = split_leave_one_out(offsets), {}
+        else:
+            targets, starts = split_global_time(times, offsets, validation_fraction, test_fraction)
     return UserSequences(
         users=kept_users,
         kept_items=kept_items,

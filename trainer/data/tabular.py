@@ -5,6 +5,7 @@ lines (gzipped or not, on disk or on the Hub), and whatever `datasets` loads fro
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,9 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
 
-from .files import local_file, parse_json, place, raw_id, read_lines, require
+from .files import local_file, on_the_hub, one_line, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
+from .texts import is_missing
 
 
 LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -110,20 +114,38 @@ class TableLocation:
         return not self.is_file() and not Path(self.path).exists()
 
     def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
-        """The table by `datasets`; `None` if the location is a file."""
+        """
+        The table by `datasets`; `None` if the location is a file.
+
+        Raises:
+            FileNotFoundError: If there is nothing of that name, here or on the Hub.
+            ValueError: If it cannot be read, or lacks the configuration or the split.
+        """
         if self.is_file():
             return None
-        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(self.path)
-            return table[self.split] if isinstance(table, datasets.DatasetDict) else table
         try:
-            return datasets.load_dataset(
-                self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
+            with on_the_hub(self.path) if self.is_repository() else nullcontext():
+                table = self._load(streaming)
+        except (RuntimeError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
+            files = (
+                f"name its files, as hf://datasets/{self.path}/<file>" if self.is_repository() else "name its files"
             )
-        except RuntimeError as error:
             raise ValueError(
-                f"`datasets` does not load '{self.path}' ({error}); name its files, as hf://datasets/{self.path}/<file>."
+                f"`datasets` does not load '{self.path}' ({one_line(error.__cause__ or error)}); correct the "
+                f"configuration or the split, or {files}."
             ) from error
+        if not isinstance(table, datasets.DatasetDict):
+            return table
+        if self.split not in table:
+            raise ValueError(f"'{self.path}' has no split '{self.split}', only {', '.join(table)}; name one of them.")
+        return table[self.split]
+
+    def _load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict:
+        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_from_disk(self.path)
+        return datasets.load_dataset(
+            self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
+        )
 
 
 def format_suffix(path: Path) -> str | None:
@@ -189,7 +211,7 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
         ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
     """
     rows, time_type = 0, None
-    for batch in _interaction_batches(location, columns):
+    for batch in _with_progress(_interaction_batches(location, columns), location):
         where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
         ratings = None
         if columns.rating is not None:
@@ -210,13 +232,23 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
         rows += len(batch)
 
 
+def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -> Iterator[pa.RecordBatch]:
+    path = Path(location.path)
+    # Lines are counted where they are read.
+    with tqdm(desc=path.name, unit=" rows", delay=2, disable=is_line_file(path)) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))
+
+
 def _interaction_batches(location: TableLocation, columns: InteractionColumns) -> Iterator[pa.RecordBatch]:
     table = location.load(streaming=True)
     if table is not None:
         # A streamed table may not know its columns before its first row.
         _require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
-        for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
-            yield from part.combine_chunks().to_batches()
+        with _readable(location.path):
+            for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
+                yield from part.combine_chunks().to_batches()
         return
     path = local_file(location.path)
     suffix = format_suffix(path)
@@ -225,9 +257,7 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
         while part := list(islice(rows, _ROWS_AT_ONCE)):
             yield _record_batch(columns.names, zip(*part), path)
     elif suffix in PARQUET_SUFFIXES:
-        file = pq.ParquetFile(path)
-        _require_columns(columns.names, file.schema_arrow.names, location.path)
-        yield from file.iter_batches(_ROWS_AT_ONCE, columns=columns.names)
+        yield from parquet_batches(path, _ROWS_AT_ONCE, columns.names)
     elif suffix in SEPARATORS:
         types = {columns.user: pa.string(), columns.item: pa.string()}
         if columns.rating is not None:
@@ -235,6 +265,31 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
         yield from _csv_batches(path, columns.names, types)
     else:
         raise _unknown_format(path)
+
+
+def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """
+    The rows of a Parquet file, some at a time; all columns by default.
+
+    Raises:
+        ValueError: If a column is missing, or the file is damaged or no Parquet file.
+    """
+    with _readable(path):
+        file = pq.ParquetFile(path)
+        _require_columns(columns or (), file.schema_arrow.names, path)
+        yield from file.iter_batches(rows_at_once, columns=columns)
+
+
+@contextmanager
+def _readable(location: str | Path) -> Iterator[None]:
+    """Says which table it is that Arrow or `datasets` cannot read, as a `ValueError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"'{location}' cannot be read ({one_line(error.__cause__ or error)}); correct the file, or download or "
+            "write it again."
+        ) from error
 
 
 def _interaction_lines(path: Path, columns: InteractionColumns) -> Iterator[list]:
@@ -267,17 +322,16 @@ def _csv_batches(
             pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
             pa_csv.ReadOptions(block_size=_CSV_BLOCK),
             pa_csv.ParseOptions(delimiter=SEPARATORS[format_suffix(path)], newlines_in_values=True),
-            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=True),
+            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
+            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
         )
 
-    try:
+    with _readable(path):
         with read(None) as reader:
             present = reader.schema.names
         _require_columns(columns, present, path)
         with read([*columns, *(name for name in optional if name in present and name not in columns)]) as reader:
             yield from reader
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"'{path}' cannot be read ({' '.join(str(error).split())}); correct the file.") from error
 
 
 def _require_columns(wanted: Iterable[str], present: list[str], location: str | Path) -> None:
@@ -300,11 +354,13 @@ def _cast(column: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Arra
 
 
 def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
-    """Raw ids as strings."""
+    """Raw ids as strings, none of them empty."""
     _refuse_nulls(column, name, where)
     if not any(test(column.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
         raise ValueError(f"{where} column '{name}' holds {column.type}; an id is an integer or a string.")
-    return column.cast(pa.string())
+    ids = column.cast(pa.string())
+    _refuse_nulls(pc.if_else(pc.equal(ids, ""), None, ids), name, where)
+    return ids
 
 
 def _refuse_nulls(column: pa.Array, name: str, where: str) -> None:
@@ -342,7 +398,8 @@ def _read_items(
     if table is None:
         path = local_file(location.path)
         if format_suffix(path) in PARQUET_SUFFIXES:
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            with _readable(path):
+                table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     folder = Path(location.path) if path is None else path.parent
     own_fields = [name for name in text_fields if name not in vars(columns)]
     wanted = [*vars(columns).values(), *own_fields]
@@ -352,10 +409,9 @@ def _read_items(
         _require_columns(required, table.column_names, location.path)
         embedded = isinstance(table.features.get(columns.image), datasets.Image)
         names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
-        rows = (
-            (f"'{location.path}', row {number},", row)
-            for number, row in enumerate(table.select_columns(names).with_format(None), start=1)
-        )
+        selected = table.select_columns(names).with_format(None)
+        selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
+        rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
     else:
         embedded = False
         rows = _item_rows(path, wanted, required)
@@ -369,7 +425,7 @@ def _read_items(
         if isinstance(categories, str):
             values["categories"] = categories.split("|")
         image = values.pop("image")
-        if image is not None and not isinstance(image, str):
+        if not is_missing(image) and not isinstance(image, str):
             raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
         builder.append(str(item_id), values, image_location(image, folder, pictures), where)
     return table if embedded else None
@@ -386,15 +442,15 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
         # Text in any case: an id keeps its leading zeros.
         batches = _csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
         rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
             yield f"'{path}', row {number},", row
     else:
         raise _unknown_format(path)
 
 
-def image_location(image: str | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
-    """What a field says of a picture: a URL stays one, anything else is one of `pictures` or a file in `folder`."""
-    if not image:
+def image_location(image: str | float | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
+    """What a field says of a picture: a URL stays one, any other string is one of `pictures` or a file in `folder`."""
+    if is_missing(image) or image == "":
         return None
     return image if image.startswith(("http://", "https://")) else pictures.get(image, folder / image)
 

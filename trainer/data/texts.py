@@ -1,5 +1,6 @@
 """Fields of items as plain words, and the text that an encoder reads of an item, composed from them once."""
 
+import math
 import re
 from collections.abc import Iterable
 from html.parser import HTMLParser
@@ -44,9 +45,15 @@ def plain_text(markup: str) -> str:
     return " ".join(markup.split())
 
 
+def is_missing(value) -> bool:
+    """Whether a value says that there is none: null, or what pandas and JSON write for a number that is none (NaN,
+    infinity)."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def field_text(value, field: str, place: str) -> str:
     """
-    A field as text: numbers and strings as they are, lists joined by commas, null empty.
+    A field as text: numbers and strings as they are, lists joined by commas, what is missing empty.
 
     Raises:
         ValueError: If it is anything else; the sentence names the place and the field.
@@ -55,14 +62,14 @@ def field_text(value, field: str, place: str) -> str:
     for element in values:
         if not isinstance(element, str | int | float | None):
             raise ValueError(f"{place} has {field}={value!r}; text is a string, a number, a list of them, or null.")
-    return ", ".join(str(element).strip() for element in values if element is not None and str(element).strip())
+    return ", ".join(str(element).strip() for element in values if not is_missing(element) and str(element).strip())
 
 
 def price_of(value) -> float | None:
     """A number, or a string like `"$1,299.00"`, `"from 9.99"` or `"$5 - $7"` (the lower end), as a price; `None` for
     anything else, which in shops' exports is markup or a dash."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return None if is_missing(value) else float(value)
     match = _PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
     return float(match[1].replace(",", "")) if match else None
 

@@ -3,6 +3,7 @@ What an encoder is, and how it encodes a catalogue: in batches of similar length
 divided among processes.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def encode(
     loader = DataLoader(
         inputs,
         batch_sampler=[batch for number in pending for batch in shards[number]],
-        collate_fn=lambda batch: encoder.prepare(**{kind: batch}),
+        collate_fn=functools.partial(_prepare, encoder, kind),
         num_workers=num_workers,
     )
     prepared = iter(loader)
@@ -118,6 +119,11 @@ def encode(
             embeddings = torch.empty(len(inputs), part.shape[1])
         embeddings[[index for batch in shard for index in batch]] = part
     return embeddings
+
+
+def _prepare(encoder: Encoder, kind: str, batch: list) -> Any:
+    """What a worker of the data loader makes of a batch: a function with a name, for workers may get it pickled."""
+    return encoder.prepare(**{kind: batch})
 
 
 def place(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from ..records import StageRecord
 
 
 PRESENT_KEY = "present"
+ROWS_PER_BLOCK = 2**14
 
 
 def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
@@ -56,7 +58,7 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[
     present = _validated_mask(path, tensors[PRESENT_KEY], num_items, remedy)
     if present[0]:
         raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; {remedy}.")
-    filled = (embeddings != 0).any(dim=1) & ~present
+    filled = _rows(embeddings, lambda block: (block != 0).any(dim=1)) & ~present
     if filled.any():
         raise ValueError(
             f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}."
@@ -86,7 +88,7 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tupl
     embeddings = tensors[modality] if modality in tensors else next(iter(tensors.values()))
     embeddings = _validated(path, modality, embeddings, num_items)
     if present is None:
-        present = (embeddings != 0).any(dim=1)
+        present = _rows(embeddings, lambda block: (block != 0).any(dim=1))
     else:
         remedy = "correct it, or leave it out to count all-zero rows as missing"
         present = _validated_mask(path, present, num_items, remedy)
@@ -144,7 +146,7 @@ def _validated(path: Path, modality: str, embeddings: torch.Tensor, num_items: i
             f"{num_items + 1} (row 0 is padding, row i is item i); make the table from this prepared dataset."
         )
     embeddings = embeddings.float()
-    bad = ~torch.isfinite(embeddings).all(dim=1)
+    bad = _rows(embeddings, lambda block: ~block.isfinite().all(dim=1))
     if bad.any():
         raise ValueError(
             f"'{path}': row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); "
@@ -160,6 +162,11 @@ def _validated_mask(path: Path, present: torch.Tensor, num_items: int, remedy: s
             f"({num_items + 1},) is expected; {remedy}."
         )
     return present
+
+
+def _rows(table: torch.Tensor, check: Callable[[torch.Tensor], torch.Tensor]) -> torch.BoolTensor:
+    """What holds for each row, `(rows,)`: a mask of a whole large table would be as large again."""
+    return torch.cat([check(block) for block in table.split(ROWS_PER_BLOCK)])
 
 
 def _first(mask: torch.Tensor) -> int:

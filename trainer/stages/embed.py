@@ -38,6 +38,7 @@ from hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..arguments import EmbedArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..encoders.dual_encoder import (
     SMALLEST_CROP,
@@ -49,6 +50,7 @@ from ..encoders.dual_encoder import (
 )
 from ..encoders.encoding import Encoder, encode
 from ..encoders.llm2clip import LLM2CLIPEncoder
+from ..encoders.remote_code import refuse_foreign_code
 from ..encoders.tables import PRESENT_KEY, import_table, save_table, table_path
 from ..encoders.vision import VisionEncoder
 from ..records import StageRun, json_digest
@@ -148,12 +150,13 @@ def choose_encoder(arguments: EmbedArguments) -> str:
             "The encoder llm2clip needs --text_model_name_or_path for texts, the Llama that reads them, for example "
             "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned."
         )
-    if arguments.trust_remote_code and name is not None and not os.path.isdir(name):
-        if re.fullmatch("[0-9a-f]{40}", arguments.revision or "") is None:
+    if arguments.trust_remote_code and name is not None:
+        if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", arguments.revision or "") is None:
             raise ValueError(
                 f"--trust_remote_code true runs code from '{name}', which its owner can change at any time; pin what "
                 f"you have read with --revision and a full commit hash instead of {arguments.revision!r}."
             )
+        refuse_foreign_code(name, arguments.revision)
     return encoder
 
 
@@ -347,4 +350,4 @@ def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("embed", main)

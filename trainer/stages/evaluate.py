@@ -23,6 +23,7 @@ from modeling_mmesid import SASRecForSequentialRecommendation
 from modeling_mmesid.recommendation import mask_histories, pad_histories, target_ranks
 
 from ..arguments import EvaluateArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories
 from ..metrics.ranking.analysis import (
@@ -224,4 +225,4 @@ def _table(columns: Sequence[str], rows: dict[str, Sequence[float | str]]) -> li
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("evaluate", main)

@@ -27,6 +27,7 @@ from modeling_mmesid import (
 
 from ..arguments import FinetuneArguments, parse
 from ..backbone import new_llama_config, train_tokenizer
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
 from ..encoders.tables import load_table, table_encoders, table_path
@@ -131,7 +132,7 @@ def load_content(
         {modality: table for modality, (table, _) in loaded.items()},
         {modality: has for modality, (_, has) in loaded.items()},
     )
-    codes, _ = encode_items(quantizer, items)
+    codes, _ = encode_items(quantizer, items, return_quantized=False)
     tables = {"embeddings": items.embeddings, "present": items.present, "codes": codes}
     if arguments.code_initialization == "trained":
         tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
@@ -245,4 +246,4 @@ def backbone_kwargs(arguments: FinetuneArguments) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("finetune", main)

@@ -21,6 +21,7 @@ import torch
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
 from ..arguments import IndexArguments, parse
+from ..commands import run_as_script
 from ..records import StageRun
 
 
@@ -93,4 +94,4 @@ def recall(model: MMESIDForSequentialRecommendation, items: datasets.Dataset, ro
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("index", main)

@@ -20,8 +20,9 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from hub_cards import save_card
 
 from ..arguments import PrepareArguments, parse
+from ..commands import run_as_script
 from ..data.amazon import read_amazon
-from ..data.files import local_file
+from ..data.files import local_file, on_the_hub
 from ..data.images import fetch_images, list_images
 from ..data.movielens import read_movielens
 from ..data.prepared import CARD_CONFIGS, write_prepared
@@ -29,7 +30,7 @@ from ..data.sequence_files import read_sequence_files
 from ..data.sequences import build_sequences
 from ..data.source import Catalogue, Source
 from ..data.synthetic import generate_catalogue
-from ..data.tabular import InteractionColumns, ItemColumns, TableLocation, read_tabular
+from ..data.tabular import EmbeddedImages, InteractionColumns, ItemColumns, TableLocation, read_tabular
 from ..records import StageRun
 
 
@@ -44,13 +45,30 @@ REQUIRED = {
     "tabular": {"interactions"},
 }
 OPTIONAL = {"tabular": {"items"}}
+# The sources that have a use for a setting which not all of them have; another source refuses it.
+USED_BY = {
+    **dict.fromkeys(("num_items", "num_users", "seed"), {"synthetic"}),
+    **dict.fromkeys(
+        ("source_name", "licence", "text_fields", "image_dir", "image_cache_dir", "download_images"),
+        REQUIRED.keys() - {"synthetic"},
+    ),
+    **dict.fromkeys(("item_field", "image_field"), {"sequences", "tabular"}),
+    **dict.fromkeys(
+        (
+            "interactions_config", "interactions_split", "interactions_revision", "items_config", "items_split",
+            "items_revision", "user_column", "item_column", "time_column", "rating_column", "title_field",
+            "description_field", "brand_field", "categories_field", "price_field",
+        ),
+        {"tabular"},
+    ),
+}  # fmt: skip
 
 # In the order in which they are applied.
 FILTERS = ("min_rating", "duplicates", "repeats", "min_interactions")
 
 
 def check_arguments(arguments: PrepareArguments) -> None:
-    """Raises `ValueError` if the arguments do not say where the data of the source are, or say it of another one."""
+    """Raises `ValueError` if the arguments do not say where the data are, or set what the source has no use for."""
     required = REQUIRED[arguments.source]
     for name in ("source_dir", "interactions", "items"):
         value = getattr(arguments, name)
@@ -58,6 +76,11 @@ def check_arguments(arguments: PrepareArguments) -> None:
             raise ValueError(
                 f"`--source {arguments.source}` {'needs' if name in required else 'does not read'} {name}, "
                 f"got {value!r}; see --help."
+            )
+    for name, value in arguments.changed.items():
+        if arguments.source not in USED_BY.get(name, {arguments.source}):
+            raise ValueError(
+                f"`--source {arguments.source}` has no use for {name}, got {value!r}; leave it out, see --help."
             )
     if arguments.download_images and arguments.image_cache_dir is None:
         raise ValueError("download_images needs image_cache_dir, the folder that keeps the pictures.")
@@ -81,7 +104,8 @@ def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
         if location.is_file():
             location = dataclasses.replace(location, path=str(local_file(path)))
         elif location.is_repository() and not HF_HUB_OFFLINE:
-            commit = HfApi().dataset_info(path, revision=location.revision).sha
+            with on_the_hub(path):
+                commit = HfApi().dataset_info(path, revision=location.revision).sha
             location = dataclasses.replace(location, revision=commit)
             # The name of a repository says nothing about what is in it: a new commit is another input.
             arguments.changed[f"{name}_revision"] = commit
@@ -134,22 +158,39 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
     )
 
 
-def name_pictures(catalogue: Catalogue, pictures: dict[str, Path]) -> None:
+def pictures_by_id(catalogue: Catalogue, pictures: dict[str, Path]) -> dict[str, Path]:
     """
-    Gives items the pictures that are called after their ids, where no item names a picture itself.
+    The pictures of `image_dir` by the id of the item that they are called after.
 
     Raises:
-        ValueError: If no picture is called after an item.
+        ValueError: If none of the pictures is called after an item or named by one, or the table of the items holds
+            pictures itself.
     """
-    if not pictures or catalogue.images is not None:
-        return
+    if not pictures:
+        return {}
+    if isinstance(catalogue.images, EmbeddedImages):
+        raise ValueError(
+            f"The items hold their pictures themselves, in '{catalogue.images.column}'; leave out --image_dir, or "
+            "name another --image_field."
+        )
     by_id = {PurePosixPath(name).stem: path for name, path in pictures.items()}
-    if by_id.keys().isdisjoint(catalogue.item_ids):
+    named = {image for image in catalogue.images or () if isinstance(image, Path)}
+    if by_id.keys().isdisjoint(catalogue.item_ids) and named.isdisjoint(pictures.values()):
         raise ValueError(
             f"No picture of image_dir is called after an item: the first is '{next(iter(pictures))}', the first item "
             f"'{catalogue.item_ids[0]}'; rename the pictures, or name them in a field of the items."
         )
-    catalogue.images = [by_id.get(item_id) for item_id in catalogue.item_ids]
+    return by_id
+
+
+def fill_in_pictures(catalogue: Catalogue, by_id: dict[str, Path]) -> None:
+    """Gives the items that have no picture, after the downloads, those that are called after their ids."""
+    if by_id:
+        images = catalogue.images or [None] * len(catalogue)
+        catalogue.images = [
+            by_id.get(item_id) if image is None else image
+            for item_id, image in zip(catalogue.item_ids, images, strict=True)
+        ]
 
 
 def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None) -> dict[str, int]:
@@ -193,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
                 pictures, report = list_images(arguments.image_dir, arguments.image_cache_dir or staging)
                 counts = {f"image_dir_{reason}": count for reason, count in report.items()}
             source = read_source(arguments, locations, pictures)
-            name_pictures(source.catalogue, pictures)
+            by_id = pictures_by_id(source.catalogue, pictures)
             sequences = build_sequences(
                 source.interactions,
                 len(source.catalogue),
@@ -210,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
                 sequences.kept_items,
                 arguments.image_cache_dir if arguments.download_images else None,
             )
+            fill_in_pictures(source.catalogue, by_id)
             statistics = write_prepared(staging, source, sequences, arguments.on_bad_image, counts)
             filters = {name: getattr(arguments, name) for name in FILTERS}
             run.details.update(data=statistics, configs=CARD_CONFIGS, filters=filters)
@@ -217,4 +259,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("prepare", main)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hub_cards import LINKS
 
 from ..arguments import PushArguments, parse
+from ..commands import run_as_script
 from ..publishing import CARD_NAME, publication, upload
 
 
@@ -98,4 +99,4 @@ def _explanation(error: HfHubHTTPError, repo_id: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("push", main)

@@ -19,6 +19,7 @@ from hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..encoders.tables import load_table, table_encoders, table_path
 from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         objective=arguments.objective,
         objective_weight=arguments.objective_weight,
         distance_focus=arguments.distance_focus,
-        num_anchors=min(arguments.num_anchors, training.fewest()),
+        num_anchors=max(min(arguments.num_anchors, training.fewest()), 1),
         codebook_loss_weight=arguments.codebook_loss_weight,
         commitment_loss_weight=arguments.commitment_loss_weight,
         alignment=arguments.alignment,
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     model = MMRQVAEModel(config)
     run.details.update(data=data.statistics, encoders=table_encoders(arguments.embeddings_dir, arguments.modalities))
     with run as staging:
-        initialize(model, training, arguments.seed)
+        initialize(model.to(arguments.device), training, arguments.seed)
         trainer = MMRQVAETrainer(
             model, trainer_arguments(arguments, run), training, held_out, callbacks=early_stopping(arguments)
         )
@@ -124,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("quantize", main)

@@ -1,12 +1,13 @@
 """
 Recommends items to users from their histories of raw item ids.
 
-    mmesid recommend --model_dir runs/quickstart/recommender --history item-7 item-31 --top_k 5
+    mmesid recommend --model_dir runs/quickstart/recommender --history sku000007 sku000031 --top_k 5
     mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file
     recommended.jsonl
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -14,6 +15,8 @@ from tqdm.auto import tqdm
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
 from ..arguments import RecommendArguments, parse
+from ..commands import run_as_script
+from ..data.files import on_the_hub, read_lines
 from ..records import write_text_atomic
 
 
@@ -23,9 +26,11 @@ BATCH_SIZE = 1024
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(RecommendArguments, argv)
     histories = read_histories(arguments)
-    processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
+    with loading_from(arguments.model_dir):
+        processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
     rows = processor(histories)
-    model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
+    with loading_from(arguments.model_dir):
+        model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
     users = []
     for start in tqdm(
         range(0, len(rows), BATCH_SIZE), desc="Recommending", unit="batch", disable=len(rows) <= BATCH_SIZE
@@ -56,11 +61,31 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}")
 
 
+def loading_from(model_dir: str) -> AbstractContextManager:
+    """
+    Surrounds the loading of a recommender.
+
+    Raises:
+        FileNotFoundError: If `model_dir` is a directory without a recommender, or neither a directory nor a repository
+            that the Hub gives.
+    """
+    if not Path(model_dir).is_dir():
+        return on_the_hub(model_dir)
+    for name in ("config.json", "processor_config.json"):
+        if not (Path(model_dir) / name).is_file():
+            raise FileNotFoundError(
+                f"'{model_dir}' holds no recommender, it lacks '{name}'; name a directory that `mmesid finetune` "
+                "wrote."
+            )
+    return nullcontext()
+
+
 def read_histories(arguments: RecommendArguments) -> list[list[str]]:
     """
     Raises:
-        ValueError: If neither or both of `history` and `histories_file` are given, or a line is not a list of item
-        ids. FileNotFoundError: If the file does not exist.
+        ValueError: If neither or both of `history` and `histories_file` are given, the file is empty or not UTF-8, or
+            a line is not a list of item ids.
+        FileNotFoundError: If the file does not exist.
     """
     if (arguments.history is None) == (arguments.histories_file is None):
         raise ValueError("Give either --history with item ids or --histories_file with one user a line.")
@@ -70,7 +95,7 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; give a JSON Lines file with a list of item ids a line.")
     histories = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in read_lines(path):
         try:
             history = json.loads(line)
         except json.JSONDecodeError:
@@ -80,8 +105,10 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
                 f"'{path}', line {number}: expected a non-empty JSON list of item ids in quotes, found '{line[:80]}'."
             )
         histories.append(history)
+    if not histories:
+        raise ValueError(f"'{path}' is empty; write one user a line, as a list of item ids.")
     return histories
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("recommend", main)

@@ -15,6 +15,7 @@ from hub_cards import save_card
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
 from ..arguments import SASRecArguments, parse
+from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
 from ..records import StageRun
@@ -60,4 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script("sasrec", main)

@@ -159,6 +159,13 @@ def test_text_fields_may_be_those_of_the_metadata(files_2018):
         read_amazon(2018, *files_2018, text_fields=["features"])
 
 
+def test_metadata_may_say_that_a_field_is_no_number(files_2018):
+    with gzip.open(files_2018[1], "at") as file:
+        file.write('{"asin": "B03", "title": NaN, "description": NaN, "category": NaN, "brand": NaN, "price": NaN}\n')
+    catalogue = read_amazon(2018, *files_2018).catalogue
+    assert catalogue.item_ids[2] == "B03" and catalogue.texts()[2] == catalogue.titles()[2] == ""
+
+
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
@@ -193,6 +200,9 @@ def test_a_download_that_broke_off_and_a_wrong_pair_are_named(files_2014, tmp_pa
     other = write_lines(tmp_path / "meta_Toys.json.gz", [repr({"asin": "T1"})])
     with pytest.raises(ValueError, match=r"meta_Toys.json.gz' describes no item of the interactions.*like 'B01'"):
         read_amazon(2014, reviews, other)
+    (tmp_path / "meta_Toys.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"meta_Toys.parquet' cannot be read \(.*\); correct the file, or download"):
+        read_amazon(2014, reviews, str(tmp_path / "meta_Toys.parquet"))
     with pytest.raises(FileNotFoundError, match="meta_Nowhere.json.gz' does not exist"):
         read_amazon(2014, reviews, str(tmp_path / "meta_Nowhere.json.gz"))
     whole = open(reviews, "rb").read()

@@ -148,8 +148,10 @@ def test_a_source_without_pictures_has_no_image_column(tmp_path):
     assert PreparedDataset.load(tmp_path / "prepared").items()[0]["item_id"] == "a"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "absent"])
-def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source, damage):
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("truncated", "unreadable"), ("text", "unreadable"), ("absent", "missing")]
+)
+def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source, damage, reason):
     path = tmp_path / "broken.png"
     if damage != "absent":
         noise = np.random.default_rng(0).integers(0, 255, size=(64, 64, 3), dtype=np.uint8)
@@ -160,6 +162,9 @@ def test_a_bad_picture_is_refused_by_name_or_counted_as_missing(tmp_path, source
         write(tmp_path / "refused", source)
     statistics = write(tmp_path / "prepared", source, on_bad_image="missing")
     assert (statistics["bad_image"], statistics["missing_image"]) == (1, 1)
+    assert {name: count for name, count in statistics.items() if name.startswith("bad_image_")} == {
+        f"bad_image_{reason}": 1
+    }
     assert PreparedDataset.load(tmp_path / "prepared").items()[1]["image"] is None
 
 
@@ -178,4 +183,26 @@ def test_a_directory_that_is_not_prepared_is_refused(tmp_path, source):
     items = pq.read_table(tmp_path / "prepared/items.parquet")
     pq.write_table(items.take([1, 0, 2, 3]), tmp_path / "prepared/items.parquet")
     with pytest.raises(ValueError, match="does not hold rows 1 to 4 in order"):
+        PreparedDataset.load(tmp_path / "prepared")
+
+
+def test_a_file_that_is_damaged_or_lacks_a_column_is_named(tmp_path, source):
+    write(tmp_path / "prepared", source)
+    items, test = tmp_path / "prepared/items.parquet", tmp_path / "prepared/sequences/test.parquet"
+    data = PreparedDataset.load(tmp_path / "prepared")
+    pq.write_table(pq.read_table(test).drop_columns(["history"]), test)
+    with pytest.raises(
+        ValueError, match=r"test.parquet' has no column 'history', only user_id, target; write it again"
+    ):
+        data.sequences("test")
+    (tmp_path / "prepared/statistics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"statistics.json' is not JSON \(.*\); write it again with `mmesid prepare`"):
+        PreparedDataset.load(tmp_path / "prepared")
+    pq.write_table(pq.read_table(items).drop_columns(["text"]), items)
+    with pytest.raises(ValueError, match=r"items.parquet' has no column 'text', only row, item_id, title, frequency"):
+        PreparedDataset.load(tmp_path / "prepared")
+    items.write_bytes(items.read_bytes()[:50])
+    with pytest.raises(
+        ValueError, match=r"items.parquet' cannot be read \(.+\); write it again with `mmesid prepare`"
+    ):
         PreparedDataset.load(tmp_path / "prepared")

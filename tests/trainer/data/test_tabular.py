@@ -92,6 +92,30 @@ def test_files_of_every_format_give_the_same_source(tmp_path, suffix):
     assert source.name == "orders"
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_number_that_is_none_counts_as_missing(tmp_path, suffix):
+    """Tables of pandas hold NaN where a column of numbers has a gap, and Python's `json` writes it as NaN."""
+    nan = float("nan")
+    products = {"sku": ["007", "010"], "title": [nan, 4.0], "price": [nan, 2.5], "weight": [1.5, nan]}
+    if suffix == "jsonl":
+        products["image"] = [nan, nan]
+    items = write_table(tmp_path / f"products.{suffix}", products)
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
+    catalogue = read_tabular(
+        TableLocation(str(orders)),
+        COLUMNS,
+        TableLocation(str(items)),
+        ItemColumns("sku"),
+        text_fields=["title", "weight"],
+    ).catalogue
+    assert catalogue.fields.to_pydict() == {
+        "title": [None, "4.0", None],
+        "price": [None, 2.5, None],
+        "weight": ["1.5", None, None],
+    }
+    assert catalogue.texts() == ["1.5", "4.0", ""] and catalogue.images is None
+
+
 CARD = """---
 configs:
 - {config_name: orders, data_files: [{split: all, path: orders.parquet}]}
@@ -166,6 +190,11 @@ assert commit == api.dataset_info("tester/shop").sha
 main([*columns, *repository])
 api.upload_file(path_or_fileobj=b"x", path_in_repo="other.txt", **dataset)
 main([*columns, *repository])
+for mistyped in ("tester/shpo", "hf://datasets/tester/shop/ordrs.parquet"):
+    try:
+        main([*columns, "--interactions", mistyped, "--output_dir", f"{output}/mistyped"])
+    except FileNotFoundError as error:
+        print("refused:", error)
 # As the repository of Amazon's reviews has one.
 scripted = {"repo_id": "tester/scripted", "repo_type": "dataset"}
 api.create_repo(**scripted)
@@ -189,6 +218,10 @@ def test_files_and_repositories_of_the_hub_are_read_at_the_commit_they_are_at(tm
         text=True,
     )
     assert "name its files, as hf://datasets/tester/scripted/<file>" in result.stderr.splitlines()[-1], result.stderr
+    refused = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
+    assert len(refused) == 2 and all("the Hub at http://127.0.0.1" in line for line in refused)
+    assert "'tester/shpo' is not on this machine" in refused[0] and "it answers 404" in refused[0]
+    assert "'hf://datasets/tester/shop/ordrs.parquet' is not on this machine" in refused[1]
     assert result.stdout.count("is up to date, skipped") == 1, "once unchanged"
     assert result.stdout.count("prepare: wrote") == 4, "by file, by name, again with a new commit, by file"
 
@@ -274,6 +307,65 @@ def test_bad_tables_are_named(tmp_path, name, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_tabular(TableLocation(str(path)), COLUMNS)
+
+
+def damaged(path, keep: int | None = None):
+    """A Parquet file of many rows, cut off or with garbage in the middle."""
+    write_table(path, {"customer": ["ann"] * 50_000, "sku": [str(number) for number in range(50_000)]})
+    data = bytearray(path.read_bytes())
+    data[400:4000] = b"\xff" * 3600
+    path.write_bytes(data[:keep])
+    return path
+
+
+@pytest.mark.parametrize("keep", [None, 100, 0], ids=["garbage", "cut", "empty"])
+def test_a_damaged_parquet_file_is_named(tmp_path, keep):
+    path = damaged(tmp_path / "damaged.parquet", keep)
+    columns = InteractionColumns("customer", "sku")
+    with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
+        read_tabular(TableLocation(str(path)), columns)
+    orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
+    with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
+        read_tabular(orders, COLUMNS, TableLocation(str(path)), ItemColumns("sku"))
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder/train.parquet")
+    with pytest.raises(ValueError, match=r"'\S*folder'"):
+        read_tabular(TableLocation(str(tmp_path / "folder")), columns)
+    with pytest.raises(ValueError, match=r"'\S*folder'"):
+        read_tabular(orders, COLUMNS, TableLocation(str(tmp_path / "folder")), ItemColumns("sku"))
+
+
+def test_a_saved_dataset_without_the_split_is_named(tmp_path):
+    saved = datasets.DatasetDict({"all": datasets.Dataset.from_dict(INTERACTIONS)})
+    saved.save_to_disk(tmp_path / "orders")
+    with pytest.raises(ValueError, match=r"'\S*orders' has no split 'train', only all; name one of them"):
+        read_tabular(TableLocation(str(tmp_path / "orders")), COLUMNS)
+    assert len(read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS).interactions) == 4
+    (tmp_path / "orders/all/state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"does not load '\S*orders' \(Expecting property name.*\); correct the conf"):
+        read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
+    """The file as pandas writes it, without quotes."""
+    names = ["NA", "null", "nan", "None"]
+    orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"customer": names, "sku": names})
+    items = write_table(tmp_path / f"items.{suffix}", {"sku": names[:2], "title": ["n/a", None]})
+    if suffix in ("csv", "tsv"):
+        for path in (orders, items):
+            path.write_text(path.read_text().replace('"', ""))
+    source = read_tabular(TableLocation(str(orders)), COLUMNS, TableLocation(str(items)), ItemColumns("sku"))
+    assert source.catalogue.item_ids == names and source.catalogue.titles() == ["n/a", "", "", ""]
+    assert [source.interactions.user_ids[user] for user in source.interactions.users] == names
+    assert np.isnan(source.interactions.ratings).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
+    orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"sku": ["007", "010", "", "099"]})
+    with pytest.raises(ValueError, match=r"column 'sku' is empty in number 3 of them|line 3 has sku=''; an id is"):
+        read_tabular(TableLocation(str(orders)), COLUMNS)
 
 
 def test_bad_items_are_named(tmp_path):

@@ -34,6 +34,7 @@ def test_text_without_markup_keeps_its_words(text):
     [
         (9.99, 9.99), (12, 12.0), ("$5.99", 5.99), ("$1,299.00", 1299.0), ("from 9.99", 9.99), ("$5.00 - $7.50", 5.0),
         ("14", 14.0), (None, None), ("", None), ("—", None), (True, None), ([3], None),
+        (float("nan"), None), (float("inf"), None),
         (".a-box-inner{background-color:#fff}#alohaBuyBoxWidget .selected{border-color:#e77600}", None),
     ],
 )  # fmt: skip
@@ -43,6 +44,6 @@ def test_prices_are_numbers_and_markup_is_none(value, price):
 
 def test_parts_join_as_sentences():
     assert compose_text(["Why?", "", "Acme", "A pen. Blue"]) == "Why? Acme. A pen. Blue"
-    assert field_text(["x", None, " y ", 3], "tags", "here") == "x, y, 3"
+    assert field_text(["x", None, " y ", float("nan"), 3], "tags", "here") == "x, y, 3"
     with pytest.raises(ValueError, match=r"here has tags=\{'a': 1\}; text is a string"):
         field_text({"a": 1}, "tags", "here")

@@ -1,8 +1,11 @@
 """Shards: what is encoded once is never encoded again, whoever encoded it and however the run ended."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from trainer.encoders import encoding
 from trainer.encoders.encoding import encode
 
 
@@ -64,6 +67,14 @@ def test_an_interrupted_run_goes_on_where_it_stood(tmp_path):
 def test_workers_of_the_data_loader_change_nothing(tmp_path):
     alone = run(Counting(), tmp_path / "alone")
     assert torch.equal(run(Counting(), tmp_path / "workers", num_workers=2), alone)
+
+
+def test_workers_that_start_from_nothing_get_all_they_need(tmp_path, monkeypatch):
+    """From Python 3.14 on workers are not forked any more: what they run reaches them pickled."""
+    with_forkserver = partial(encoding.DataLoader, multiprocessing_context="forkserver")
+    monkeypatch.setattr(encoding, "DataLoader", with_forkserver)
+    encoder = Counting()
+    assert run(encoder, tmp_path, num_workers=1)[:, 0].tolist() == [len(text) for text in TEXTS]
 
 
 def test_fewer_inputs_than_a_batch(tmp_path):

@@ -381,9 +381,32 @@ def test_llm2clip_reads_texts_and_pictures_by_the_flags_of_its_models(
         embed(prepared, tmp_path / "refused", "text", *flags[:4], "--text_model_name_or_path", llama)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "own.Config", "AutoModel": "other/repo--modeling_clip.Model"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["other/repo--tokens.Slow", None]}}),
+        ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "other/repo--images.It"}}}),
+        ("modules.json", [{"idx": 0, "path": "", "type": "other/repo--module.Transformer"}]),
+        ("0_Transformer/config.json", {"auto_map": {"AutoModel": "other/repo--modeling_clip.Model"}}),
+    ],
+)
+def test_code_of_another_repository_is_refused_in_a_directory_too(prepared, llm2clip, tmp_path, file, content):
+    model = shutil.copytree(llm2clip, tmp_path / "model")
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).write_text(json.dumps(content))
+    flags = ["--encoder", "llm2clip", "--model_name_or_path", model, "--trust_remote_code", "true"]
+    message = f"'{file}' of '.*model' names code of 'other/repo', whose owner can change it at any time"
+    with pytest.raises(ValueError, match=message):
+        embed(prepared, tmp_path, "visual", *flags)
+
+
 PINNED_SCRIPT = """
+import json
 import sys
+from pathlib import Path
 from huggingface_hub import HfApi
+from trainer.encoders.remote_code import refuse_foreign_code
 from trainer.stages.embed import main
 
 clip, processor, *flags = sys.argv[1:]
@@ -392,6 +415,19 @@ api.create_repo(name)
 for folder in (processor, clip):
     api.upload_folder(folder_path=folder, repo_id=name)
 pinned = api.model_info(name).sha
+# Elsewhere the same files name the code of that repository, and of no commit.
+api.create_repo("tester/borrowed")
+api.upload_folder(folder_path=clip, repo_id="tester/borrowed")
+config = json.loads(Path(clip, "config.json").read_text())
+for code in (name, "tester/borrowed"):
+    config["auto_map"] = {"AutoModel": f"{code}--modeling_clip.LLM2CLIPModel"}
+    content = json.dumps(config).encode()
+    api.upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="tester/borrowed")
+    try:
+        refuse_foreign_code("tester/borrowed", api.model_info("tester/borrowed").sha)
+        print("own code")
+    except ValueError as error:
+        print("refused", error)
 # Later the owner changes the code, and what pictures are prepared with.
 code = b"raise SystemExit('code that nobody has read')"
 for content, file in ((code, "modeling_clip.py"), (b"{}", "preprocessor_config.json")):
@@ -425,6 +461,8 @@ def test_code_and_image_processor_of_a_repository_are_those_of_the_pinned_commit
     torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5)
     revision = StageRecord.load(tmp_path / "hub" / "visual.json").details["revision"]
     assert f"pinned {revision}" in result.stdout and len(revision) == 40
+    assert "refused 'config.json' of 'tester/borrowed' names code of 'tester/clip'" in result.stdout
+    assert result.stdout.count("refused") == result.stdout.count("own code") == 1
 
 
 def one_by_one(prepared, output_dir, checkpoint) -> list[str]:

@@ -94,7 +94,11 @@ again = push("recommender", "best", *links)
 # A pull request leaves main alone and can be loaded by its name.
 requested = push("recommender", "best", "--create_pr", "true")
 card = hf_hub_download("tester/best", "README.md", revision="refs/pr/1")
-print(json.dumps([broken, first, again, requested, "Related repositories" in open(card).read()]))
+related = {
+    name: open(hf_hub_download(f"tester/{name}", "README.md", repo_type="dataset" if name == "shop" else None)).read()
+    for name in ("shop", "sasrec", "codes", "best")
+}
+print(json.dumps([broken, first, again, requested, "Related repositories" in open(card).read(), related]))
 """
 
 
@@ -104,11 +108,14 @@ def published(tiny_run, hub_environment):
 
 
 def test_pushing_breaking_off_pushing_again_and_asking_for_a_pull(published, hub_environment):
-    broken, first, again, requested, links_in_pull_request = published
+    broken, first, again, requested, links_in_pull_request, cards = published
     assert broken == "0" * 40 and first != broken, "the broken upload left a commit"
     assert first == again, "nothing changed, and there is a new commit"
     assert requested == first, "the pull request changed main"
     assert not links_in_pull_request
+    for name, card in cards.items():
+        related = card.split("Related repositories")[1]
+        assert {other for other in cards if f"[tester/{other}]" in related} == set(cards) - {name}
     uploads = json.loads(ask(hub_environment, "uploads"))
     assert len(uploads) == len(set(uploads)), "a large file was sent twice"
     # One commit on main, one on the pull request.

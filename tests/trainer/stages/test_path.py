@@ -161,14 +161,35 @@ def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [('["no-such-item"]\n', "'no-such-item' is not in"), ("[]\n", "line 1"), ('["a"]\n{oops\n', "line 2")],
+    [
+        (b'["no-such-item"]\n', "'no-such-item' is not in"),
+        (b"[]\n", "line 1"),
+        (b'["a"]\n{oops\n', "line 2"),
+        (b'["a"]\n["\xff"]\n', "users.jsonl', line 2 is not UTF-8"),
+        (b"", "users.jsonl' is empty; write one user a line"),
+    ],
 )
 def test_recommend_names_the_bad_line_or_id(tiny_run, tmp_path, content, words):
-    (tmp_path / "users.jsonl").write_text(content)
+    (tmp_path / "users.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         recommend.main(
             ["--model_dir", str(tiny_run / "recommender"), "--histories_file", str(tmp_path / "users.jsonl")]
         )
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "runs/mine/recommender"])
+def test_a_recommender_that_is_nowhere_is_named(name):
+    with pytest.raises(
+        FileNotFoundError, match=f"'{name}' is not on this machine, and the Hub at .* does not give it"
+    ):
+        recommend.main(["--model_dir", name, "--history", "sku000007"])
+
+
+def test_a_directory_without_a_recommender_is_named(tiny_run):
+    with pytest.raises(FileNotFoundError, match=r"prepared' holds no recommender, it lacks 'config.json'; name a dir"):
+        recommend.main(["--model_dir", str(tiny_run / "prepared"), "--history", "sku000007"])
+    with pytest.raises(FileNotFoundError, match=r"sasrec' holds no recommender, it lacks 'processor_config.json'"):
+        recommend.main(["--model_dir", str(tiny_run / "sasrec"), "--history", "sku000007"])
 
 
 def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run, capsys, monkeypatch):

@@ -6,11 +6,14 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
+import httpx2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from tqdm.auto import tqdm
 
 from trainer.data.prepared import PreparedDataset
 from trainer.records import StageRecord, file_digest
@@ -118,8 +121,28 @@ def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
         main(["--source", "sequences", "--output_dir", str(tmp_path / "prepared")])
     with pytest.raises(ValueError, match="`--source synthetic` does not read source_dir, got '.*folder'"):
         synthetic(tmp_path / "prepared", "--source_dir", str(folder))
+    for flag, value in {"image_dir": "x", "licence": "CC0", "source_name": "x", "text_fields": "title"}.items():
+        with pytest.raises(ValueError, match=f"`--source synthetic` has no use for {flag}, got .*; leave it out"):
+            synthetic(tmp_path / "prepared", f"--{flag}", value)
+    with pytest.raises(ValueError, match="`--source sequences` has no use for title_field, got 'name'"):
+        main(["--source", "sequences", "--source_dir", str(folder), "--title_field", "name", "--output_dir", "p"])
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         main(["--source", "sequences", "--source_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "p")])
+
+
+def test_a_mistyped_path_is_named_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    def unreachable(*arguments, **settings):
+        raise httpx2.ConnectError("Connection refused")
+
+    flags = ["--source", "tabular", "--interactions", "ordrs", "--output_dir", str(tmp_path / "prepared")]
+    with pytest.raises(
+        FileNotFoundError, match=r"'ordrs' is not on this machine, and the Hub .*OfflineMode.*; correct"
+    ):
+        main(flags)
+    monkeypatch.setattr("trainer.stages.prepare.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("trainer.stages.prepare.HfApi.dataset_info", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"'ordrs' is not on this machine, .* \(Connection refused\); correct"):
+        main(flags)
 
 
 def png(colour) -> bytes:
@@ -197,6 +220,60 @@ def test_pictures_of_an_archive_are_those_called_after_items(shop):
         tabular(shop, *flags, "--image_cache_dir", str(shop / "cache"))
 
 
+def pictures_folder(folder, **pictures):
+    folder.mkdir()
+    for name, colour in pictures.items():
+        (folder / f"{name}.png").write_bytes(png(colour))
+    return folder
+
+
+def pictured(data: PreparedDataset) -> dict[str, tuple]:
+    """The colours of the items that have a picture."""
+    return {row["item_id"]: row["image"].getpixel((2, 2)) for row in data.items() if row["image"] is not None}
+
+
+def test_pictures_called_after_items_stand_in_for_urls_that_are_not_downloaded(tmp_path):
+    reviews = [
+        {"reviewerID": user, "asin": item, "unixReviewTime": time, "overall": 5.0}
+        for user in "abc"
+        for time, item in enumerate(("B1", "B2", "B3"))
+    ]
+    items = [{"asin": "B1", "title": "One", "imUrl": "http://127.0.0.1:9/1.png"}, {"asin": "B2", "title": "Two"}]
+    for name, rows in (("reviews.json", reviews), ("meta.json", items)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(
+        [
+            "--source", "amazon_2014", "--interactions", str(tmp_path / "reviews.json"),
+            "--items", str(tmp_path / "meta.json"), "--output_dir", str(tmp_path / "prepared"),
+            "--image_dir", str(pictures_folder(tmp_path / "pics", B1="red", B3="blue")),
+        ]
+    )  # fmt: skip
+    data = PreparedDataset.load(tmp_path / "prepared")
+    assert pictured(data) == {"B1": (255, 0, 0), "B3": (0, 0, 255)}
+    assert data.statistics["image_urls_not_downloaded"] == 1 and data.statistics["missing_image"] == 1
+
+
+def test_a_picture_that_an_item_names_comes_before_one_called_after_it(shop):
+    pictures_folder(shop / "pics", **{"3": "red", "4": "blue", "cover": "lime"})
+    products = [json.loads(line) for line in (shop / "products.jsonl").read_text().splitlines()]
+    products[3]["image"] = "cover.png"
+    (shop / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+    data = tabular(shop, "--image_dir", str(shop / "pics"))
+    assert pictured(data) == {"3": (0, 255, 0), "4": (0, 0, 255)}
+
+
+def test_a_folder_of_pictures_beside_a_table_that_holds_its_own_is_refused(shop):
+    rows = {"item_id": ["3"], "title": ["Item 3"], "image": [{"bytes": png("red"), "path": None}]}
+    features = datasets.Features(
+        {"item_id": datasets.Value("string"), "title": datasets.Value("string"), "image": datasets.Image()}
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(shop / "products.parquet")
+    pictures_folder(shop / "pics", **{"3": "blue"})
+    flags = ["--items", str(shop / "products.parquet"), "--image_dir", str(shop / "pics")]
+    with pytest.raises(ValueError, match=r"hold their pictures themselves, in 'image'; leave out --image_dir"):
+        tabular(shop, *flags)
+
+
 def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -226,6 +303,23 @@ def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
     assert [row["item_id"] for row in data.items() if row["image"] is not None] == ["3"]
     counted = {name: count for name, count in data.statistics.items() if name.startswith("image_urls_") and count}
     assert counted == {"image_urls_fetched": 1, "image_urls_missing": 1} and data.statistics["missing_image"] == 9
+
+
+def test_what_takes_long_shows_how_far_it_is(shop, monkeypatch, capsys):
+    def at_once(*arguments, **settings):
+        return tqdm(*arguments, **settings | {"delay": 0, "mininterval": 0})
+
+    for module in ("records", "data.tabular", "data.sequences", "data.prepared"):
+        monkeypatch.setattr(f"trainer.{module}.tqdm", at_once)
+    (shop / "products.csv").write_text("item_id,title\n" + "".join(f"{item},Item {item}\n" for item in range(10)))
+    tabular(shop, "--items", str(shop / "products.csv"))
+    shown = capsys.readouterr().err
+    size = (shop / "orders.csv").stat().st_size
+    for bar in (
+        "orders.csv: 108 rows", "products.csv: 10 rows", f"hashing orders.csv: 100%|██████████| {size / 1000:.2f}k/",
+        "building sequences: 100%|██████████| 4/4", "train.parquet: 100%|██████████| 12/12",
+    ):  # fmt: skip
+        assert bar in shown, shown
 
 
 def test_what_was_read_decides_whether_prepare_runs_again(shop, capsys):

@@ -179,11 +179,14 @@ def test_what_is_private_is_refused(recommender, monkeypatch):
     large = b"x" * (2**24 - 5)
     for content, what in (
         (f"notes in {recommender}/notes.md".encode(), "a directory of this machine"),
+        (f"notes in {recommender}".encode(), "a directory of this machine"),
         (large + secret.encode(), "your token"),
     ):
         (recommender / "odd [name].json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"'odd \[name\]\.json' of .* holds {what}"):
             publication(recommender, "me/model")
+    (recommender / "odd [name].json").write_text(f"{recommender}s and {recommender}_2 are others")
+    publication(recommender, "me/model")
 
 
 def test_a_base_model_on_the_builder_s_disk_is_refused(recommender, tmp_path):

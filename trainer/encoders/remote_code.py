@@ -1,0 +1,70 @@
+"""Code that comes with a model: that it is the code of the commit which somebody has read."""
+
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..data.files import on_the_hub
+
+
+# Files that name classes: of transformers under `auto_map`, of sentence-transformers as the `type` of a module.
+PATTERNS = ("*config*.json", "*modules.json")
+
+
+def refuse_foreign_code(name_or_path: str, revision: str | None = None) -> None:
+    """
+    Refuses a model whose files name classes of other repositories, as `other/repository--module.Class`: `transformers`
+    loads these from wherever the other repository's main branch stands, whatever commit the model is pinned to.
+
+    Args:
+        name_or_path (`str`): A directory, or a repository on the Hub, whose small files are downloaded.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: If the Hub does not give the repository.
+        ValueError: If there is such a class, or a file is not JSON.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        with on_the_hub(name_or_path):
+            folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(PATTERNS)))
+    for file in sorted(folder.rglob("*.json")):
+        name = file.relative_to(folder).as_posix()
+        if not any(fnmatch(name, pattern) for pattern in PATTERNS):
+            continue
+        for reference in _class_references(_content(file)):
+            repository, separator, _ = reference.partition("--")
+            if separator and repository != name_or_path:
+                raise ValueError(
+                    f"'{name}' of '{name_or_path}' names code of '{repository}', whose owner can change it at any "
+                    f"time ('{reference}'); copy the code you have read beside the model, name it there without the "
+                    "repository, and load the model from that directory."
+                )
+
+
+def _content(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not JSON ({error}); name a complete checkpoint.") from error
+
+
+def _class_references(content) -> Iterator[str]:
+    """What stands under `auto_map` or `type`, at any depth."""
+    if isinstance(content, list):
+        for element in content:
+            yield from _class_references(element)
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _strings(value) if key in ("auto_map", "type") else _class_references(value)
+
+
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _strings(element)
