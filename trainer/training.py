@@ -16,8 +16,6 @@ def trainer_arguments(arguments: StageTrainingArguments, run: StageRun) -> Stage
     arguments = copy.copy(arguments)
     arguments.hub_model_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
     arguments.output_dir = str(run.checkpoints_dir)
-    # A resumed training goes on counting the evaluations without a better metric.
-    arguments.restore_callback_states_from_checkpoint = True
     return arguments
 
 

@@ -413,9 +413,11 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
+from trainer.arguments import QuantizeArguments
 from trainer.data.prepared import PreparedDataset
 from trainer.data.windows import EvaluationHistories, TrainingWindows
+from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, initialize
 from trainer.sasrec_trainer import SASRecTrainer
 
 data = PreparedDataset.load(sys.argv[1])
@@ -435,6 +437,27 @@ card = ModelCard.load("tester/lone")
 measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
 model = AutoModel.from_pretrained("tester/lone")
 assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recommend([[1, 2]]).items)
+
+torch.manual_seed(0)
+tables = {"collaborative": torch.randn(81, 8), "text": torch.randn(81, 6)}
+items = ItemTables(tables, {name: torch.arange(81) > 0 for name in tables})
+training, held_out = items.split(0.1, torch.Generator().manual_seed(0))
+config = MMRQVAEConfig(
+    modalities=list(tables), embedding_dims=[8, 6], num_quantizers=2, codebook_size=8, codebook_dim=8, num_anchors=40
+)
+quantizer = MMRQVAEModel(config)
+initialize(quantizer, training)
+arguments = QuantizeArguments(
+    output_dir=sys.argv[2] + "-codes", prepared_dir="", embeddings_dir="", num_train_epochs=1, use_cpu=True,
+    disable_tqdm=True, push_to_hub=True, hub_model_id="tester/lone-codes", hub_strategy="end", hub_token="hf_loopback",
+)
+quantizing = MMRQVAETrainer(quantizer, arguments, training, held_out)
+quantizing.train()
+quantizing.push_to_hub()
+code = ModelCard.load("tester/lone-codes").text.split("```python")[1].split("```")[0]
+scope = {}
+exec(code, scope)
+assert torch.equal(scope["model"].encode(tables).codes["text"], quantizer.eval().encode(tables).codes["text"])
 trainer.args.hub_strategy = HubStrategy.CHECKPOINT
 try:
     trainer.init_hf_repo()
