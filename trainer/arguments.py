@@ -375,6 +375,13 @@ class RecommendArguments:
     )
     top_k: int = field(default=10, metadata={"help": "Items to recommend to a user."})
     exclude_history: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    allowed_items: list[str] | None = field(
+        default=None, metadata={"help": "Item ids to choose from; all by default."}
+    )
+    denied_items: list[str] | None = field(default=None, metadata={"help": "Item ids that are not recommended."})
+    return_contributions: bool = field(
+        default=False, metadata={"help": "Say what each score is the sum of: the ID vector and every modality."}
+    )
     output_file: str | None = field(
         default=None, metadata={"help": "JSON Lines file to write instead of printing a table."}
     )

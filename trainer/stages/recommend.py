@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+from modeling_mmesid.recommendation import SequentialRecommendationOutput
 
 from ..arguments import RecommendArguments, parse
 from ..commands import run_as_script
@@ -31,21 +32,24 @@ def main(argv: list[str] | None = None) -> None:
     rows = processor(histories)
     with loading_from(arguments.model_dir):
         model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
+    allowed, denied = (
+        processor.convert_item_ids_to_rows(items) if items is not None else None
+        for items in (arguments.allowed_items, arguments.denied_items)
+    )
     users = []
     for start in tqdm(
         range(0, len(rows), BATCH_SIZE), desc="Recommending", unit="batch", disable=len(rows) <= BATCH_SIZE
     ):
         output = model.recommend(
-            rows[start : start + BATCH_SIZE], arguments.top_k, arguments.exclude_history, batch_size=BATCH_SIZE
+            rows[start : start + BATCH_SIZE],
+            arguments.top_k,
+            arguments.exclude_history,
+            allowed_items=allowed,
+            denied_items=denied,
+            return_contributions=arguments.return_contributions,
+            batch_size=BATCH_SIZE,
         )
-        item_ids, titles = (
-            processor.convert_rows_to_item_ids(output.items),
-            processor.convert_rows_to_titles(output.items),
-        )
-        users += [
-            [{"item_id": item_id, "title": title, "score": round(score, 6)} for item_id, title, score in zip(*user)]
-            for user in zip(item_ids, titles, output.scores.tolist(), strict=True)
-        ]
+        users += described(output, processor)
     if arguments.output_file is not None:
         write_text_atomic(
             arguments.output_file, "".join(json.dumps(user, ensure_ascii=False) + "\n" for user in users)
@@ -58,7 +62,22 @@ def main(argv: list[str] | None = None) -> None:
         )
         width = max(len(item["item_id"]) for item in user)
         for place, item in enumerate(user, start=1):
-            print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}")
+            parts = ", ".join(f"{name} {part:.4f}" for name, part in item.get("contributions", {}).items())
+            print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}  {parts}".rstrip())
+
+
+def described(output: SequentialRecommendationOutput, processor: MMESIDProcessor) -> list[list[dict]]:
+    """A list of items for each user: `item_id`, `title`, `score` and, if asked for, `contributions`."""
+    parts = {name: values.tolist() for name, values in (output.contributions or {}).items()}
+    ids, titles = processor.convert_rows_to_item_ids(output.items), processor.convert_rows_to_titles(output.items)
+    users = [
+        [{"item_id": item_id, "title": title, "score": round(score, 6)} for item_id, title, score in zip(*user)]
+        for user in zip(ids, titles, output.scores.tolist(), strict=True)
+    ]
+    for row, user in enumerate(users):
+        for place, item in enumerate(user if parts else ()):
+            item["contributions"] = {name: round(values[row][place], 6) for name, values in parts.items()}
+    return users
 
 
 def loading_from(model_dir: str) -> AbstractContextManager:

@@ -144,6 +144,20 @@ def test_checkpoint_recommends_the_same_in_a_new_process(tiny_run):
     np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-5)
 
 
+def test_recommend_chooses_among_allowed_items_and_says_what_scores_are_made_of(tiny_run, tmp_path, capsys):
+    ids = MMESIDProcessor.from_pretrained(tiny_run / "recommender").item_ids
+    flags = ["--model_dir", str(tiny_run / "recommender"), "--history", *ids[3:6], "--top_k", "2"]
+    flags += ["--allowed_items", *ids[10:13], "--denied_items", ids[11], "--return_contributions", "true"]
+    recommend.main(flags)
+    printed = capsys.readouterr().out
+    assert ids[10] in printed and ids[12] in printed and ids[11] not in printed and "text " in printed
+    recommend.main([*flags, "--output_file", str(tmp_path / "out.jsonl")])
+    (user,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {item["item_id"] for item in user} == {ids[10], ids[12]}
+    for item in user:
+        assert sum(item["contributions"].values()) == pytest.approx(item["score"], abs=1e-4)
+
+
 def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
     processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
     model_dir = str(tiny_run / "recommender")
