@@ -465,6 +465,9 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         train_dataset ([`ItemTables`]): Items to learn from.
         eval_dataset ([`ItemTables`]): Held-out items.
         kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If a setting does not go with the objective.
     """
 
     stage = "quantize"
@@ -505,6 +508,11 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         self._losses: dict[str, float] = {}
         self._nearest: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         if config.objective == "stress":
+            if args.dataloader_persistent_workers:
+                raise ValueError(
+                    "dataloader_persistent_workers keeps the codes of the first epoch, and the objective 'stress' "
+                    "searches new ones for each; set it to false."
+                )
             self.add_callback(_CodeSearch(self))
 
     @torch.no_grad()
@@ -613,7 +621,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         return passes * len(self.train_dataset)
 
     def _steps_in_epoch(self) -> int:
-        return math.ceil(self._samples_in_epoch() / (self.args.train_batch_size * self.args.world_size))
+        rounded = math.floor if self.args.dataloader_drop_last else math.ceil
+        return max(rounded(self._samples_in_epoch() / (self.args.train_batch_size * self.args.world_size)), 1)
 
     @torch.no_grad()
     def _end_epoch(self, inputs: dict) -> None:

@@ -284,6 +284,23 @@ def test_training_under_bf16_autocast_keeps_float32_weights_and_reproducible_cod
     assert np.isfinite(metrics["eval_loss"]) and 0 < metrics["eval_tau"] < 1
 
 
+def test_codes_that_workers_would_keep_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_persistent_workers keeps the codes of the first epoch"):
+        toy_trainer(tmp_path, toy_model(), toy_items(), dataloader_num_workers=1, dataloader_persistent_workers=True)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_health_is_logged_once_an_epoch(tmp_path, drop_last):
+    items, model = toy_items(), toy_model(objective="mse")
+    initialize(model, items)
+    settings = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    trainer = toy_trainer(tmp_path, model, items, num_train_epochs=3, dataloader_drop_last=drop_last, **settings)
+    trainer.train()
+    assert len(trainer.train_dataset) % 128 > 0
+    logged = [entry["epoch"] for entry in trainer.state.log_history if "use@1_text" in entry]
+    assert len(logged) == 3
+
+
 def test_a_large_table_is_read_in_parts(tmp_path, monkeypatch):
     class Recorder:
         """A table that tells how many rows were asked for at once."""
