@@ -303,6 +303,13 @@ class FinetuneArguments(StageTrainingArguments):
         default=True,
         metadata={"help": "Items enter the model as the vectors that score them; false is the paper's token MLP."},
     )
+    paper: bool = field(
+        default=False,
+        metadata={
+            "help": "The paper's items: a token MLP and a score head, no free vector; stands for --share_item_table "
+            "false --use_item_ids false."
+        },
+    )
     use_item_ids: bool = field(default=True, metadata={"help": "Give every item a free vector besides its content."})
     code_initialization: Literal["trained", "random"] = field(
         default="trained",

@@ -165,8 +165,8 @@ def build(
     prefix_ids, suffix_ids = processor.prompt_ids()
     settings = content_settings | {
         "num_items": data.num_items,
-        "share_item_table": arguments.share_item_table,
-        "use_item_ids": arguments.use_item_ids,
+        "share_item_table": arguments.share_item_table and not arguments.paper,
+        "use_item_ids": arguments.use_item_ids and not arguments.paper,
         "fusion_temperature": arguments.fusion_temperature,
         "token_dropout": arguments.token_dropout,
         "output_dropout": arguments.output_dropout,

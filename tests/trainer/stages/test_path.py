@@ -218,6 +218,17 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
     assert not list((tiny_run / "recommender").glob(".staging*"))
 
 
+def test_the_papers_items_by_one_flag_or_two(tiny_run):
+    data = PreparedDataset.load(tiny_run / "prepared")
+    for flags in (["--paper", "true"], ["--share_item_table", "false", "--use_item_ids", "false"]):
+        arguments = parse(FinetuneArguments, [*finetune_flags(tiny_run, "unused"), *flags])
+        settings, _ = finetune.load_content(arguments, finetune.content_modalities(arguments), data.num_items)
+        _, model = finetune.build(arguments, data, settings)
+        parts = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("items.")}
+        # The ID embeddings are the score head's: no token holds one.
+        assert parts == {"fusion", "id_embeddings", "modalities", "token_mlp"}
+
+
 def test_finetune_without_tables_says_which_flag(tiny_run):
     with pytest.raises(ValueError, match="--embeddings_dir is not set"):
         finetune.main(["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tiny_run / "nothing")])
