@@ -209,9 +209,9 @@ def _require_enough(config: MMRQVAEConfig, modality: str, count: int) -> None:
         )
 
 
-def _batches(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor):
-    """The embeddings of `rows`, a batch at a time, where the model is."""
-    for part in rows.split(ENCODING_BATCH):
+def _batches(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor, what: str = "pass over"):
+    """The embeddings of `rows`, a batch at a time, where the model is; a bar says `what` is done, if it takes long."""
+    for part in tqdm(rows.split(ENCODING_BATCH), desc=f"{what} {modality}", unit="batch", delay=2, leave=False):
         yield dataset.embeddings[modality][part].to(branch.input_mean.device, torch.float32)
 
 
@@ -290,15 +290,22 @@ def _fit_linear_decoder(branch, dataset: ItemTables, modality: str, codes: torch
     have the modality."""
     gram = products = 0
     rows = dataset.rows_with(modality)
+    width = branch.decoder[0].in_features
+    vectors = torch.cat([layer.codebook for layer in branch.quantizer.layers]).float()
+    # The solution lies in the span of the code vectors, which a wide space is far from filled by.
+    basis = torch.linalg.qr(vectors.T).Q if len(vectors) < width else None
     for part, batch in zip(codes.split(ENCODING_BATCH), _batches(branch, dataset, modality, rows)):
         quantized = branch.quantizer.decode(part.to(batch.device))
+        if basis is not None:
+            quantized = quantized @ basis
         inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
         gram = gram + inputs.T @ inputs
         products = products + inputs.T @ branch.standardize(batch).double()
     # The ridge keeps directions that code vectors hardly use small, which few items would decide.
-    gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram, products)
-    branch.decoder[0].weight.copy_(solution[:-1].T)
+    ridge = 1e-2 * gram.trace() / (width + 1)
+    solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), products)
+    weight = solution[:-1].T
+    branch.decoder[0].weight.copy_(weight if basis is None else weight.to(basis.dtype) @ basis.T)
     branch.decoder[0].bias.copy_(solution[-1])
 
 
@@ -533,7 +540,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             found = torch.zeros(len(dataset.present[modality]), config.num_quantizers, dtype=torch.long)
             found[rows] = branch.anchor_codes.cpu()[nearest]
             others = rows[~is_anchor]
-            batches = _batches(branch, dataset, modality, others)
+            batches = _batches(branch, dataset, modality, others, "search for codes of")
             for part, batch in zip(others.split(ENCODING_BATCH), batches):
                 start = found[part].to(self.args.device)
                 found[part] = branch.search(branch.standardize(batch), start, chosen)[0].cpu()
@@ -547,7 +554,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         and the weights of the anchors. Anchors stay the same all through the training."""
         nearest, is_anchor = [], []
         rows = self.train_dataset.rows_with(modality)
-        for batch in _batches(branch, self.train_dataset, modality, rows):
+        for batch in _batches(branch, self.train_dataset, modality, rows, "nearest anchors of"):
             inputs = branch.standardize(batch)
             found = nearest_anchors(inputs, branch.anchors)[:, 0]
             nearest.append(found.cpu())

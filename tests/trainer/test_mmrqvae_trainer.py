@@ -13,6 +13,7 @@ from trainer.mmrqvae_trainer import (
     ItemTables,
     MMRQVAETrainer,
     WeightedSampler,
+    _fit_linear_decoder,
     code_metrics,
     encode_items,
     history_distances,
@@ -415,3 +416,37 @@ def test_the_decoder_keeps_up_with_the_code_vectors(tmp_path):
     restored = model.decode({"text": codes["text"][rows].long()})["text"].detach()
     # Of all linear decoders hardly any does better.
     assert (restored - original).square().sum() < 1.1 * (best - original).square().sum()
+
+
+@torch.no_grad()
+def test_the_decoder_of_a_space_that_code_vectors_do_not_fill_is_that_of_least_squares():
+    items, model = toy_items(), toy_model(codebook_dim=80, codebook_size=12)
+    initialize(model, items)
+    branch = model.branches["text"]
+    rows = items.rows_with("text")
+    codes = torch.randint(12, (len(rows), 2), generator=torch.Generator().manual_seed(0))
+    _fit_linear_decoder(branch, items, "text", codes)
+    inputs = torch.cat([branch.quantizer.decode(codes), torch.ones(len(rows), 1)], 1).double()
+    ridge = 0.01 * inputs.square().sum() / inputs.shape[1]
+    # Least squares with the ridge as rows of its own.
+    inputs = torch.cat([inputs, ridge.sqrt() * torch.eye(81, dtype=torch.float64)])
+    outputs = torch.cat([branch.standardize(items.embeddings["text"][rows]).double(), torch.zeros(81, 20)])
+    solution = torch.linalg.lstsq(inputs, outputs).solution.float()
+    torch.testing.assert_close(branch.decoder[0].weight, solution[:-1].T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(branch.decoder[0].bias, solution[-1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [32, 8192])
+@pytest.mark.parametrize("objective", ["stress", "paper"])
+def test_spaces_as_narrow_and_as_wide_as_decoders_are_trained(tmp_path, objective, width):
+    items = toy_items(100)
+    model = toy_model(objective=objective, codebook_dim=width, codebook_size=8, num_anchors=30)
+    training, held_out = items.split(0.2, torch.Generator().manual_seed(0))
+    initialize(model, training)
+    trainer = toy_trainer(tmp_path, model, items, num_train_epochs=1, save_strategy="no", load_best_model_at_end=False)
+    before = model.code_vectors("text").detach().clone()
+    trainer.train()
+    assert not torch.equal(model.code_vectors("text"), before)
+    _, quantized = encode_items(model, items)
+    assert quantized["text"].shape == (len(items.present["text"]), width)
+    assert trainer.evaluate()["eval_tau_text"] > 0.2
