@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -54,6 +55,8 @@ INPUT_NAMES = {
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's error ends in one sentence and exit status 2, a traceback after `--traceback`."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # Where it is installed, every command would begin with the lack of a kernel that makes 4-bit products faster.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(
         prog="mmesid",
         formatter_class=argparse.RawDescriptionHelpFormatter,
