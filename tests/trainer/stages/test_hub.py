@@ -412,7 +412,6 @@ import json, sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
 from trainer.arguments import QuantizeArguments
 from trainer.data.prepared import PreparedDataset
@@ -458,11 +457,7 @@ code = ModelCard.load("tester/lone-codes").text.split("```python")[1].split("```
 scope = {}
 exec(code, scope)
 assert torch.equal(scope["model"].encode(tables).codes["text"], quantizer.eval().encode(tables).codes["text"])
-trainer.args.hub_strategy = HubStrategy.CHECKPOINT
-try:
-    trainer.init_hf_repo()
-except ValueError as error:
-    print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank(), str(error)]))
+print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank()]))
 """
 
 
@@ -477,11 +472,10 @@ def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, 
     assert during and all(set(files) == set(last) for files in during)
     assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= set(last)
 
-    files, measured, ranked, error = printed(lone)
+    files, measured, ranked = printed(lone)
     assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
     assert {"README.md", "config.json", "model.safetensors", "modeling_sasrec.py", "eval_results.json"} <= set(files)
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in [*files, *last])
-    assert "hub_strategy 'checkpoint' would publish pickles" in error
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):
