@@ -408,7 +408,7 @@ main(["push", "--directory", sys.argv[-1], "--repo_id", "tester/trained"])
 print(json.dumps([sha, HfApi().model_info("tester/trained").sha]))
 """
 LONE_TRAINER = """
-import json, sys
+import copy, json, sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
@@ -446,17 +446,35 @@ config = MMRQVAEConfig(
 )
 quantizer = MMRQVAEModel(config)
 initialize(quantizer, training)
-arguments = QuantizeArguments(
-    output_dir=sys.argv[2] + "-codes", prepared_dir="", embeddings_dir="", num_train_epochs=1, use_cpu=True,
-    disable_tqdm=True, push_to_hub=True, hub_model_id="tester/lone-codes", hub_strategy="end", hub_token="hf_loopback",
-)
-quantizing = MMRQVAETrainer(quantizer, arguments, training, held_out)
-quantizing.train()
-quantizing.push_to_hub()
-code = ModelCard.load("tester/lone-codes").text.split("```python")[1].split("```")[0]
-scope = {}
-exec(code, scope)
-assert torch.equal(scope["model"].encode(tables).codes["text"], quantizer.eval().encode(tables).codes["text"])
+
+
+def quantize(model, name, data, **hub):
+    arguments = QuantizeArguments(
+        output_dir=f"{sys.argv[2]}-{name}", prepared_dir="", embeddings_dir="", num_train_epochs=2, use_cpu=True,
+        disable_tqdm=True, metric_for_best_model="tau", push_to_hub=True, hub_model_id=f"tester/{name}",
+        hub_token="hf_loopback", **hub,
+    )
+    trainer = MMRQVAETrainer(model, arguments, training, held_out, data)
+    trainer.train()
+    trainer.push_to_hub(links={"dataset": "tester/shop"})
+
+
+# Pushes that search for all semantic IDs change nothing in the training.
+undescribed = copy.deepcopy(quantizer)
+quantize(quantizer, "lone-codes", data, hub_strategy="every_save", hub_always_push=True)
+quantize(undescribed, "lone-model", None, hub_strategy="end")
+assert all(map(torch.equal, quantizer.state_dict().values(), undescribed.state_dict().values()))
+expected = quantizer.eval().encode(tables).codes["text"]
+for name in ("lone-codes", "lone-model"):
+    card = ModelCard.load(f"tester/{name}")
+    assert card.data.datasets == ["tester/shop"]
+    scope = {}
+    exec(card.text.split("```python")[1].split("```")[0], scope)
+    assert torch.equal(scope["model"].encode(tables).codes["text"], expected)
+    if name == "lone-codes":
+        assert scope["semantic_ids"]["item_id"].to_pylist() == data.item_ids[1:]
+        assert scope["semantic_ids"]["text"].to_pylist() == expected[1:].tolist()
+        assert all(picture in card.text for picture in ("figures/code_use.png", "figures/distances.png"))
 print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank()]))
 """
 
@@ -476,6 +494,10 @@ def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, 
     assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
     assert {"README.md", "config.json", "model.safetensors", "modeling_sasrec.py", "eval_results.json"} <= set(files)
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in [*files, *last])
+    (alone,) = json.loads(ask(hub_environment, "history/models/tester/lone-model"))
+    codes = json.loads(ask(hub_environment, "history/models/tester/lone-codes"))
+    added = {"semantic_ids.parquet", "figures/code_use.png", "figures/distances.png"}
+    assert len(codes) == 3 and all(set(names) == set(alone) | added for names in codes)
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):
