@@ -45,8 +45,8 @@ class HubTrainerMixin:
         evaluation_name (`str`): What the metrics of `evaluate` are called in the stage's record.
         draft_record (`Callable[[], StageRecord]`, *optional*): What a stage knows of the run; set by
             the stage. Without one the card says what the arguments tell.
-        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind, a key of
-            [`hub_cards.LINKS`].
+        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind, see
+            [`~modeling_mmesid.checkpoints.related_repositories`].
     """
 
     stage: str
@@ -98,8 +98,8 @@ class HubTrainerMixin:
         As [`~transformers.Trainer.push_to_hub`], with the files of `mmesid push`.
 
         Args:
-            links (`dict[str, str]`, *optional*): Related repositories that this card and later ones link to, by kind,
-                a key of [`hub_cards.LINKS`]: `{"dataset": "me/my-dataset"}`. Defaults to `hub_links`.
+            links (`dict[str, str]`, *optional*): Related repositories that this card and later ones link to, by kind:
+                `{"dataset": "me/my-dataset"}`. Defaults to `hub_links`.
             **kwargs: Not looked at, see [`~HubTrainerMixin.create_model_card`].
         """
         if links is not None:

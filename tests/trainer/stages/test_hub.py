@@ -270,8 +270,15 @@ root, api = sys.argv[1], HfApi()
 model = AutoModel.from_pretrained(f"{root}/recommender")
 model.push_to_hub("tester/by-model", create_pr=True)
 assert "README.md" not in api.list_repo_files("tester/by-model")
-model.push_to_hub("tester/by-model")
-pipeline("sequential-recommendation", model=f"{root}/recommender").push_to_hub("tester/by-pipeline")
+model.push_to_hub("tester/by-model", links={"dataset": "tester/shop", "sasrec": "tester/sasrec"})
+recommender = pipeline("sequential-recommendation", model=f"{root}/recommender")
+recommender.push_to_hub("tester/by-pipeline", links={"dataset": "tester/shop"})
+for name, linked in (("by-model", ["shop", "sasrec"]), ("by-pipeline", ["shop"])):
+    card = ModelCard.load(f"tester/{name}")
+    assert card.data.datasets == ["tester/shop"]
+    related = card.text.split("## Related repositories")[1].split("## ")[0]
+    assert related.count("https://huggingface.co/") == len(linked)
+    assert all(f"[tester/{other}](https://huggingface.co/" in related for other in linked)
 model.save_pretrained(f"{sys.argv[2]}/saved", push_to_hub=True, repo_id="tester/by-saving")
 for name in ("sasrec", "quantizer"):
     AutoModel.from_pretrained(f"{root}/{name}").push_to_hub(f"tester/by-model-{name}")
