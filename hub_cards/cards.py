@@ -30,9 +30,9 @@ _PICTURE_NOTES = {
     "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
 }
 
-# What a stage makes, as a title and as the tag that finds it on the Hub.
 # Arguments whose values are paths whatever they look like.
-_PATHS = ("_dir", "_file")
+_PATHS = ("_dir", "_file", "_checkpoint")
+# What a stage makes, as a title and as the tag that finds it on the Hub.
 _SUBJECTS = {
     "prepare": ("Sequential recommendation dataset", "dataset"),
     "sasrec": ("SASRec", "sasrec"),

@@ -112,6 +112,13 @@ class SASRecArguments(StageTrainingArguments):
 class QuantizeArguments(StageTrainingArguments):
     """Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item."""
 
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push: end, every_save, checkpoint or all_checkpoints. Every push finds the semantic IDs "
+            "of all items, which for the objective stress takes as long as some four epochs."
+        },
+    )
     prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
     embeddings_dir: str = field(
         metadata={"help": "Directory of the tables written by `mmesid embed`, <modality>.safetensors each."}

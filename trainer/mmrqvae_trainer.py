@@ -528,8 +528,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         Writes the semantic IDs of all items as `semantic_ids.parquet`, and in `figures/` how the codes are used and
         what they do to distances.
 
-        A push during the training does so as well, and training waits for it: for the objective `"stress"` a search
-        for all items, which takes several times as long as that of an epoch. `hub_strategy="end"` spares it.
+        A push during the training does so as well, lest old semantic IDs stay beside new weights. Training waits for
+        it: for the objective `"stress"` the search for all items takes as long as some four epochs.
 
         Returns:
             `tuple[dict, dict]`: Metrics (`items` and `histories`) and details (`data`, `semantic_id_examples`) for the
