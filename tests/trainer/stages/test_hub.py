@@ -15,7 +15,7 @@ import pytest
 
 from modeling_mmesid import MMESIDProcessor
 
-from .conftest import finetune_flags
+from .conftest import TRAINING, finetune_flags
 
 
 PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
@@ -505,6 +505,33 @@ def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, 
     codes = json.loads(ask(hub_environment, "history/models/tester/lone-codes"))
     added = {"semantic_ids.parquet", "figures/code_use.png", "figures/distances.png"}
     assert len(codes) == 3 and all(set(names) == set(alone) | added for names in codes)
+
+
+ENCODER = """
+import json, sys
+import torch
+from huggingface_hub import HfApi, ModelCard
+from trainer.cli import main
+
+main(["embed", *sys.argv[1:]])
+card = ModelCard.load("tester/encoder")
+scope = {}
+exec(card.text.split("```python")[1].split("```")[0], scope)
+inputs = scope["processor"](text=["a red mug"], return_tensors="pt")
+assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 8)
+print(json.dumps([HfApi().list_repo_files("tester/encoder"), card.text]))
+"""
+
+
+def test_a_trained_encoder_is_published_with_its_card(tiny_run, hub_environment, tmp_path):
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "embeddings")]
+    flags += ["--modality", "visual", "--encoder", "train_dual_encoder", "--num_train_epochs", "2"]
+    flags += ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--projection_dim", "8"]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "tester/encoder", "--hub_token", "hf_loopback", *TRAINING]
+    files, card = printed(run_python(ENCODER, hub_environment, *flags))
+    assert {"README.md", "eval_results.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert not any(name.endswith(".bin") for name in files)
+    assert "SYNTHETIC data" in card and "| recall@10 |" in card
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):
