@@ -328,6 +328,7 @@ def test_tokens_and_the_builders_paths_stay_out(stage):
         "model_name_or_path": "D:/models/llama",
         "image_cache_dir": "cache/pictures",
         "histories_file": "my users/of may.txt",
+        "resume_from_checkpoint": "downloads/last-checkpoint",
         "encoder": "openai/clip-vit-base-patch32",
         "endpoint": "http://ada-laptop.local:8080/hub",
     }
@@ -346,6 +347,7 @@ def test_tokens_and_the_builders_paths_stay_out(stage):
         "srv",
         "cache/",
         "my users",
+        "downloads",
     ):
         assert secret not in text
     assert "| `prepared_dir` | prepared |" in text

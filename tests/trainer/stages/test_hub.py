@@ -488,12 +488,15 @@ print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank
 
 def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, tmp_path):
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "trained"), "--push_to_hub", "true"]
-    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "every_save", "--hub_token", "hf_loopback"]
+    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "checkpoint", "--hub_token", "hf_loopback"]
     stage = run_python(TRAIN, hub_environment, *flags, str(tmp_path / "trained"))
     lone = run_python(LONE_TRAINER, hub_environment, str(tiny_run / "prepared"), str(tmp_path / "lone"))
     after_training, after_push = printed(stage)
     assert after_training == after_push, "`mmesid push` found something else to send"
-    *during, last = json.loads(ask(hub_environment, "history/models/tester/trained"))
+    commits = json.loads(ask(hub_environment, "history/models/tester/trained"))
+    state = {f"last-checkpoint/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
+    assert all(state <= set(files) for files in commits)
+    *during, last = [[name for name in files if not name.startswith("last-checkpoint/")] for files in commits]
     assert during and all(set(files) == set(last) for files in during)
     assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= set(last)
 
