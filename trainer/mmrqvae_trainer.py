@@ -4,6 +4,7 @@ held-out items."""
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid.code_search import nearest_anchors
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
@@ -20,10 +22,12 @@ from modeling_mmesid.modeling_mmrqvae import MMRQVAEAnchorBranch, MMRQVAEModel
 
 from .arguments import QuantizeArguments
 from .collisions import resolve_collisions, shared
+from .data.prepared import PreparedDataset
 from .hub_trainer import HubTrainerMixin
 from .kmeans import kmeans
 from .metrics.codes.codes import code_health
 from .metrics.forgetting.forgetting import mean_tau, pooled_tau
+from .semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
 from .sinkhorn import sinkhorn_offsets
 
 
@@ -471,6 +475,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         args ([`~trainer.arguments.QuantizeArguments`]): As in [`~transformers.Trainer`].
         train_dataset ([`ItemTables`]): Items to learn from.
         eval_dataset ([`ItemTables`]): Held-out items.
+        data ([`~trainer.data.prepared.PreparedDataset`], *optional*): What the tables are made from, for
+            [`~MMRQVAETrainer.describe`]. Without it nobody knows the items' ids, and the model is published alone.
         kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
 
     Raises:
@@ -486,6 +492,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         args: QuantizeArguments,
         train_dataset: ItemTables,
         eval_dataset: ItemTables,
+        data: PreparedDataset | None = None,
         **kwargs,
     ):
         args = copy.copy(args)
@@ -499,6 +506,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             compute_metrics=self._heldout_metrics,
             **kwargs,
         )
+        self.data = data
         config = model.config
         if args.codebook_ema_decay > 0:
             if config.objective in ("stress", "distance"):
@@ -521,6 +529,44 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
                     "searches new ones for each; set it to false."
                 )
             self.add_callback(_CodeSearch(self))
+
+    def describe(self, directory: Path) -> tuple[dict, dict]:
+        """
+        Writes the semantic IDs of all items as `semantic_ids.parquet`, and in `figures/` how the codes are used and
+        what they do to distances.
+
+        A push during the training does so as well, lest old semantic IDs stay beside new weights. Training waits for
+        it: for the objective `"stress"` the search for all items takes as long as some four epochs.
+
+        Returns:
+            `tuple[dict, dict]`: Metrics (`items` and `histories`) and details (`data`, `semantic_id_examples`) for the
+                stage's record; empty without `data`.
+        """
+        if self.data is None:
+            return {}, {}
+        model: MMRQVAEModel = self.accelerator.unwrap_model(self.model)
+        data, items = self.data, self.train_dataset
+        codes, _ = encode_items(model, items, return_quantized=False)
+        sequences = data.sequences("validation")
+        distances = {
+            modality: history_distances(model, modality, items, codes[modality], sequences, seed=self.args.seed)
+            for modality in codes
+        }
+        histories = {modality: pairs.metrics() for modality, pairs in distances.items()}
+        write_semantic_ids(directory / SEMANTIC_IDS_NAME, data.item_ids, codes)
+        draw_code_use(
+            directory / "figures" / "code_use.png",
+            {modality: values.numpy() for modality, values in codes.items()},
+            model.config.codebook_size,
+        )
+        draw_distances(
+            directory / "figures" / "distances.png",
+            {modality: (pairs.before, pairs.after) for modality, pairs in distances.items()},
+            {modality: f"{modality}, Kendall's tau {metrics['tau']:.3f}" for modality, metrics in histories.items()},
+        )
+        examples = semantic_id_examples(codes, data.frequencies, data.item_ids, data.titles)
+        metrics = {"items": code_metrics(codes, model.config.codebook_size), "histories": histories}
+        return metrics, {"data": data.statistics, "semantic_id_examples": examples}
 
     @torch.no_grad()
     def search_codes(self, epoch: int) -> None:

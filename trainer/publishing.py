@@ -15,8 +15,8 @@ from modeling_mmesid.checkpoints import CARD_NAME, RESULTS_NAME, require_public_
 from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
 
 
-# What the directory of each stage is on the Hub.
-REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "quantize": "model", "finetune": "model"}
+# What the result of each stage is on the Hub; of `embed`, the dual encoder that it trained.
+REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "embed": "model", "quantize": "model", "finetune": "model"}
 
 
 def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:

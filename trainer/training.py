@@ -27,8 +27,8 @@ def early_stopping(arguments: StageTrainingArguments) -> list[TrainerCallback]:
 
 
 def fit(trainer: Trainer) -> None:
-    """Trains to the end, from the last checkpoint of an interrupted run where there is one, and loads the best
-    checkpoint."""
+    """Trains to the end, from the last checkpoint of an interrupted run where there is one, otherwise from
+    `resume_from_checkpoint` where it is set, and loads the best checkpoint."""
     checkpoints = Path(trainer.args.output_dir)
     last = get_last_checkpoint(checkpoints) if trainer.args.resume and checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last or trainer.args.resume_from_checkpoint)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hub_cards import LINKS, model_licence, render_card, save_card
+from hub_cards import model_licence, render_card, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -23,6 +23,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+from modeling_mmesid.checkpoints import LINKS, link_card
 from trainer.metrics.ranking.analysis import HEAD_SHARE
 
 from ..loopback_hub import Hub
@@ -327,6 +328,7 @@ def test_tokens_and_the_builders_paths_stay_out(stage):
         "model_name_or_path": "D:/models/llama",
         "image_cache_dir": "cache/pictures",
         "histories_file": "my users/of may.txt",
+        "resume_from_checkpoint": "downloads/last-checkpoint",
         "encoder": "openai/clip-vit-base-patch32",
         "endpoint": "http://ada-laptop.local:8080/hub",
     }
@@ -345,6 +347,7 @@ def test_tokens_and_the_builders_paths_stay_out(stage):
         "srv",
         "cache/",
         "my users",
+        "downloads",
     ):
         assert secret not in text
     assert "| `prepared_dir` | prepared |" in text
@@ -461,6 +464,17 @@ def validate():
         yield lambda text, stage: (DatasetCard if stage == "prepare" else ModelCard)(text).validate()
     hub.shutdown()
     hub.server_close()
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "prepare"])
+def test_a_card_that_is_linked_later_is_the_card_that_was_written_with_links(stage):
+    links = {kind: f"me/{kind}" for kind in LINKS}
+    written = ModelCard(render_card(make_record(stage), "me/recommender", links))
+    linked = ModelCard(link_card(render_card(make_record(stage), "me/recommender"), links, "me/recommender"))
+    assert linked.text.split() == written.text.split() and "Related repositories" in linked.text
+    assert linked.data.to_dict() == written.data.to_dict()
+    with pytest.raises(ValueError, match="no link to a 'cousin'; the kinds are dataset, "):
+        link_card(linked.content, {"cousin": "me/other"}, "me/recommender")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -12,9 +12,14 @@ from transformers import AutoModel, AutoProcessor
 import modeling_mmesid  # noqa: F401 (registers the Auto classes)
 from modeling_mmesid.checkpoints import FORMAT_VERSION
 
+from .save_checkpoints import NUM_ITEMS, REMOVED, new_embeddings
+
 
 # Written by version 0.1.0 at commit c622c0f, with the recommendations that it gave.
 EARLIER = Path(__file__).parent / "checkpoints_0_1"
+# Written by `save_checkpoints.py` at commit f234105: a quantizer with anchors, and a recommender with its codes, ID
+# vectors, an item that was added after training and one that was removed.
+CHANGED = Path(__file__).parent / "checkpoints_0_1_changed"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,35 @@ def test_an_earlier_quantizer_gives_the_same_semantic_ids(expected):
     embeddings = {name: torch.tensor(values) for name, values in expected["quantizer"]["embeddings"].items()}
     codes = AutoModel.from_pretrained(EARLIER / "quantizer").encode(embeddings).codes
     assert {name: values.tolist() for name, values in codes.items()} == expected["quantizer"]["codes"]
+
+
+def test_an_earlier_quantizer_for_distances_gives_the_same_semantic_ids():
+    expected = json.loads((CHANGED / "expected.json").read_text())
+    quantizer = AutoModel.from_pretrained(CHANGED / "quantizer")
+    assert quantizer.config.objective == "stress" and quantizer.branches["text"].anchors.shape == (10, 6)
+    embeddings = {name: torch.tensor(values) for name, values in expected["embeddings"].items()}
+    codes = quantizer.encode(embeddings).codes
+    assert {name: values.tolist() for name, values in codes.items()} == expected["codes"]
+
+
+def test_an_earlier_recommender_keeps_what_was_added_and_removed():
+    expected = json.loads((CHANGED / "expected.json").read_text())
+    model, processor = (kind.from_pretrained(CHANGED / "recommender") for kind in (AutoModel, AutoProcessor))
+    best = model.recommend(expected["histories"], top_k=8)
+    assert best.items.tolist() == expected["items"]
+    torch.testing.assert_close(best.scores, torch.tensor(expected["scores"]), rtol=1e-4, atol=1e-5)
+
+    added = NUM_ITEMS + 1
+    assert processor([["id-new", "id-4"]]) == [[added, 4]]
+    assert processor.convert_rows_to_titles([added]) == ["new part"]
+    everything = model.recommend([[1]], top_k=NUM_ITEMS - 1, return_contributions=True)
+    assert REMOVED not in everything.items and added in everything.items
+    # Trained items score by their ID vectors, too.
+    assert ((everything.contributions["id"] == 0) == (everything.items == added)).all()
+    # The catalogue can go on changing: the quantizer still is the model's.
+    rows = model.add_items(new_embeddings(), quantizer=AutoModel.from_pretrained(CHANGED / "quantizer"))
+    again = model.recommend([[1]], top_k=2, allowed_items=[added, *rows])
+    torch.testing.assert_close(again.scores[0, 0], again.scores[0, 1])
 
 
 def test_an_earlier_processor_knows_its_items():

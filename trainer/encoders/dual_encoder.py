@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..data.images import BadImageError, decode_image
+from ..hub_trainer import HubTrainerMixin
 from .encoding import check_weights, place
 
 
@@ -286,7 +287,7 @@ def shrink(pictures: Sequence[Image.Image], size: int, disable_tqdm: bool = Fals
     return [pictures[index].resize((size, size), Image.Resampling.BICUBIC) for index in progress]
 
 
-class DualEncoderTrainer(Trainer):
+class DualEncoderTrainer(HubTrainerMixin, Trainer):
     """
     Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
 
@@ -296,6 +297,9 @@ class DualEncoderTrainer(Trainer):
         train_dataset (`CaptionedPictures`): The pairs to learn from.
         eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
     """
+
+    stage = "embed"
+    evaluation_name = "held_out"
 
     def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):
         super().__init__(

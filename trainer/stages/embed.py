@@ -292,6 +292,8 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         eval_dataset=CaptionedPictures(captions, pictures, held_out),
         callbacks=early_stopping(arguments),
     )
+    run.details.update(data=data.statistics)
+    trainer.draft_record = run.draft_record
     fit(trainer)
     evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     run.metrics["held_out"] = {name: evaluated[name] for name in ("recall@1", "recall@10", "mrr", "loss")}
@@ -302,6 +304,9 @@ def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         parameters=encoder.model.num_parameters(),
         weights=weights_digest(encoder.model),
     )
+    if arguments.push_to_hub:
+        # A repository of its own: the stage's directory holds tables.
+        trainer.push_to_hub()
     return encoder
 
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from hub_cards import LINKS
+from modeling_mmesid.checkpoints import LINKS
 
 from ..arguments import PushArguments, parse
 from ..commands import run_as_script

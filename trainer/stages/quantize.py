@@ -15,22 +15,18 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from hub_cards import save_card
-from hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..arguments import QuantizeArguments, parse
 from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..encoders.tables import load_table, table_encoders, table_path
-from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, code_metrics, encode_items, history_distances, initialize
+from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, initialize
 from ..records import StageRun
-from ..semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
 from ..training import early_stopping, fit, trainer_arguments
 
 
 logger = logging.get_logger(__name__)
-
-FIGURES_NAME = "figures"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     with run as staging:
         initialize(model.to(arguments.device), training, arguments.seed)
         trainer = MMRQVAETrainer(
-            model, trainer_arguments(arguments, run), training, held_out, callbacks=early_stopping(arguments)
+            model, trainer_arguments(arguments, run), training, held_out, data, callbacks=early_stopping(arguments)
         )
         trainer.draft_record = run.draft_record
         fit(trainer)
@@ -92,34 +88,11 @@ def main(argv: list[str] | None = None) -> None:
             if name.startswith(("eval_tau", "eval_reconstruction", "eval_recall", "eval_loss"))
         }
         if PartialState().is_main_process:
-            codes, _ = encode_items(model, items, return_quantized=False)
-            sequences = data.sequences("validation")
-            distances = {
-                modality: history_distances(model, modality, items, codes[modality], sequences, seed=arguments.seed)
-                for modality in codes
-            }
-            run.metrics["items"] = code_metrics(codes, config.codebook_size)
-            run.metrics["histories"] = {modality: pairs.metrics() for modality, pairs in distances.items()}
-            logger.warning("Semantic IDs: %s; %s", run.metrics["items"], run.metrics["histories"])
             model.save_pretrained(staging)
-            write_semantic_ids(staging / SEMANTIC_IDS_NAME, data.item_ids, codes)
-            draw_code_use(
-                staging / FIGURES_NAME / "code_use.png",
-                {modality: values.numpy() for modality, values in codes.items()},
-                config.codebook_size,
-            )
-            draw_distances(
-                staging / FIGURES_NAME / "distances.png",
-                {modality: (pairs.before, pairs.after) for modality, pairs in distances.items()},
-                {
-                    modality: f"{modality}, Kendall's tau {metrics['tau']:.3f}"
-                    for modality, metrics in run.metrics["histories"].items()
-                },
-            )
-            run.details.update(
-                parameters=model.num_parameters(),
-                semantic_id_examples=semantic_id_examples(codes, data.frequencies, data.item_ids, data.titles),
-            )
+            metrics, details = trainer.describe(staging)
+            logger.warning("Semantic IDs: %s", metrics)
+            run.metrics.update(metrics)
+            run.details.update(details, parameters=model.num_parameters())
             save_card(staging, dataclasses.asdict(run.draft_record()))
     trainer.publish(arguments.output_dir)
 

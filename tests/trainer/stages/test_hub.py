@@ -15,7 +15,7 @@ import pytest
 
 from modeling_mmesid import MMESIDProcessor
 
-from .conftest import finetune_flags
+from .conftest import TRAINING, finetune_flags
 
 
 PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
@@ -270,8 +270,15 @@ root, api = sys.argv[1], HfApi()
 model = AutoModel.from_pretrained(f"{root}/recommender")
 model.push_to_hub("tester/by-model", create_pr=True)
 assert "README.md" not in api.list_repo_files("tester/by-model")
-model.push_to_hub("tester/by-model")
-pipeline("sequential-recommendation", model=f"{root}/recommender").push_to_hub("tester/by-pipeline")
+model.push_to_hub("tester/by-model", links={"dataset": "tester/shop", "sasrec": "tester/sasrec"})
+recommender = pipeline("sequential-recommendation", model=f"{root}/recommender")
+recommender.push_to_hub("tester/by-pipeline", links={"dataset": "tester/shop"})
+for name, linked in (("by-model", ["shop", "sasrec"]), ("by-pipeline", ["shop"])):
+    card = ModelCard.load(f"tester/{name}")
+    assert card.data.datasets == ["tester/shop"]
+    related = card.text.split("## Related repositories")[1].split("## ")[0]
+    assert related.count("https://huggingface.co/") == len(linked)
+    assert all(f"[tester/{other}](https://huggingface.co/" in related for other in linked)
 model.save_pretrained(f"{sys.argv[2]}/saved", push_to_hub=True, repo_id="tester/by-saving")
 for name in ("sasrec", "quantizer"):
     AutoModel.from_pretrained(f"{root}/{name}").push_to_hub(f"tester/by-model-{name}")
@@ -408,11 +415,10 @@ main(["push", "--directory", sys.argv[-1], "--repo_id", "tester/trained"])
 print(json.dumps([sha, HfApi().model_info("tester/trained").sha]))
 """
 LONE_TRAINER = """
-import json, sys
+import copy, json, sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
 from trainer.arguments import QuantizeArguments
 from trainer.data.prepared import PreparedDataset
@@ -447,41 +453,88 @@ config = MMRQVAEConfig(
 )
 quantizer = MMRQVAEModel(config)
 initialize(quantizer, training)
-arguments = QuantizeArguments(
-    output_dir=sys.argv[2] + "-codes", prepared_dir="", embeddings_dir="", num_train_epochs=1, use_cpu=True,
-    disable_tqdm=True, push_to_hub=True, hub_model_id="tester/lone-codes", hub_strategy="end", hub_token="hf_loopback",
-)
-quantizing = MMRQVAETrainer(quantizer, arguments, training, held_out)
-quantizing.train()
-quantizing.push_to_hub()
-code = ModelCard.load("tester/lone-codes").text.split("```python")[1].split("```")[0]
-scope = {}
-exec(code, scope)
-assert torch.equal(scope["model"].encode(tables).codes["text"], quantizer.eval().encode(tables).codes["text"])
-trainer.args.hub_strategy = HubStrategy.CHECKPOINT
-try:
-    trainer.init_hf_repo()
-except ValueError as error:
-    print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank(), str(error)]))
+
+
+def quantize(model, name, data, **hub):
+    arguments = QuantizeArguments(
+        output_dir=f"{sys.argv[2]}-{name}", prepared_dir="", embeddings_dir="", num_train_epochs=2, use_cpu=True,
+        disable_tqdm=True, metric_for_best_model="tau", push_to_hub=True, hub_model_id=f"tester/{name}",
+        hub_token="hf_loopback", **hub,
+    )
+    trainer = MMRQVAETrainer(model, arguments, training, held_out, data)
+    trainer.train()
+    trainer.push_to_hub(links={"dataset": "tester/shop"})
+
+
+# Pushes that search for all semantic IDs change nothing in the training.
+undescribed = copy.deepcopy(quantizer)
+quantize(quantizer, "lone-codes", data, hub_strategy="every_save", hub_always_push=True)
+quantize(undescribed, "lone-model", None, hub_strategy="end")
+assert all(map(torch.equal, quantizer.state_dict().values(), undescribed.state_dict().values()))
+expected = quantizer.eval().encode(tables).codes["text"]
+for name in ("lone-codes", "lone-model"):
+    card = ModelCard.load(f"tester/{name}")
+    assert card.data.datasets == ["tester/shop"]
+    scope = {}
+    exec(card.text.split("```python")[1].split("```")[0], scope)
+    assert torch.equal(scope["model"].encode(tables).codes["text"], expected)
+    if name == "lone-codes":
+        assert scope["semantic_ids"]["item_id"].to_pylist() == data.item_ids[1:]
+        assert scope["semantic_ids"]["text"].to_pylist() == expected[1:].tolist()
+        assert all(picture in card.text for picture in ("figures/code_use.png", "figures/distances.png"))
+print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank()]))
 """
 
 
 def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, tmp_path):
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "trained"), "--push_to_hub", "true"]
-    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "every_save", "--hub_token", "hf_loopback"]
+    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "checkpoint", "--hub_token", "hf_loopback"]
     stage = run_python(TRAIN, hub_environment, *flags, str(tmp_path / "trained"))
     lone = run_python(LONE_TRAINER, hub_environment, str(tiny_run / "prepared"), str(tmp_path / "lone"))
     after_training, after_push = printed(stage)
     assert after_training == after_push, "`mmesid push` found something else to send"
-    *during, last = json.loads(ask(hub_environment, "history/models/tester/trained"))
+    commits = json.loads(ask(hub_environment, "history/models/tester/trained"))
+    state = {f"last-checkpoint/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
+    assert all(state <= set(files) for files in commits)
+    *during, last = [[name for name in files if not name.startswith("last-checkpoint/")] for files in commits]
     assert during and all(set(files) == set(last) for files in during)
     assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= set(last)
 
-    files, measured, ranked, error = printed(lone)
+    files, measured, ranked = printed(lone)
     assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
     assert {"README.md", "config.json", "model.safetensors", "modeling_sasrec.py", "eval_results.json"} <= set(files)
     assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in [*files, *last])
-    assert "hub_strategy 'checkpoint' would publish pickles" in error
+    (alone,) = json.loads(ask(hub_environment, "history/models/tester/lone-model"))
+    codes = json.loads(ask(hub_environment, "history/models/tester/lone-codes"))
+    added = {"semantic_ids.parquet", "figures/code_use.png", "figures/distances.png"}
+    assert len(codes) == 3 and all(set(names) == set(alone) | added for names in codes)
+
+
+ENCODER = """
+import json, sys
+import torch
+from huggingface_hub import HfApi, ModelCard
+from trainer.cli import main
+
+main(["embed", *sys.argv[1:]])
+card = ModelCard.load("tester/encoder")
+scope = {}
+exec(card.text.split("```python")[1].split("```")[0], scope)
+inputs = scope["processor"](text=["a red mug"], return_tensors="pt")
+assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 8)
+print(json.dumps([HfApi().list_repo_files("tester/encoder"), card.text]))
+"""
+
+
+def test_a_trained_encoder_is_published_with_its_card(tiny_run, hub_environment, tmp_path):
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "embeddings")]
+    flags += ["--modality", "visual", "--encoder", "train_dual_encoder", "--num_train_epochs", "2"]
+    flags += ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--projection_dim", "8"]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "tester/encoder", "--hub_token", "hf_loopback", *TRAINING]
+    files, card = printed(run_python(ENCODER, hub_environment, *flags))
+    assert {"README.md", "eval_results.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert not any(name.endswith(".bin") for name in files)
+    assert "SYNTHETIC data" in card and "| recall@10 |" in card
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.data.prepared import PreparedDataset
 from trainer.metrics.ranking.analysis import metrics
@@ -99,10 +100,14 @@ def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
     with pytest.raises(Interrupted):
         training(tmp_path / "resumed", *patience, stop_after=steps - 1)
     assert not (tmp_path / "resumed" / "record.json").exists()
-    training(tmp_path / "resumed", *patience)
-    assert training.steps == steps // len(curve), "one epoch was left"
-    assert training.curve == curve
-    assert_same_weights(tmp_path / "resumed", expected)
+    # As it comes from the Hub, into a directory that no run wrote.
+    shutil.copytree(get_last_checkpoint(training.trainer.args.output_dir), tmp_path / "downloads" / "last-checkpoint")
+    downloaded = ["--resume_from_checkpoint", str(tmp_path / "downloads" / "last-checkpoint")]
+    for name, flags in (("elsewhere", downloaded), ("resumed", [])):
+        training(tmp_path / name, *patience, *flags)
+        assert training.steps == steps // len(curve), "one epoch was left"
+        assert training.curve == curve
+        assert_same_weights(tmp_path / name, expected)
 
 
 def test_a_training_that_may_not_resume_starts_over(training, tmp_path):
