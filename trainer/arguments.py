@@ -53,6 +53,13 @@ class StageTrainingArguments(TrainingArguments):
         default=5,
         metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`; 0 never stops."},
     )
+    hub_links: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Related repositories that the card on the Hub links to, kind=owner/name each; kinds are dataset, "
+            "sasrec, encoder, quantizer and recommender."
+        },
+    )
     per_device_train_batch_size: int = field(
         default=128, metadata={"help": "Users (quantize: items) a device trains on in one step."}
     )

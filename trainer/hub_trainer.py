@@ -15,8 +15,8 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from hub_cards import save_card
 
-from .arguments import changed_arguments
-from .publishing import CARD_NAME, publication, upload
+from .arguments import StageTrainingArguments, changed_arguments
+from .publishing import CARD_NAME, parse_links, publication, upload
 from .records import RECORD_NAME, StageRecord, file_digest, unstaged_record, write_text_atomic
 
 
@@ -46,7 +46,7 @@ class HubTrainerMixin:
         draft_record (`Callable[[], StageRecord]`, *optional*): What a stage knows of the run; set by
             the stage. Without one the card says what the arguments tell.
         hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind, see
-            [`~modeling_mmesid.checkpoints.related_repositories`].
+            [`~modeling_mmesid.checkpoints.related_repositories`]; those of `args` to begin with.
     """
 
     stage: str
@@ -57,6 +57,8 @@ class HubTrainerMixin:
     def __init__(self, *args, **kwargs):
         self._start = time.perf_counter()
         super().__init__(*args, **kwargs)
+        if isinstance(self.args, StageTrainingArguments):
+            self.hub_links = parse_links(self.args.hub_links, "--hub_links")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """

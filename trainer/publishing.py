@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 
 from hub_cards import render_card, save_card
-from modeling_mmesid.checkpoints import CARD_NAME, RESULTS_NAME, require_public_base_model, results_text
+from modeling_mmesid.checkpoints import CARD_NAME, LINKS, RESULTS_NAME, require_public_base_model, results_text
 
 from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
 
@@ -31,6 +31,24 @@ def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:
 def is_card_edited(directory: Path, record: StageRecord) -> bool:
     """Whether somebody changed the card since it was written from the record."""
     return file_digest(directory / CARD_NAME) != record.outputs[CARD_NAME]
+
+
+def parse_links(links: list[str] | None, flag: str) -> dict[str, str]:
+    """
+    Related repositories by kind, from `kind=owner/name` each; `flag` is what they were given as.
+
+    Raises:
+        ValueError: If a link does not have that form, or its kind is unknown.
+    """
+    parsed = {}
+    for link in links or []:
+        kind, _, name = link.partition("=")
+        if kind not in LINKS or name.count("/") != 1:
+            raise ValueError(
+                f"{flag} {link} does not have the form kind=owner/name, with a kind of {', '.join(LINKS)}."
+            )
+        parsed[kind] = name
+    return parsed
 
 
 def publication(

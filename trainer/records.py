@@ -35,7 +35,7 @@ _PRESENTATION_ARGUMENTS = {
     "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
     "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
-    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision",
+    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
     "debug", "include_num_input_tokens_seen",
 }  # fmt: skip
 

@@ -114,6 +114,17 @@ def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_train
     assert b"last-checkpoint/trainer_state.json" in published and str(tmp_path).encode() not in published
 
 
+def test_a_stage_takes_links(tmp_path):
+    def make_trainer(link):
+        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="", use_cpu=True, hub_links=[link])
+        model = SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8))
+        return SASRecTrainer(model, arguments, eval_dataset=[])
+
+    assert make_trainer("dataset=me/data").hub_links == {"dataset": "me/data"}
+    with pytest.raises(ValueError, match="--hub_links cousin=me/data does not have the form kind=owner/name"):
+        make_trainer("cousin=me/data")
+
+
 def test_checkpoints_of_deepspeed_and_fsdp_are_refused(tmp_path):
     arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="", use_cpu=True)
     arguments.hub_strategy = HubStrategy.CHECKPOINT

@@ -15,16 +15,14 @@ from accelerate import PartialState
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from modeling_mmesid.checkpoints import LINKS
-
 from ..arguments import PushArguments, parse
 from ..commands import run_as_script
-from ..publishing import CARD_NAME, publication, upload
+from ..publishing import CARD_NAME, parse_links, publication, upload
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PushArguments, argv)
-    links = parse_links(arguments.links or [])
+    links = parse_links(arguments.links, "--links")
     if not PartialState().is_main_process:
         return
     directory = Path(arguments.directory)
@@ -59,24 +57,6 @@ def main(argv: list[str] | None = None) -> None:
             f"{error} Push to '{arguments.repo_id}' again: what arrived is not sent again. ({error.__cause__})"
         ) from error
     print(f"push: wrote {commit.pr_url or commit.commit_url}")
-
-
-def parse_links(links: list[str]) -> dict[str, str]:
-    """
-    Related repositories by kind, from `kind=owner/name` each.
-
-    Raises:
-        ValueError: If a link does not have that form, or its kind is unknown.
-    """
-    parsed = {}
-    for link in links:
-        kind, _, name = link.partition("=")
-        if kind not in LINKS or name.count("/") != 1:
-            raise ValueError(
-                f"--links {link} does not have the form kind=owner/name, with a kind of {', '.join(LINKS)}."
-            )
-        parsed[kind] = name
-    return parsed
 
 
 def write_preview(directory: Path, files: dict[str, Path | bytes]) -> None:
