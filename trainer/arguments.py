@@ -464,29 +464,39 @@ class PrepareArguments(StageArguments):
         default=None,
         metadata={
             "help": "amazon_*, tabular: file of the interactions (.jsonl, .json, .csv, .tsv or .parquet, .gz if "
-            "gzipped), or hf://datasets/owner/name/file for one on the Hub; tabular: also a folder or a repository "
-            "that `datasets.load_dataset` loads."
+            "gzipped), hf://datasets/owner/name/file for one on the Hub, or a folder or repository that "
+            "`datasets.load_dataset` loads; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023."
         },
     )
     interactions_config: str | None = field(
-        default=None, metadata={"help": "tabular: configuration of a folder or repository of interactions."}
+        default=None,
+        metadata={
+            "help": "amazon_*, tabular: configuration of a folder or repository of interactions; of McAuley-Lab/"
+            "Amazon-Reviews-2023, raw_review_All_Beauty, say."
+        },
     )
     interactions_split: str = field(
-        default="train", metadata={"help": "tabular: split of a folder or repository of interactions."}
+        default="train", metadata={"help": "amazon_*, tabular: split of a folder or repository of interactions."}
     )
     interactions_revision: str | None = field(
-        default=None, metadata={"help": "tabular: branch, tag or commit of a repository of interactions."}
+        default=None, metadata={"help": "amazon_*, tabular: branch, tag or commit of a repository of interactions."}
     )
     items: str | None = field(
         default=None,
         metadata={"help": "amazon_*, tabular: the items, in the same forms; tabular may do without."},
     )
     items_config: str | None = field(
-        default=None, metadata={"help": "tabular: configuration of a folder or repository of items."}
+        default=None,
+        metadata={
+            "help": "amazon_*, tabular: configuration of a folder or repository of items; of McAuley-Lab/"
+            "Amazon-Reviews-2023, raw_meta_All_Beauty, say."
+        },
     )
-    items_split: str = field(default="train", metadata={"help": "tabular: split of a folder or repository of items."})
+    items_split: str = field(
+        default="train", metadata={"help": "amazon_*, tabular: split of a folder or repository of items."}
+    )
     items_revision: str | None = field(
-        default=None, metadata={"help": "tabular: branch, tag or commit of a repository of items."}
+        default=None, metadata={"help": "amazon_*, tabular: branch, tag or commit of a repository of items."}
     )
     source_name: str | None = field(
         default=None,

@@ -8,19 +8,38 @@ Readers of the three generations of Amazon reviews, from the files as they are p
 
 (J. McAuley et al., 2015; J. Ni et al., 2019; Y. Hou et al., 2024.) Only items with reviews become part of the
 catalogue: the metadata list many more.
+
+Those of 2023 are also a dataset of the Hub, whose configurations are read through `datasets`, as are folders and other
+repositories with the fields of these files.
 """
 
 import ast
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from .files import local_file, parse_json, place, raw_id, read_lines, require
 from .source import CatalogueBuilder, InteractionCollector, Source, join
-from .tabular import InteractionColumns, TableLocation, is_line_file, parquet_batches, read_interactions
+from .tabular import InteractionColumns, TableLocation, is_line_file, parquet_batches, read_interactions, readable
 from .texts import is_missing, plain_text
 
+
+REPOSITORY = "McAuley-Lab/Amazon-Reviews-2023"
+
+# The configurations that the card of the repository names: the file that its loading script reads for each, and the
+# reader of `datasets` for it. Metadata are lines of text to `datasets`, for `details` differ from item to item, as no
+# column of a table may. In CSV it would take an id of digits for a number.
+_CONFIGURATIONS = {
+    "interactions": (
+        (r"raw_review_(\w+)", r"raw/review_categories/\1.jsonl", "json"),
+        (r"([05]core)_rating_only_(\w+)", r"benchmark/\1/rating_only/\2.csv", None),
+    ),
+    "items": ((r"raw_meta_(\w+)", r"raw/meta_categories/meta_\1.jsonl", "text"),),
+}
 
 _ITEMS_AT_ONCE = 1024
 
@@ -41,10 +60,34 @@ class Generation:
     image: Callable[[dict], str | None]
 
 
+def configuration_file(kind: str, config: str | None, revision: str | None = None) -> TableLocation:
+    """
+    Where a configuration of the Hub's dataset of 2023 is: `datasets` runs no loading scripts, and of a repository with
+    one it loads nothing by name.
+
+    Args:
+        kind (`str`): `"interactions"` or `"items"`.
+        config (`str`, *optional*): `raw_review_All_Beauty` or `5core_rating_only_All_Beauty`; `raw_meta_All_Beauty`.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: If there is no such configuration of that kind, or it is more than one file.
+    """
+    for pattern, file, reader in _CONFIGURATIONS[kind]:
+        if match := re.fullmatch(pattern, config or ""):
+            repository = REPOSITORY if revision is None else f"{REPOSITORY}@{revision}"
+            return TableLocation(f"hf://datasets/{repository}/{match.expand(file)}", reader=reader)
+    raise ValueError(
+        f"'{REPOSITORY}' is read by the interactions' configurations raw_review_<category>, "
+        "0core_rating_only_<category> and 5core_rating_only_<category>, and the items' raw_meta_<category>; got "
+        f"{kind}_config={config!r}; name one of them, or a file, as hf://datasets/{REPOSITORY}/<file>."
+    )
+
+
 def read_amazon(
     year: int,
-    interactions: str,
-    items: str,
+    interactions: TableLocation,
+    items: TableLocation,
     text_fields: list[str] | None = None,
     name: str | None = None,
     licence: str = "unknown",
@@ -52,11 +95,12 @@ def read_amazon(
     """
     Args:
         year (`int`): The generation: 2014, 2018 or 2023.
-        interactions (`str`): The file of reviews; a path, or `hf://datasets/McAuley-Lab/Amazon-Reviews-2023/raw/...`.
-        items (`str`): The file of metadata; a path or an address like that.
+        interactions (`TableLocation`): The reviews.
+        items (`TableLocation`): The metadata.
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of: title, description, brand,
             categories, price, and others of a line of metadata by its own names (`features` of 2023).
-        name (`str`, *optional*, defaults to the generation and the name of the file): What the data are called.
+        name (`str`, *optional*, defaults to the generation and the name of the configuration or file): What the data
+            are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
     Raises:
@@ -64,16 +108,16 @@ def read_amazon(
         ValueError: If a line cannot be read; the sentence names file and line.
     """
     generation = GENERATIONS[year]
-    reviews, metadata = local_file(interactions), local_file(items)
     collector = InteractionCollector()
-    if is_line_file(reviews):
-        collector.extend_rows(_reviews(reviews, generation.columns))
+    if interactions.is_file() and interactions.reader is None and is_line_file(Path(interactions.path)):
+        collector.extend_rows(_reviews(local_file(interactions.path), generation.columns))
     else:
-        read_interactions(TableLocation(str(reviews)), generation.columns, collector)
+        read_interactions(interactions, generation.columns, collector)
     collector.finish()
 
     builder = CatalogueBuilder(text_fields)
-    for number, item in _metadata(metadata):
+    metadata = Path(items.path)
+    for number, item in _metadata(items):
         require(item, [generation.item_id], metadata, number)
         item_id = raw_id(item[generation.item_id], generation.item_id, metadata, number)
         # The metadata of 2018 repeat lines.
@@ -81,10 +125,18 @@ def read_amazon(
             item = {field: value for field, value in item.items() if not is_missing(value)}
             values = {field: _plain(item.get(field)) for field in text_fields or ()} | generation.fields(item)
             builder.append(item_id, values, generation.image(item), place(metadata, number))
-    return join(name or f"Amazon {year}, {reviews.name.split('.')[0]}", licence, collector, builder, str(metadata))
+    name = name or f"Amazon {year}, {interactions.config or Path(interactions.path).name.split('.')[0]}"
+    return join(name, licence, collector, builder, items.path)
 
 
-def _metadata(path: Path) -> Iterator[tuple[int, dict]]:
+def _metadata(location: TableLocation) -> Iterator[tuple[int, dict]]:
+    table = location.load(streaming=True)
+    if table is not None:
+        with readable(location.path):
+            for number, row in enumerate(tqdm(table, desc=Path(location.path).name, unit=" rows", delay=2), start=1):
+                yield number, _parse(row["text"], Path(location.path), number) if location.reader == "text" else row
+        return
+    path = local_file(location.path)
     if is_line_file(path):
         for number, line in read_lines(path):
             yield number, _parse(line, path, number)

@@ -97,12 +97,15 @@ class TableLocation:
         config (`str`, *optional*): Configuration of a folder or repository.
         split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
         revision (`str`, *optional*): Branch, tag or commit of a repository.
+        reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
+            read the file.
     """
 
     path: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    reader: str | None = None
 
     def is_file(self) -> bool:
         """Whether this is one file, there or not, rather than a folder or a repository."""
@@ -115,13 +118,13 @@ class TableLocation:
 
     def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
         """
-        The table by `datasets`; `None` if the location is a file.
+        The table by `datasets`; `None` if the location is a file that is not left to it.
 
         Raises:
             FileNotFoundError: If there is nothing of that name, here or on the Hub.
             ValueError: If it cannot be read, or lacks the configuration or the split.
         """
-        if self.is_file():
+        if self.is_file() and self.reader is None:
             return None
         try:
             with on_the_hub(self.path) if self.is_repository() else nullcontext():
@@ -143,6 +146,8 @@ class TableLocation:
     def _load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict:
         if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_from_disk(self.path)
+        if self.reader is not None:
+            return datasets.load_dataset(self.reader, data_files=self.path, split=self.split, streaming=streaming)
         return datasets.load_dataset(
             self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
         )
@@ -235,7 +240,8 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
 def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -> Iterator[pa.RecordBatch]:
     path = Path(location.path)
     # Lines are counted where they are read.
-    with tqdm(desc=path.name, unit=" rows", delay=2, disable=is_line_file(path)) as progress:
+    counted = location.reader is None and is_line_file(path)
+    with tqdm(desc=path.name, unit=" rows", delay=2, disable=counted) as progress:
         for batch in batches:
             yield batch
             progress.update(len(batch))
@@ -244,9 +250,9 @@ def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -
 def _interaction_batches(location: TableLocation, columns: InteractionColumns) -> Iterator[pa.RecordBatch]:
     table = location.load(streaming=True)
     if table is not None:
-        # A streamed table may not know its columns before its first row.
-        _require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
-        with _readable(location.path):
+        with readable(location.path):
+            # A streamed table may not know its columns before its first row.
+            _require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
             for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
                 yield from part.combine_chunks().to_batches()
         return
@@ -274,18 +280,18 @@ def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = N
     Raises:
         ValueError: If a column is missing, or the file is damaged or no Parquet file.
     """
-    with _readable(path):
+    with readable(path):
         file = pq.ParquetFile(path)
         _require_columns(columns or (), file.schema_arrow.names, path)
         yield from file.iter_batches(rows_at_once, columns=columns)
 
 
 @contextmanager
-def _readable(location: str | Path) -> Iterator[None]:
+def readable(location: str | Path) -> Iterator[None]:
     """Says which table it is that Arrow or `datasets` cannot read, as a `ValueError`."""
     try:
         yield
-    except (pa.ArrowException, OSError, DatasetGenerationError) as error:
+    except (pa.ArrowException, OSError, DatasetGenerationError, UnicodeDecodeError) as error:
         raise ValueError(
             f"'{location}' cannot be read ({one_line(error.__cause__ or error)}); correct the file, or download or "
             "write it again."
@@ -326,7 +332,7 @@ def _csv_batches(
             pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
         )
 
-    with _readable(path):
+    with readable(path):
         with read(None) as reader:
             present = reader.schema.names
         _require_columns(columns, present, path)
@@ -398,7 +404,7 @@ def _read_items(
     if table is None:
         path = local_file(location.path)
         if format_suffix(path) in PARQUET_SUFFIXES:
-            with _readable(path):
+            with readable(path):
                 table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     folder = Path(location.path) if path is None else path.parent
     own_fields = [name for name in text_fields if name not in vars(columns)]

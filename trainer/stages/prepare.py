@@ -5,6 +5,9 @@ Turns a source of interactions, texts and pictures into the prepared dataset tha
     python -m trainer.stages.prepare --source sequences --source_dir path/to/folder --output_dir runs/mine/prepared
     python -m trainer.stages.prepare --source amazon_2014 --interactions reviews_Beauty_5.json.gz \
         --items meta_Beauty.json.gz --output_dir runs/beauty/prepared
+    python -m trainer.stages.prepare --source amazon_2023 \
+        --interactions McAuley-Lab/Amazon-Reviews-2023 --interactions_config raw_review_All_Beauty \
+        --items McAuley-Lab/Amazon-Reviews-2023 --items_config raw_meta_All_Beauty --output_dir runs/beauty/prepared
     python -m trainer.stages.prepare --source tabular --interactions orders.csv --time_column ordered_at \
         --items products.parquet --min_interactions 5 --split global_time --output_dir runs/mine/prepared
 """
@@ -21,7 +24,7 @@ from hub_cards import save_card
 
 from ..arguments import PrepareArguments, parse
 from ..commands import run_as_script
-from ..data.amazon import read_amazon
+from ..data.amazon import REPOSITORY, configuration_file, read_amazon
 from ..data.files import local_file, on_the_hub
 from ..data.images import fetch_images, list_images
 from ..data.movielens import read_movielens
@@ -55,11 +58,17 @@ USED_BY = {
     **dict.fromkeys(("item_field", "image_field"), {"sequences", "tabular"}),
     **dict.fromkeys(
         (
-            "interactions_config", "interactions_split", "interactions_revision", "items_config", "items_split",
-            "items_revision", "user_column", "item_column", "time_column", "rating_column", "title_field",
-            "description_field", "brand_field", "categories_field", "price_field",
+            "user_column", "item_column", "time_column", "rating_column", "title_field", "description_field",
+            "brand_field", "categories_field", "price_field",
         ),
         {"tabular"},
+    ),
+    **dict.fromkeys(
+        (
+            "interactions_config", "interactions_split", "interactions_revision", "items_config", "items_split",
+            "items_revision",
+        ),
+        {"amazon_2014", "amazon_2018", "amazon_2023", "tabular"},
     ),
 }  # fmt: skip
 
@@ -101,8 +110,10 @@ def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
             split=getattr(arguments, f"{name}_split"),
             revision=getattr(arguments, f"{name}_revision"),
         )
+        if arguments.source == "amazon_2023" and path == REPOSITORY:
+            location = configuration_file(name, location.config, location.revision)
         if location.is_file():
-            location = dataclasses.replace(location, path=str(local_file(path)))
+            location = dataclasses.replace(location, path=str(local_file(location.path)))
         elif location.is_repository() and not HF_HUB_OFFLINE:
             with on_the_hub(path):
                 commit = HfApi().dataset_info(path, revision=location.revision).sha
@@ -134,7 +145,7 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
         return read_movielens(arguments.source_dir, **described)
     if arguments.source.startswith("amazon"):
         year = int(arguments.source.removeprefix("amazon_"))
-        return read_amazon(year, locations["interactions"].path, locations["items"].path, **described)
+        return read_amazon(year, locations["interactions"], locations["items"], **described)
     return read_tabular(
         locations["interactions"],
         InteractionColumns(
