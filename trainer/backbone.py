@@ -1,9 +1,7 @@
 """A small decoder and its tokenizer from scratch, for catalogues without a pretrained model at hand."""
 
-from collections.abc import Iterable
-
+from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
@@ -16,12 +14,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE tokenizer with a chat template.
+    A byte-level BPE tokenizer with a chat template. A terminal shows how far its training is.
 
     Args:
-        texts (`Iterable[str]`): What to learn from: the catalogue's texts.
+        texts (`list[str]`): What to learn from: the catalogue's texts.
         vocab_size (`int`): Largest vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -31,9 +29,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=PartialState().is_local_main_process,
     )
-    tokenizer.train_from_iterator(tqdm(texts, desc="texts for the tokenizer", unit="text", delay=2), trainer)
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

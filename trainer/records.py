@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
+from modeling_mmesid.checkpoints import RECORD_NAME
 
 from .energy import EnergyMeter
 
@@ -113,7 +113,7 @@ def input_digest(path: str | os.PathLike | list) -> str:
         return json_digest([input_digest(one) for one in path])
     path = Path(path)
     if path.is_file():
-        return _digests([path], path.name)[0]
+        return file_digest(path)
     if not path.is_dir():
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
@@ -122,11 +122,16 @@ def input_digest(path: str | os.PathLike | list) -> str:
         return json_digest({name: digest for name, digest in outputs.items() if name != "README.md"})
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [str(file.relative_to(path)) for file in files]
-    return json_digest(dict(zip(names, _digests(files, path.name), strict=True)))
+    return json_digest(dict(zip(names, file_digests(files, path.name), strict=True)))
 
 
-def _digests(files: list[Path], name: str) -> list[str]:
-    """[`file_digest`] of every file, with a bar: raw data are gigabytes, and folders of pictures many files."""
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    return file_digests([Path(path)], Path(path).name)[0]
+
+
+def file_digests(files: list[Path], name: str) -> list[str]:
+    """SHA-256 of every file, with a bar of this name: raw data are gigabytes, and folders of pictures many files."""
     total = sum(file.stat().st_size for file in files)
     hidden = not PartialState().is_local_main_process
     digests = []
@@ -227,12 +232,13 @@ class StageRun:
     def draft_record(self) -> StageRecord:
         """The record as it stands, for a card that is written inside the stage."""
         files = sorted(file for file in self.staging.rglob("*") if file.is_file())
+        names = [file.relative_to(self.staging).as_posix() for file in files]
         return _record_now(
             stage=self.stage,
             fingerprint=self.fingerprint,
             arguments=self.arguments,
             inputs=self.inputs,
-            outputs={file.relative_to(self.staging).as_posix(): file_digest(file) for file in files},
+            outputs=dict(zip(names, file_digests(files, f"outputs of {self.stage}"), strict=True)),
             metrics=self.metrics,
             details=self.details | ({} if (kwh := self._meter.kwh) is None else {"energy_kwh": kwh}),
             seconds=round(time.perf_counter() - self._start, 1),

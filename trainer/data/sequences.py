@@ -17,6 +17,9 @@ HELD_OUT = {"train": 3, "validation": 2, "test": 1}
 # interaction can be no example either.
 SHORTEST_SEQUENCE = {"leave_one_out": 3, "global_time": 2}
 
+# Interactions that a step copies at a time: copies of them all would be the most that a preparation holds.
+_AT_ONCE = 2**20
+
 
 @dataclass
 class UserSequences:
@@ -79,12 +82,21 @@ def k_core(
     """
     kept = np.ones(len(users), dtype=bool)
     while True:
-        user_counts = np.bincount(users[kept], minlength=num_users)
-        item_counts = np.bincount(items[kept], minlength=num_items)
+        user_counts = _counts(users, kept, num_users)
+        item_counts = _counts(items, kept, num_items)
         remaining = kept & (user_counts >= min_user)[users] & (item_counts >= min_item)[items]
         if remaining.sum() == kept.sum():
             return kept
         kept = remaining
+
+
+def _counts(positions: np.ndarray, kept: np.ndarray, size: int) -> np.ndarray:
+    """`(size,)`: how many of the kept interactions have each position. `np.bincount` works on a copy in int64."""
+    counts = np.zeros(size, np.int64)
+    for start in range(0, len(positions), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        counts += np.bincount(positions[part][kept[part]], minlength=size)
+    return counts
 
 
 def keep_unrepeated(
@@ -112,9 +124,12 @@ def keep_unrepeated(
 
     def same_as_before(*columns: np.ndarray) -> np.ndarray:
         same = np.ones(len(order) - 1, bool)
-        for column in columns:
-            ordered = column[order]
-            same &= ordered[1:] == ordered[:-1]
+        for start in range(0, len(same), _AT_ONCE):
+            part = same[start : start + _AT_ONCE]
+            positions = order[start : start + len(part) + 1]
+            for column in columns:
+                ordered = column[positions]
+                part &= ordered[1:] == ordered[:-1]
         return same
 
     if duplicates == "drop":
@@ -238,7 +253,7 @@ def build_sequences(
         progress.update()
 
         shortest = SHORTEST_SEQUENCE[split]
-        short_users = int((np.bincount(users, minlength=num_users) < shortest).sum())
+        short_users = int((_counts(users, np.ones(len(users), bool), num_users) < shortest).sum())
         kept = k_core(users, items, num_users, num_items, max(min_interactions, shortest), min_interactions)
         if not kept.any():
             raise ValueError(
@@ -247,7 +262,9 @@ def build_sequences(
             )
         progress.update()
         # The times are filtered once little of them is left: no filter in between reads them.
-        users, items, times = users[kept], items[kept], times[unrepeated][kept]
+        users, items = users[kept], items[kept]
+        unrepeated[unrepeated] = kept
+        times = times[unrepeated]
         order = np.lexsort((times, users))
         users, items, times = users[order], items[order], times[order]
         kept_users, lengths = np.unique(users, return_counts=True)

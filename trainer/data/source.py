@@ -1,7 +1,7 @@
 """What every reader of raw data yields: a catalogue of items and the interactions of users with them."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,10 @@ FIELD_TYPES = {
     "price": pa.float64(),
 }
 
-# Items and interactions that are Python objects at a time, on their way into Arrow and NumPy.
+# Items, interactions and ids that are copied at a time on their way into Arrow and NumPy.
 _ITEMS_AT_ONCE = 8192
 _INTERACTIONS_AT_ONCE = 65_536
+_IDS_AT_ONCE = 65_536
 
 
 @dataclass
@@ -198,14 +199,21 @@ class ArrowStrings(Sequence):
     Strings in Arrow memory, a third of what Python objects take.
 
     Args:
-        strings (`Iterable[str]`): The strings.
+        strings (`list[str]`): The strings.
     """
 
-    def __init__(self, strings: Iterable[str]):
-        self._array = pa.array(strings, pa.large_string())
+    def __init__(self, strings: list[str]):
+        # Of one array the last doubling of its memory would need as much again.
+        starts = range(0, len(strings), _IDS_AT_ONCE)
+        parts = [pa.array(strings[start : start + _IDS_AT_ONCE], pa.string()) for start in starts]
+        self._array = pa.chunked_array(parts, pa.string())
 
     def __len__(self) -> int:
         return len(self._array)
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self._array.chunks:
+            yield from part.to_pylist()
 
     def __getitem__(self, position: int) -> str:
         return self._array[int(position)].as_py()
@@ -258,8 +266,13 @@ class InteractionCollector:
     def finish(self) -> None:
         """Lets go of what only further interactions would need: raw data have millions of users, and the items that
         are read next need the memory."""
-        self.user_ids = ArrowStrings(self.user_positions.keys())
-        del self.user_positions
+        user_ids, item_ids = list(self.user_positions), list(self.item_positions)
+        del self.user_positions, self.item_positions
+        self.user_ids, item_ids = ArrowStrings(user_ids), ArrowStrings(item_ids)
+        del user_ids
+        # Anew, for Python gives no memory back that lies between objects which stay, and the ids of items lie between
+        # those of users.
+        self.item_positions = {item_id: position for position, item_id in enumerate(item_ids)}
 
     def interactions(self, positions: dict[str, int]) -> Interactions:
         """

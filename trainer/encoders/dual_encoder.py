@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
@@ -226,9 +227,9 @@ def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: in
         vocab_size=LARGEST_VOCABULARY,
         min_frequency=min_word_frequency,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        show_progress=False,
+        show_progress=PartialState().is_local_main_process,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(captions, trainer, length=len(captions))
     bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
