@@ -1,5 +1,7 @@
 """A small decoder and its tokenizer from scratch, for catalogues without a pretrained model at hand."""
 
+import sys
+
 from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -29,7 +31,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=PartialState().is_local_main_process,
+        show_progress=PartialState().is_local_main_process and sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return PreTrainedTokenizerFast(

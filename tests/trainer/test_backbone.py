@@ -3,6 +3,8 @@ import pty
 import subprocess
 import sys
 
+from trainer.backbone import train_tokenizer
+
 
 TRAINING = """
 from trainer.backbone import train_tokenizer
@@ -32,3 +34,9 @@ def test_a_terminal_shows_how_far_the_training_of_tokenizers_is():
     shown = shown.decode()
     assert process.wait(timeout=60) == 0, shown
     assert shown.count("red shoes") == 2 and "Compute merges" in shown and "Tokenize words" in shown, shown
+
+
+def test_a_log_is_not_told_how_far_the_training_of_a_tokenizer_is(capfd):
+    """The library would write empty lines to it."""
+    train_tokenizer([f"Red shoes of number {number % 7}" for number in range(1000)], vocab_size=400)
+    assert capfd.readouterr() == ("", "")

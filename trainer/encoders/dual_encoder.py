@@ -1,6 +1,7 @@
 """Dual encoders (CLIP, SigLIP): texts and pictures in one space, by name or trained on the catalogue's own pairs."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import datasets
@@ -227,7 +228,7 @@ def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: in
         vocab_size=LARGEST_VOCABULARY,
         min_frequency=min_word_frequency,
         special_tokens=list(SPECIAL_TOKENS.values()),
-        show_progress=PartialState().is_local_main_process,
+        show_progress=PartialState().is_local_main_process and sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(captions, trainer, length=len(captions))
     bos, eos = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
