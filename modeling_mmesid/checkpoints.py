@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -121,10 +121,15 @@ def require_public_base_model(name_or_path: str | None) -> None:
         )
 
 
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
+def file_digest(path: str | os.PathLike, on_read: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file; `on_read` is told how many bytes have been read since the last call."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**24):
+            digest.update(block)
+            if on_read is not None:
+                on_read(len(block))
+    return digest.hexdigest()
 
 
 def results_text(metrics: dict) -> str:

@@ -14,10 +14,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from hub_cards import save_card
+from modeling_mmesid.checkpoints import file_digest
 
 from .arguments import StageTrainingArguments, changed_arguments
 from .publishing import CARD_NAME, parse_links, publication, upload
-from .records import RECORD_NAME, StageRecord, file_digest, unstaged_record, write_text_atomic
+from .records import RECORD_NAME, StageRecord, unstaged_record, write_text_atomic
 
 
 # What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.

@@ -10,9 +10,16 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 
 from hub_cards import render_card, save_card
-from modeling_mmesid.checkpoints import CARD_NAME, LINKS, RESULTS_NAME, require_public_base_model, results_text
+from modeling_mmesid.checkpoints import (
+    CARD_NAME,
+    LINKS,
+    RESULTS_NAME,
+    file_digest,
+    require_public_base_model,
+    results_text,
+)
 
-from .records import RECORD_NAME, StageRecord, file_digest, write_text_atomic
+from .records import RECORD_NAME, StageRecord, write_text_atomic
 
 
 # What the result of each stage is on the Hub; of `embed`, the dual encoder that it trained.

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_mmesid.checkpoints import RECORD_NAME
+from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
 
 from .energy import EnergyMeter
 
@@ -38,9 +38,6 @@ _PRESENTATION_ARGUMENTS = {
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
     "debug", "include_num_input_tokens_seen",
 }  # fmt: skip
-
-# Bytes that are hashed between two steps of the bar.
-_BLOCK_SIZE = 2**24
 
 
 @dataclasses.dataclass
@@ -113,7 +110,7 @@ def input_digest(path: str | os.PathLike | list) -> str:
         return json_digest([input_digest(one) for one in path])
     path = Path(path)
     if path.is_file():
-        return file_digest(path)
+        return file_digests([path], path.name)[0]
     if not path.is_dir():
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
@@ -125,25 +122,12 @@ def input_digest(path: str | os.PathLike | list) -> str:
     return json_digest(dict(zip(names, file_digests(files, path.name), strict=True)))
 
 
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
-    return file_digests([Path(path)], Path(path).name)[0]
-
-
 def file_digests(files: list[Path], name: str) -> list[str]:
-    """SHA-256 of every file, with a bar of this name: raw data are gigabytes, and folders of pictures many files."""
+    """[`file_digest`] of every file, with a bar of this name: raw data are gigabytes, and pictures many files."""
     total = sum(file.stat().st_size for file in files)
     hidden = not PartialState().is_local_main_process
-    digests = []
     with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, delay=2, disable=hidden) as progress:
-        for path in files:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(_BLOCK_SIZE):
-                    digest.update(block)
-                    progress.update(len(block))
-            digests.append(digest.hexdigest())
-    return digests
+        return [file_digest(path, progress.update) for path in files]
 
 
 class StageRun:

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..records import file_digest, write_text_atomic
+from ..records import file_digests, write_text_atomic
 
 
 logger = logging.get_logger(__name__)
@@ -321,7 +321,7 @@ def list_images(
         return {file.relative_to(path).as_posix(): file for file in files}, {}
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; name a folder of pictures, or a zip or tar archive.")
-    target = Path(cache_dir) / f"archive-{file_digest(path)}"
+    target = Path(cache_dir) / f"archive-{file_digests([path], path.name)[0]}"
     if not (target / INDEX_FILE).is_file():
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
