@@ -170,7 +170,7 @@ def _front_matter(record: dict, links: dict[str, str]) -> CardData:
 
 def _code_health(metrics: dict) -> dict:
     """
-    The metrics of [`trainer.metrics.codes`] by modality, as a table wants them: `{"text": {"levels": [{"use": 1.0,
+    The metrics of the module `codes` by modality, as a table wants them: `{"text": {"levels": [{"use": 1.0,
     "dead": 0, "perplexity": 200.1}, ...], "collisions": 0.01}, ...}`; the modality `""` is the ID of all together.
     """
     tables = {}
@@ -278,7 +278,7 @@ def _duration(seconds: float) -> str:
 
 
 _ENVIRONMENT = Environment(
-    loader=PackageLoader("hub_cards"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("mmesid.hub_cards"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _ENVIRONMENT.filters.update(
     caption=_caption, cell=_cell, duration=_duration, interval=_interval, label=_label, share=_share

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from .commands import TRACEBACK_FLAG, one_sentence, read_yaml, take_traceback_flag
+from .running.errors import TRACEBACK_FLAG, one_sentence, read_yaml, take_traceback_flag
 
 
 # Stages are imported when they run, so that `mmesid --help` does not wait for torch.
@@ -187,7 +187,7 @@ def plan(path: Path, recipe: dict, only: list[str] | None = None) -> Iterator[tu
     Raises:
         ValueError: If a wanted stage has no section, or a section sets what its stage does not have.
     """
-    from . import arguments
+    from .running import arguments
 
     classes = {
         "prepare": arguments.PrepareArguments,

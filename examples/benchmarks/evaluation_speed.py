@@ -21,11 +21,11 @@ import torch
 from transformers import TrainingArguments
 
 import reference
+from mmesid.trainer.data.prepared import Sequences
+from mmesid.trainer.data.windows import EvaluationHistories
+from mmesid.trainer.recommender.mmesid_trainer import MMESIDTrainer
 from modeling_mmesid.loss_catalogue import catalogue_cross_entropy
 from modeling_mmesid.recommendation import mask_histories, pad_histories, score_items, target_ranks
-from trainer.data.prepared import Sequences
-from trainer.data.windows import EvaluationHistories
-from trainer.mmesid_trainer import MMESIDTrainer
 from workload import (
     LARGEST_LOSS_DIFFERENCE,
     Workload,

@@ -16,8 +16,8 @@ import math
 import torch
 
 import reference
+from mmesid.trainer.recommender.collators import HistoryCollator
 from modeling_mmesid import MMESIDForSequentialRecommendation
-from trainer.collators import HistoryCollator
 from workload import (
     LARGEST_LOSS_DIFFERENCE,
     Workload,

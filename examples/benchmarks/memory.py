@@ -15,7 +15,7 @@ import json
 import numpy as np
 import torch
 
-from trainer.collators import HistoryCollator
+from mmesid.trainer.recommender.collators import HistoryCollator
 from workload import (
     Workload,
     argument_parser,

@@ -25,11 +25,9 @@ from safetensors import safe_open
 from transformers import set_seed
 from transformers.utils import logging
 
-from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
-from trainer.arguments import QuantizeArguments
-from trainer.data.prepared import Sequences
-from trainer.encoders.tables import import_table
-from trainer.mmrqvae_trainer import (
+from mmesid.trainer.data.prepared import Sequences
+from mmesid.trainer.data.tables import import_table
+from mmesid.trainer.quantizer.trainer import (
     ItemTables,
     MMRQVAETrainer,
     code_metrics,
@@ -37,8 +35,10 @@ from trainer.mmrqvae_trainer import (
     history_distances,
     initialize,
 )
-from trainer.records import peak_memory_bytes
-from trainer.training import fit
+from mmesid.trainer.running.arguments import QuantizeArguments
+from mmesid.trainer.running.records import peak_memory_bytes
+from mmesid.trainer.running.training import fit
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 
 logging.set_verbosity_error()

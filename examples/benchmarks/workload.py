@@ -18,13 +18,13 @@ import torch
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.utils import logging
 
+from mmesid.trainer.data.prepared import Sequences
+from mmesid.trainer.data.sequences import build_sequences
+from mmesid.trainer.data.sources.sequence_files import read_sequence_files
+from mmesid.trainer.data.windows import TrainingWindows
+from mmesid.trainer.recommender.small_llama import new_llama_config, train_tokenizer
 from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDProcessor
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
-from trainer.backbone import new_llama_config, train_tokenizer
-from trainer.data.prepared import Sequences
-from trainer.data.sequence_files import read_sequence_files
-from trainer.data.sequences import build_sequences
-from trainer.data.windows import TrainingWindows
 
 
 logging.set_verbosity_error()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer.data.synthetic import generate_catalogue
+from mmesid.trainer.data.sources.synthetic import generate_catalogue
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"

@@ -13,8 +13,8 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from trainer.cli import main, read_recipe
-from trainer.data.prepared import PreparedDataset
+from mmesid.trainer.cli import main, read_recipe
+from mmesid.trainer.data.prepared import PreparedDataset
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -140,7 +140,7 @@ def test_the_recipes_of_downloaded_files_prepare_them(year, category, shop_url, 
 HUB_SCRIPT = """
 import sys
 from huggingface_hub import HfApi
-from trainer.cli import main
+from mmesid.trainer.cli import main
 
 folder, *recipes = sys.argv[1:]
 api, dataset = HfApi(), {"repo_id": "McAuley-Lab/Amazon-Reviews-2023", "repo_type": "dataset"}

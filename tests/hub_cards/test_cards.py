@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hub_cards import model_licence, render_card, save_card
+from mmesid.hub_cards import model_licence, render_card, save_card
+from mmesid.trainer.metrics.ranking.analysis import HEAD_SHARE
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -24,7 +25,6 @@ from modeling_mmesid import (
     SASRecForSequentialRecommendation,
 )
 from modeling_mmesid.checkpoints import LINKS, link_card
-from trainer.metrics.ranking.analysis import HEAD_SHARE
 
 from ..loopback_hub import Hub
 

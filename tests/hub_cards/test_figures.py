@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from hub_cards.figures import draw_code_use, draw_distances
+from mmesid.hub_cards.figures import draw_code_use, draw_distances
 
 
 def pixels(path) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 
+from mmesid.trainer.quantizer.trainer import ItemTables, initialize
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -22,7 +23,6 @@ from modeling_mmesid import (
     MMRQVAEConfig,
     MMRQVAEModel,
 )
-from trainer.mmrqvae_trainer import ItemTables, initialize
 
 
 NUM_ITEMS = 12

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from mmesid.trainer.recommender.small_llama import train_tokenizer
 from modeling_mmesid import MMESIDProcessor
-from trainer.backbone import train_tokenizer
 
 
 IDS = ["b-7", "a-1", "c/3"]

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from trainer.encoders.dual_encoder import train_tokenizer
+from mmesid.trainer.encoders.dual_encoder import train_tokenizer
 
 
 def save_siglip(directory: Path, version: int, captions: list[str]) -> str:

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import arguments as stage_arguments
-from trainer import cli
-from trainer.arguments import parse
-from trainer.cli import STAGES, main, plan, read_recipe, to_flags
-from trainer.commands import run_as_script
+from mmesid.trainer import cli
+from mmesid.trainer.cli import STAGES, main, plan, read_recipe, to_flags
+from mmesid.trainer.running import arguments as stage_arguments
+from mmesid.trainer.running.arguments import parse
+from mmesid.trainer.running.errors import run_as_script
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -72,7 +72,8 @@ def planned(path, overrides=(), only=None):
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys, trainer.cli\ntry:\n    trainer.cli.main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
+        "import sys\nfrom mmesid.trainer import cli\n"
+        "try:\n    cli.main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     *lines, torch_imported = process.stdout.splitlines()
@@ -103,7 +104,7 @@ def test_a_stage_that_is_started_as_a_module_says_the_same_sentence(tmp_path, ca
     with pytest.raises(SystemExit, match="2"):
         main(["push", *flags])
     sentence = capsys.readouterr().err
-    module = [sys.executable, "-m", "trainer.stages.push", *flags]
+    module = [sys.executable, "-m", "mmesid.trainer.stages.push", *flags]
     process = subprocess.run(module, capture_output=True, text=True, timeout=120)
     assert process.returncode == 2 and process.stderr.endswith(sentence) and "Traceback" not in process.stderr
     assert sentence.startswith(f"mmesid push: error: '{tmp_path / 'nowhere'}' has no record.json")

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..records import file_digests, write_text_atomic
+from ..running.records import file_digests, write_text_atomic
 
 
 logger = logging.get_logger(__name__)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from ..records import write_text_atomic
+from ..running.records import write_text_atomic
 from .files import one_line
 from .images import BadImageError, read_image
 from .sequences import SPLITS, UserSequences

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..data.images import BadImageError, decode_image
-from ..hub_trainer import HubTrainerMixin
+from ..publishing.hub_trainer import HubTrainerMixin
 from .encoding import check_weights, place
 
 

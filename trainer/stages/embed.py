@@ -17,8 +17,8 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --from_file table.safetensors
 
-`accelerate launch -m trainer.stages.embed ...` trains and encodes on several devices. A run that was interrupted goes
-on where it stood when the same command is started again.
+`accelerate launch -m mmesid.trainer.stages.embed ...` trains and encodes on several devices. A run that was
+interrupted goes on where it stood when the same command is started again.
 """
 
 import dataclasses
@@ -34,12 +34,11 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import set_seed
 
-from hub_cards import save_card
+from mmesid.hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 
-from ..arguments import EmbedArguments, parse
-from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
+from ..data.tables import PRESENT_KEY, import_table, save_table, table_path
 from ..encoders.dual_encoder import (
     SMALLEST_CROP,
     CaptionedPictures,
@@ -51,10 +50,11 @@ from ..encoders.dual_encoder import (
 from ..encoders.encoding import Encoder, encode
 from ..encoders.llm2clip import LLM2CLIPEncoder
 from ..encoders.remote_code import refuse_foreign_code
-from ..encoders.tables import PRESENT_KEY, import_table, save_table, table_path
 from ..encoders.vision import VisionEncoder
-from ..records import StageRun, json_digest
-from ..training import early_stopping, fit, trainer_arguments
+from ..running.arguments import EmbedArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun, json_digest
+from ..running.training import early_stopping, fit, trainer_arguments
 
 
 DEFAULT_ENCODERS = {"collaborative": "sasrec", "text": "sentence", "visual": "dual_encoder"}

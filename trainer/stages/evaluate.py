@@ -22,8 +22,6 @@ from transformers import AutoModel, PreTrainedModel, TrainingArguments
 from modeling_mmesid import SASRecForSequentialRecommendation
 from modeling_mmesid.recommendation import mask_histories, pad_histories, target_ranks
 
-from ..arguments import EvaluateArguments, parse
-from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories
 from ..metrics.ranking.analysis import (
@@ -33,10 +31,12 @@ from ..metrics.ranking.analysis import (
     metrics_by_frequency,
     metrics_by_history_length,
 )
-from ..mmesid_trainer import MMESIDTrainer
-from ..publishing import add_metrics
-from ..records import RECORD_NAME, StageRecord, StageRun
-from ..sasrec_trainer import SASRecTrainer
+from ..publishing.repository import add_metrics
+from ..recommender.mmesid_trainer import MMESIDTrainer
+from ..recommender.sasrec_trainer import SASRecTrainer
+from ..running.arguments import EvaluateArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import RECORD_NAME, StageRecord, StageRun
 
 
 SPLITS = ("validation", "test")

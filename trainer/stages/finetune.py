@@ -4,7 +4,8 @@ validation.
 
     mmesid finetune --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
         --quantizer_dir runs/quickstart/quantizer --output_dir runs/quickstart/recommender
-    accelerate launch -m trainer.stages.finetune --prepared_dir ... --backbone_name_or_path meta-llama/Llama-3.2-1B ...
+    accelerate launch -m mmesid.trainer.stages.finetune --prepared_dir ... \
+        --backbone_name_or_path meta-llama/Llama-3.2-1B ...
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from peft.utils.error import NoMatchingPeftModuleError
 from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from hub_cards import model_licence, save_card
+from mmesid.hub_cards import model_licence, save_card
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,
@@ -25,17 +26,17 @@ from modeling_mmesid import (
     MMRQVAEModel,
 )
 
-from ..arguments import FinetuneArguments, parse
-from ..backbone import new_llama_config, train_tokenizer
-from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
+from ..data.tables import load_table, table_encoders, table_path
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..encoders.tables import load_table, table_encoders, table_path
-from ..item_description import describe_items
-from ..mmesid_trainer import MMESIDTrainer
-from ..mmrqvae_trainer import ItemTables, encode_items
-from ..records import StageRun
-from ..training import early_stopping, fit, trainer_arguments
+from ..quantizer.trainer import ItemTables, encode_items
+from ..recommender.description import describe_items
+from ..recommender.mmesid_trainer import MMESIDTrainer
+from ..recommender.small_llama import new_llama_config, train_tokenizer
+from ..running.arguments import FinetuneArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun
+from ..running.training import early_stopping, fit, trainer_arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,9 +20,9 @@ import torch
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
-from ..arguments import IndexArguments, parse
-from ..commands import run_as_script
-from ..records import StageRun
+from ..running.arguments import IndexArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun
 
 
 INDEX_NAME = "vector"

@@ -1,14 +1,14 @@
 """
 Turns a source of interactions, texts and pictures into the prepared dataset that every other stage reads.
 
-    python -m trainer.stages.prepare --source synthetic --output_dir runs/quickstart/prepared
-    python -m trainer.stages.prepare --source sequences --source_dir path/to/folder --output_dir runs/mine/prepared
-    python -m trainer.stages.prepare --source amazon_2014 --interactions reviews_Beauty_5.json.gz \
+    mmesid prepare --source synthetic --output_dir runs/quickstart/prepared
+    mmesid prepare --source sequences --source_dir path/to/folder --output_dir runs/mine/prepared
+    mmesid prepare --source amazon_2014 --interactions reviews_Beauty_5.json.gz \
         --items meta_Beauty.json.gz --output_dir runs/beauty/prepared
-    python -m trainer.stages.prepare --source amazon_2023 \
+    mmesid prepare --source amazon_2023 \
         --interactions McAuley-Lab/Amazon-Reviews-2023 --interactions_config raw_review_All_Beauty \
         --items McAuley-Lab/Amazon-Reviews-2023 --items_config raw_meta_All_Beauty --output_dir runs/beauty/prepared
-    python -m trainer.stages.prepare --source tabular --interactions orders.csv --time_column ordered_at \
+    mmesid prepare --source tabular --interactions orders.csv --time_column ordered_at \
         --items products.parquet --min_interactions 5 --split global_time --output_dir runs/mine/prepared
 """
 
@@ -20,21 +20,21 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from hub_cards import save_card
+from mmesid.hub_cards import save_card
 
-from ..arguments import PrepareArguments, parse
-from ..commands import run_as_script
-from ..data.amazon import REPOSITORY, configuration_file, read_amazon
 from ..data.files import local_file, on_the_hub
 from ..data.images import fetch_images, list_images
-from ..data.movielens import read_movielens
 from ..data.prepared import CARD_CONFIGS, write_prepared
-from ..data.sequence_files import read_sequence_files
 from ..data.sequences import build_sequences
 from ..data.source import Catalogue, Source
-from ..data.synthetic import generate_catalogue
-from ..data.tabular import EmbeddedImages, InteractionColumns, ItemColumns, TableLocation, read_tabular
-from ..records import StageRun
+from ..data.sources.amazon import REPOSITORY, configuration_file, read_amazon
+from ..data.sources.movielens import read_movielens
+from ..data.sources.sequence_files import read_sequence_files
+from ..data.sources.synthetic import generate_catalogue
+from ..data.sources.tabular import EmbeddedImages, InteractionColumns, ItemColumns, TableLocation, read_tabular
+from ..running.arguments import PrepareArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun
 
 
 # Which of `source_dir`, `interactions` and `items` a source needs, and which others it may have.

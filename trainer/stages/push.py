@@ -15,9 +15,9 @@ from accelerate import PartialState
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..arguments import PushArguments, parse
-from ..commands import run_as_script
-from ..publishing import CARD_NAME, parse_links, publication, upload
+from ..publishing.repository import CARD_NAME, parse_links, publication, upload
+from ..running.arguments import PushArguments, parse
+from ..running.errors import run_as_script
 
 
 def main(argv: list[str] | None = None) -> None:

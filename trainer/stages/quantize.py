@@ -4,7 +4,7 @@ they are, and two pictures: the use of the codes, and the distances before and a
 
     mmesid quantize --prepared_dir runs/quickstart/prepared --embeddings_dir runs/quickstart/embeddings \
         --output_dir runs/quickstart/quantizer
-    accelerate launch -m trainer.stages.quantize --prepared_dir ... --embeddings_dir ... --output_dir ...
+    accelerate launch -m mmesid.trainer.stages.quantize --prepared_dir ... --embeddings_dir ... --output_dir ...
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils import logging
 
-from hub_cards import save_card
+from mmesid.hub_cards import save_card
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
-from ..arguments import QuantizeArguments, parse
-from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
-from ..encoders.tables import load_table, table_encoders, table_path
-from ..mmrqvae_trainer import ItemTables, MMRQVAETrainer, initialize
-from ..records import StageRun
-from ..training import early_stopping, fit, trainer_arguments
+from ..data.tables import load_table, table_encoders, table_path
+from ..quantizer.trainer import ItemTables, MMRQVAETrainer, initialize
+from ..running.arguments import QuantizeArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun
+from ..running.training import early_stopping, fit, trainer_arguments
 
 
 logger = logging.get_logger(__name__)

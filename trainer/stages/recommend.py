@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 from modeling_mmesid.recommendation import SequentialRecommendationOutput
 
-from ..arguments import RecommendArguments, parse
-from ..commands import run_as_script
 from ..data.files import on_the_hub, read_lines
-from ..records import write_text_atomic
+from ..running.arguments import RecommendArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import write_text_atomic
 
 
 BATCH_SIZE = 1024

@@ -2,7 +2,7 @@
 Trains SASRec on the prepared training split and saves the checkpoint that ranks best on validation.
 
     mmesid sasrec --prepared_dir runs/quickstart/prepared --output_dir runs/quickstart/sasrec
-    accelerate launch -m trainer.stages.sasrec --prepared_dir runs/quickstart/prepared \
+    accelerate launch -m mmesid.trainer.stages.sasrec --prepared_dir runs/quickstart/prepared \
         --output_dir runs/quickstart/sasrec
 """
 
@@ -11,16 +11,16 @@ import dataclasses
 from accelerate import PartialState
 from transformers import set_seed
 
-from hub_cards import save_card
+from mmesid.hub_cards import save_card
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
-from ..arguments import SASRecArguments, parse
-from ..commands import run_as_script
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..records import StageRun
-from ..sasrec_trainer import SASRecTrainer
-from ..training import early_stopping, fit, trainer_arguments
+from ..recommender.sasrec_trainer import SASRecTrainer
+from ..running.arguments import SASRecArguments, parse
+from ..running.errors import run_as_script
+from ..running.records import StageRun
+from ..running.training import early_stopping, fit, trainer_arguments
 
 
 def main(argv: list[str] | None = None) -> None:

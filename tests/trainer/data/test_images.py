@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.data import images as images_module
-from trainer.data.images import FORMATS, BadImageError, decode_image, fetch_images, list_images, read_image
+from mmesid.trainer.data import images as images_module
+from mmesid.trainer.data.images import FORMATS, BadImageError, decode_image, fetch_images, list_images, read_image
 
 
 def picture(seed: int = 0, size=(40, 30)) -> Image.Image:

@@ -10,10 +10,10 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from trainer.data import prepared
-from trainer.data.prepared import PreparedDataset, write_prepared
-from trainer.data.sequences import build_sequences
-from trainer.data.source import Catalogue, Interactions, Source
+from mmesid.trainer.data import prepared
+from mmesid.trainer.data.prepared import PreparedDataset, write_prepared
+from mmesid.trainer.data.sequences import build_sequences
+from mmesid.trainer.data.source import Catalogue, Interactions, Source
 
 
 def png(colour: tuple[int, int, int]) -> bytes:
@@ -104,8 +104,8 @@ def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
 
 
 def test_load_dataset_reads_the_directory_and_decodes_pictures(tmp_path, source):
-    from hub_cards import save_card
-    from trainer.records import StageRecord
+    from mmesid.hub_cards import save_card
+    from mmesid.trainer.running.records import StageRecord
 
     statistics = write(tmp_path / "prepared", source)
     details = {"data": statistics, "configs": prepared.CARD_CONFIGS}

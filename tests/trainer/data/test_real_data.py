@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.data.images import read_image
-from trainer.data.prepared import PreparedDataset, write_prepared
-from trainer.data.sequence_files import read_sequence_files
-from trainer.data.sequences import build_sequences
+from mmesid.trainer.data.images import read_image
+from mmesid.trainer.data.prepared import PreparedDataset, write_prepared
+from mmesid.trainer.data.sequences import build_sequences
+from mmesid.trainer.data.sources.sequence_files import read_sequence_files
 
 
 REAL_DATA = Path(__file__).resolve().parents[3].parent / "shared/data"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sequences import build_sequences, k_core, keep_unrepeated, split_global_time
-from trainer.data.source import Interactions
+from mmesid.trainer.data.sequences import build_sequences, k_core, keep_unrepeated, split_global_time
+from mmesid.trainer.data.source import Interactions
 
 
 def interactions_of(pairs: list[tuple[int, int]], times: list[int] | None = None, num_users: int = 12) -> Interactions:

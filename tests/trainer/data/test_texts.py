@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.texts import compose_text, field_text, plain_text, price_of
+from mmesid.trainer.data.texts import compose_text, field_text, plain_text, price_of
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from trainer.data.prepared import Sequences
-from trainer.data.windows import EvaluationHistories, TrainingWindows
+from mmesid.trainer.data.prepared import Sequences
+from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
 
 
 def sequences(histories, targets) -> Sequences:

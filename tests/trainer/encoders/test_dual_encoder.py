@@ -18,7 +18,7 @@ from transformers import (
     EvalPrediction,
 )
 
-from trainer.encoders.dual_encoder import (
+from mmesid.trainer.encoders.dual_encoder import (
     CaptionedPictures,
     DualEncoder,
     ItemPictures,
@@ -26,7 +26,7 @@ from trainer.encoders.dual_encoder import (
     shrink,
     train_tokenizer,
 )
-from trainer.encoders.encoding import encode
+from mmesid.trainer.encoders.encoding import encode
 
 from ..siglip_models import save_siglip
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from trainer.encoders import encoding
-from trainer.encoders.encoding import encode
+from mmesid.trainer.encoders import encoding
+from mmesid.trainer.encoders.encoding import encode
 
 
 TEXTS = [f"{'word ' * (number % 7)}{number}" for number in range(50)]

@@ -7,8 +7,14 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPVisionModel, LlamaModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from trainer.encoders.encoding import encode
-from trainer.encoders.llm2clip import MAX_TEXT_LENGTH, LLM2CLIPEncoder, make_bidirectional, masked_mean, tokenize
+from mmesid.trainer.encoders.encoding import encode
+from mmesid.trainer.encoders.llm2clip import (
+    MAX_TEXT_LENGTH,
+    LLM2CLIPEncoder,
+    make_bidirectional,
+    masked_mean,
+    tokenize,
+)
 
 
 pytestmark = pytest.mark.usefixtures("modules_cache")

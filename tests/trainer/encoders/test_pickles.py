@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-from trainer.encoders.vision import VisionEncoder
+from mmesid.trainer.encoders.vision import VisionEncoder
 
 
 class Touch:

@@ -8,10 +8,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from trainer.encoders import sentence
-from trainer.encoders.dual_encoder import train_tokenizer
-from trainer.encoders.encoding import encode
-from trainer.encoders.sentence import PACKAGED_MODEL, SentenceEncoder, packaged_model_path
+from mmesid.trainer.encoders import sentence
+from mmesid.trainer.encoders.dual_encoder import train_tokenizer
+from mmesid.trainer.encoders.encoding import encode
+from mmesid.trainer.encoders.sentence import PACKAGED_MODEL, SentenceEncoder, packaged_model_path
 
 
 TEXTS = ["a red shirt of cotton", "blue", "", "a green lamp for the table, made of steel and paper", "red shoes"]

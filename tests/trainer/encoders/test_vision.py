@@ -27,8 +27,8 @@ from transformers import (
     ViTModel,
 )
 
-from trainer.encoders.encoding import encode
-from trainer.encoders.vision import VisionEncoder
+from mmesid.trainer.encoders.encoding import encode
+from mmesid.trainer.encoders.vision import VisionEncoder
 
 
 PICTURES = [

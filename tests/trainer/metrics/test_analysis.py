@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from trainer.metrics.ranking import analysis
-from trainer.metrics.ranking.analysis import (
+from mmesid.trainer.metrics.ranking import analysis
+from mmesid.trainer.metrics.ranking.analysis import (
     confidence_intervals,
     frequency_groups,
     metrics,

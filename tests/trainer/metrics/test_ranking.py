@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from trainer.metrics.ranking.ranking import Ranking
+from mmesid.trainer.metrics.ranking.ranking import Ranking
 
 
 FOLDER = Path(__file__).parents[3] / "trainer" / "metrics" / "ranking"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.data.prepared import PreparedDataset
-from trainer.encoders.tables import save_table
-from trainer.stages import evaluate, finetune, prepare, quantize, sasrec
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.tables import save_table
+from mmesid.trainer.stages import evaluate, finetune, prepare, quantize, sasrec
 
 
 TRAINING = [

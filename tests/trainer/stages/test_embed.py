@@ -28,15 +28,15 @@ from transformers import (
     Dinov2Model,
 )
 
+from mmesid.trainer.data.prepared import ITEMS_FILE, PreparedDataset
+from mmesid.trainer.data.tables import load_table
+from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
+from mmesid.trainer.encoders.llm2clip import LLM2CLIPEncoder
+from mmesid.trainer.encoders.vision import VisionEncoder
+from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.stages import prepare
+from mmesid.trainer.stages.embed import main
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
-from trainer.data.prepared import ITEMS_FILE, PreparedDataset
-from trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
-from trainer.encoders.llm2clip import LLM2CLIPEncoder
-from trainer.encoders.tables import load_table
-from trainer.encoders.vision import VisionEncoder
-from trainer.records import StageRecord, file_digest
-from trainer.stages import prepare
-from trainer.stages.embed import main
 
 from ..siglip_models import save_siglip
 
@@ -406,8 +406,8 @@ import json
 import sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from trainer.encoders.remote_code import refuse_foreign_code
-from trainer.stages.embed import main
+from mmesid.trainer.encoders.remote_code import refuse_foreign_code
+from mmesid.trainer.stages.embed import main
 
 clip, processor, *flags = sys.argv[1:]
 api, name = HfApi(), "tester/clip"
@@ -486,7 +486,12 @@ def one_thread():
 def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path, one_thread):
     checkpoint = trained / "visual_encoder"
     main(one_by_one(prepared, tmp_path / "whole", checkpoint))
-    command = [sys.executable, "-m", "trainer.stages.embed", *one_by_one(prepared, tmp_path / "killed", checkpoint)]
+    command = [
+        sys.executable,
+        "-m",
+        "mmesid.trainer.stages.embed",
+        *one_by_one(prepared, tmp_path / "killed", checkpoint),
+    ]
     process = subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))) < 5:
         time.sleep(0.001)
@@ -513,7 +518,7 @@ def test_two_processes_give_the_bytes_of_one(prepared, trained, tmp_path, one_th
     checkpoint = trained / "visual_encoder"
     main(one_by_one(prepared, tmp_path / "one", checkpoint))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "trainer.stages.embed", *one_by_one(prepared, tmp_path / "two", checkpoint)]
+    command = [*launcher, "-m", "mmesid.trainer.stages.embed", *one_by_one(prepared, tmp_path / "two", checkpoint)]
     finished = subprocess.run(command, env=one_thread, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "two/visual.safetensors").read_bytes() == (tmp_path / "one/visual.safetensors").read_bytes()

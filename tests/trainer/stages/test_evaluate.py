@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hub_cards import save_card
-from trainer.data.prepared import STATISTICS_FILE
-from trainer.records import RECORD_NAME, StageRecord, StageRun
-from trainer.stages import evaluate
+from mmesid.hub_cards import save_card
+from mmesid.trainer.data.prepared import STATISTICS_FILE
+from mmesid.trainer.running.records import RECORD_NAME, StageRecord, StageRun
+from mmesid.trainer.stages import evaluate
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from modeling_mmesid import MMESIDProcessor
 from .conftest import TRAINING, finetune_flags
 
 
-PACKAGES = ("modeling_mmesid", "trainer", "hub_cards")
+PACKAGES = ("modeling_mmesid", "mmesid")
 
 
 def run_python(code, environment, *arguments, interpreter=sys.executable):
@@ -66,7 +66,7 @@ def histories(tiny_run):
 PUSH = """
 import json, sys, urllib.request
 from huggingface_hub import HfApi, constants, hf_hub_download
-from trainer.cli import main
+from mmesid.trainer.cli import main
 
 root, api = sys.argv[1], HfApi()
 
@@ -143,7 +143,7 @@ REMOTE = """
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-assert [find_spec(name) for name in ("modeling_mmesid", "trainer", "hub_cards")] == [None] * 3
+assert [find_spec(name) for name in ("modeling_mmesid", "mmesid")] == [None] * 2
 try:
     version("mmesid")
     raise AssertionError("this environment has the package")
@@ -407,7 +407,7 @@ def test_an_adapter_and_what_cannot_be_loaded(published, hub_environment, tmp_pa
 TRAIN = """
 import json, sys
 from huggingface_hub import HfApi
-from trainer.cli import main
+from mmesid.trainer.cli import main
 
 main(["finetune", *sys.argv[1:-1]])
 sha = HfApi().model_info("tester/trained").sha
@@ -420,11 +420,11 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
-from trainer.arguments import QuantizeArguments
-from trainer.data.prepared import PreparedDataset
-from trainer.data.windows import EvaluationHistories, TrainingWindows
-from trainer.mmrqvae_trainer import ItemTables, MMRQVAETrainer, initialize
-from trainer.sasrec_trainer import SASRecTrainer
+from mmesid.trainer.running.arguments import QuantizeArguments
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
+from mmesid.trainer.quantizer.trainer import ItemTables, MMRQVAETrainer, initialize
+from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
 
 data = PreparedDataset.load(sys.argv[1])
 arguments = TrainingArguments(
@@ -514,7 +514,7 @@ ENCODER = """
 import json, sys
 import torch
 from huggingface_hub import HfApi, ModelCard
-from trainer.cli import main
+from mmesid.trainer.cli import main
 
 main(["embed", *sys.argv[1:]])
 card = ModelCard.load("tester/encoder")

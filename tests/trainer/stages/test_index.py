@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from mmesid.trainer.running.records import StageRecord
+from mmesid.trainer.stages import index
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
-from trainer.records import StageRecord
-from trainer.stages import index
 
 
 HISTORIES = [[3, 4, 5], [20], [7, 7, 31, 2], [80]]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmesid.trainer.data.tables import load_table
+from mmesid.trainer.encoders.dual_encoder import DualEncoder
+from mmesid.trainer.stages import embed, finetune, prepare, quantize
 from modeling_mmesid import MMESIDForSequentialRecommendation
-from trainer.encoders.dual_encoder import DualEncoder
-from trainer.encoders.tables import load_table
-from trainer.stages import embed, finetune, prepare, quantize
 
 
 NUM_ITEMS = 40

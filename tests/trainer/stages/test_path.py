@@ -13,14 +13,14 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, TrainingArguments
 
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.metrics.ranking.analysis import metrics
+from mmesid.trainer.publishing.repository import publication
+from mmesid.trainer.recommender.small_llama import train_tokenizer
+from mmesid.trainer.running.arguments import FinetuneArguments, parse
+from mmesid.trainer.running.records import StageRecord, processor_name
+from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
-from trainer.arguments import FinetuneArguments, parse
-from trainer.backbone import train_tokenizer
-from trainer.data.prepared import PreparedDataset
-from trainer.metrics.ranking.analysis import metrics
-from trainer.publishing import publication
-from trainer.records import StageRecord, processor_name
-from trainer.stages import evaluate, finetune, prepare, recommend
 
 from .conftest import finetune_flags
 
@@ -325,7 +325,7 @@ def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(tiny_run
 INTERRUPT = """
 import sys
 from transformers import Trainer
-from trainer.stages import finetune
+from mmesid.trainer.stages import finetune
 stop_after, argv = int(sys.argv[1]), sys.argv[2:]
 step = Trainer.training_step
 steps = 0
@@ -371,7 +371,7 @@ def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
         "--prepared_dir", str(tmp_path / "odd"), "--use_cpu", "true", "--per_device_eval_batch_size", "32",
         "--model_dirs", str(tiny_run / "sasrec"), str(tiny_run / "recommender"), "--output_dir",
     ]  # fmt: skip
-    launch("-m", "trainer.stages.evaluate", *flags, str(tmp_path / "two"))
+    launch("-m", "mmesid.trainer.stages.evaluate", *flags, str(tmp_path / "two"))
     assert StageRecord.load(tmp_path / "two").hardware.endswith("2 processes")
     evaluate.main([*flags, str(tmp_path / "one")])
     for split in ("validation", "test"):
@@ -384,7 +384,7 @@ def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
 KEEP_HISTORY = """
 import json, sys
 from accelerate import PartialState
-from trainer.stages import finetune
+from mmesid.trainer.stages import finetune
 fit = finetune.fit
 def kept(trainer):
     fit(trainer)

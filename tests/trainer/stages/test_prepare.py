@@ -15,10 +15,10 @@ from datasets import load_dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from trainer.data.prepared import PreparedDataset
-from trainer.records import StageRecord, file_digest
-from trainer.stages import sasrec
-from trainer.stages.prepare import main
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.stages import sasrec
+from mmesid.trainer.stages.prepare import main
 
 
 def synthetic(directory, *flags) -> None:
@@ -135,8 +135,8 @@ def test_a_mistyped_path_is_named_where_the_hub_cannot_be_reached(tmp_path, monk
         raise httpx2.ConnectError("Connection refused")
 
     flags = ["--source", "tabular", "--interactions", "ordrs", "--output_dir", str(tmp_path / "prepared")]
-    monkeypatch.setattr("trainer.stages.prepare.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("trainer.stages.prepare.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("mmesid.trainer.stages.prepare.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("mmesid.trainer.stages.prepare.HfApi.dataset_info", unreachable)
     with pytest.raises(FileNotFoundError, match=r"'ordrs' is not on this machine, .* \(Connection refused\); correct"):
         main(flags)
 
@@ -305,8 +305,8 @@ def test_what_takes_long_shows_how_far_it_is(shop, monkeypatch, capsys):
     def at_once(*arguments, **settings):
         return tqdm(*arguments, **settings | {"delay": 0, "mininterval": 0})
 
-    for module in ("records", "data.tabular", "data.sequences", "data.prepared"):
-        monkeypatch.setattr(f"trainer.{module}.tqdm", at_once)
+    for module in ("running.records", "data.sources.tabular", "data.sequences", "data.prepared"):
+        monkeypatch.setattr(f"mmesid.trainer.{module}.tqdm", at_once)
     (shop / "products.csv").write_text("item_id,title\n" + "".join(f"{item},Item {item}\n" for item in range(10)))
     tabular(shop, "--items", str(shop / "products.csv"))
     shown = capsys.readouterr().err

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from trainer.publishing import publication
-from trainer.records import StageRecord
-from trainer.stages.push import main
+from mmesid.trainer.publishing.repository import publication
+from mmesid.trainer.running.records import StageRecord
+from mmesid.trainer.stages.push import main
 
 
 def write_stage(directory, stage, files):
@@ -66,7 +66,7 @@ def test_what_is_pushed_comes_back_and_a_refusal_is_one_sentence(recommender, tm
 import os
 from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
-from trainer.cli import main
+from mmesid.trainer.cli import main
 
 
 def push(directory, repo_id, *flags):
@@ -117,7 +117,7 @@ push("recommender", "tester/unknown")
 def test_an_unreachable_hub_is_one_sentence(recommender, tmp_path, hub_environment):
     flags = ["push", "--directory", str(recommender), "--repo_id", "tester/model"]
     process = subprocess.run(
-        [sys.executable, "-m", "trainer.cli", *flags],
+        [sys.executable, "-m", "mmesid.trainer.cli", *flags],
         env=hub_environment | {"HF_ENDPOINT": "http://127.0.0.1:1"},
         cwd=tmp_path,
         capture_output=True,

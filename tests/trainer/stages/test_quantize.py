@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmesid.trainer.data.tables import load_table, save_table
+from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.stages.quantize import main
 from modeling_mmesid import MMRQVAEModel
-from trainer.encoders.tables import load_table, save_table
-from trainer.records import StageRecord, file_digest
-from trainer.stages.quantize import main
 
 
 ITEMS = 80

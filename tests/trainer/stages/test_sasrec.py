@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from trainer.data.prepared import PreparedDataset
-from trainer.metrics.ranking.analysis import metrics
-from trainer.records import StageRecord
-from trainer.stages import evaluate, sasrec
-from trainer.training import fit
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.metrics.ranking.analysis import metrics
+from mmesid.trainer.running.records import StageRecord
+from mmesid.trainer.running.training import fit
+from mmesid.trainer.stages import evaluate, sasrec
 
 from .conftest import TRAINING
 

@@ -1,0 +1,1 @@
+"""Recipes for `mmesid run`; installed as `mmesid.recipes`, so that a wheel brings them along."""

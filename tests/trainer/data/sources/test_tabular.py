@@ -1,0 +1,393 @@
+"""One pair of tables in every form: files of each format, folders and repositories that `datasets` loads."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmesid.trainer.data.source import InteractionCollector
+from mmesid.trainer.data.sources.tabular import (
+    InteractionColumns,
+    ItemColumns,
+    TableLocation,
+    read_interactions,
+    read_tabular,
+)
+
+
+# Ids with leading zeros, a comma, a line break and quotes in texts, missing values.
+INTERACTIONS = {
+    "customer": ["ann", "bob", "ann", "cy"],
+    "sku": ["007", "010", "010", "099"],
+    "at": [30, 10, 20, 40],
+    "stars": [5.0, None, 2.5, 4.0],
+}
+ITEMS = {
+    "sku": ["010", "007", "500"],
+    "name": ["Pen, red", 'Ink\n"deep" blue', None],
+    "brand": ["Acme", None, "Solo"],
+    "tags": ["office|writing", "office", None],
+    "cost": ["$1.50", None, "3"],
+    "colour": ["red", "blue", None],
+    "picture": ["pen.png", "https://images.example/ink.png", None],
+}
+COLUMNS = InteractionColumns("customer", "sku", "at", "stars")
+ITEM_COLUMNS = ItemColumns("sku", title="name", categories="tags", price="cost", image="picture")
+
+
+def write_table(path, columns: dict):
+    """Writes the columns in the format of the path's name."""
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return path
+    content = io.BytesIO()
+    if ".jsonl" in path.name:
+        content.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
+    else:
+        pa_csv.write_csv(table, content, pa_csv.WriteOptions(delimiter="\t" if ".tsv" in path.name else ","))
+    data = content.getvalue()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def check(source, folder) -> None:
+    catalogue, interactions = source.catalogue, source.interactions
+    # All items of the table, in its order, then those that it lacks.
+    assert catalogue.item_ids == ["010", "007", "500", "099"]
+    assert catalogue.fields.to_pydict() == {
+        "title": ["Pen, red", 'Ink\n"deep" blue', None, None],
+        "brand": ["Acme", None, "Solo", None],
+        "categories": [["office", "writing"], ["office"], None, None],
+        "price": [1.5, None, 3.0, None],
+        "colour": ["red", "blue", None, None],
+    }
+    assert catalogue.texts() == ["Pen, red. red. office, writing", 'Ink\n"deep" blue. blue. office', "", ""]
+    assert catalogue.images == [folder / "pen.png", "https://images.example/ink.png", None, None]
+    assert [interactions.user_ids[user] for user in interactions.users] == INTERACTIONS["customer"]
+    assert [catalogue.item_ids[item] for item in interactions.items] == INTERACTIONS["sku"]
+    assert interactions.times.tolist() == INTERACTIONS["at"]
+    assert [None if np.isnan(rating) else rating for rating in interactions.ratings] == INTERACTIONS["stars"]
+
+
+FORMATS = ["csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "parquet"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_files_of_every_format_give_the_same_source(tmp_path, suffix):
+    interactions = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS)
+    items = write_table(tmp_path / f"products.{suffix}", ITEMS)
+    source = read_tabular(
+        TableLocation(str(interactions)),
+        COLUMNS,
+        TableLocation(str(items)),
+        ITEM_COLUMNS,
+        text_fields=["title", "colour", "categories"],
+    )
+    check(source, tmp_path)
+    assert source.name == "orders"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_number_that_is_none_counts_as_missing(tmp_path, suffix):
+    """Tables of pandas hold NaN where a column of numbers has a gap, and Python's `json` writes it as NaN."""
+    nan = float("nan")
+    products = {"sku": ["007", "010"], "title": [nan, 4.0], "price": [nan, 2.5], "weight": [1.5, nan]}
+    if suffix == "jsonl":
+        products["image"] = [nan, nan]
+    items = write_table(tmp_path / f"products.{suffix}", products)
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
+    catalogue = read_tabular(
+        TableLocation(str(orders)),
+        COLUMNS,
+        TableLocation(str(items)),
+        ItemColumns("sku"),
+        text_fields=["title", "weight"],
+    ).catalogue
+    assert catalogue.fields.to_pydict() == {
+        "title": [None, "4.0", None],
+        "price": [None, 2.5, None],
+        "weight": ["1.5", None, None],
+    }
+    assert catalogue.texts() == ["1.5", "4.0", ""] and catalogue.images is None
+
+
+CARD = """---
+configs:
+- {config_name: orders, data_files: [{split: all, path: orders.parquet}]}
+- {config_name: products, data_files: [{split: train, path: products.parquet}]}
+---
+"""
+
+
+def test_a_folder_that_load_dataset_knows_gives_it_too(tmp_path):
+    write_table(tmp_path / "orders.parquet", INTERACTIONS)
+    write_table(tmp_path / "products.parquet", ITEMS)
+    (tmp_path / "README.md").write_text(CARD)
+    source = read_tabular(
+        TableLocation(str(tmp_path), "orders", "all"),
+        COLUMNS,
+        TableLocation(str(tmp_path), "products"),
+        ITEM_COLUMNS,
+        text_fields=["title", "colour", "categories"],
+    )
+    check(source, tmp_path)
+
+
+def picture(colour) -> Image.Image:
+    return Image.new("RGB", (4, 4), colour)
+
+
+def test_pictures_in_a_saved_dataset_stay_there_until_they_are_read(tmp_path):
+    items = datasets.Dataset.from_dict(
+        {"sku": ["010", "007"], "name": ["Pen", "Ink"], "picture": [picture("red"), None]},
+        features=datasets.Features(
+            {"sku": datasets.Value("string"), "name": datasets.Value("string"), "picture": datasets.Image()}
+        ),
+    )
+    items.save_to_disk(tmp_path / "products")
+    items.to_parquet(tmp_path / "products.parquet")
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
+    for products in (tmp_path / "products", tmp_path / "products.parquet"):
+        images = read_tabular(
+            TableLocation(str(orders)),
+            COLUMNS,
+            TableLocation(str(products)),
+            ItemColumns("sku", "name", image="picture"),
+        ).catalogue.images
+        assert len(images) == 3 and [image is None for image in images] == [False, True, True]
+        with Image.open(io.BytesIO(images[0])) as read:
+            assert read.getpixel((1, 1)) == (255, 0, 0)
+
+
+HUB_SCRIPT = """
+import sys
+from huggingface_hub import HfApi
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.running.records import StageRecord
+from mmesid.trainer.stages.prepare import main
+
+folder, output = sys.argv[1:]
+api, dataset = HfApi(), {"repo_id": "tester/shop", "repo_type": "dataset"}
+api.create_repo(**dataset)
+api.upload_folder(folder_path=folder, **dataset)
+columns = "--source tabular --user_column customer --item_column sku --time_column at --title_field name".split()
+files = ["--interactions", "hf://datasets/tester/shop/orders.parquet",
+         "--items", "hf://datasets/tester/shop@main/products.parquet"]
+main([*columns, *files, "--output_dir", f"{output}/files"])
+repository = ["--interactions", "tester/shop", "--interactions_config", "orders", "--interactions_split", "all",
+              "--items", "tester/shop", "--items_config", "products", "--output_dir", f"{output}/repository"]
+main([*columns, *repository])
+by_file, by_repository = (PreparedDataset.load(f"{output}/{name}") for name in ("files", "repository"))
+assert by_file.item_ids == by_repository.item_ids == ["", "010", "007", "500"], by_file.item_ids
+assert by_file.sequences("test")[1]["target"] == by_repository.sequences("test")[1]["target"] == 3
+commit = StageRecord.load(f"{output}/repository").arguments["items_revision"]
+assert commit == api.dataset_info("tester/shop").sha
+main([*columns, *repository])
+api.upload_file(path_or_fileobj=b"x", path_in_repo="other.txt", **dataset)
+main([*columns, *repository])
+for mistyped in ("tester/shpo", "hf://datasets/tester/shop/ordrs.parquet"):
+    try:
+        main([*columns, "--interactions", mistyped, "--output_dir", f"{output}/mistyped"])
+    except FileNotFoundError as error:
+        print("refused:", error)
+# As the repository of Amazon's reviews has one.
+scripted = {"repo_id": "tester/scripted", "repo_type": "dataset"}
+api.create_repo(**scripted)
+api.upload_folder(folder_path=folder, **scripted)
+api.upload_file(path_or_fileobj=b"raise SystemExit('a loading script ran')", path_in_repo="scripted.py", **scripted)
+main([*columns, *(flag.replace("shop", "scripted") for flag in files), "--output_dir", f"{output}/scripted"])
+main([*columns, *(flag.replace("shop", "scripted") for flag in repository)])
+"""
+
+
+def test_files_and_repositories_of_the_hub_are_read_at_the_commit_they_are_at(tmp_path, hub_environment):
+    (tmp_path / "shop").mkdir()
+    orders = {"customer": ["ann"] * 3 + ["bob"] * 3, "sku": ["007", "010", "500"] * 2, "at": [1, 2, 3, 6, 4, 7]}
+    write_table(tmp_path / "shop/orders.parquet", orders)
+    write_table(tmp_path / "shop/products.parquet", ITEMS | {"picture": [None] * 3})
+    (tmp_path / "shop/README.md").write_text(CARD)
+    result = subprocess.run(
+        [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "shop"), str(tmp_path / "runs")],
+        env=hub_environment | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert "name its files, as hf://datasets/tester/scripted/<file>" in result.stderr.splitlines()[-1], result.stderr
+    refused = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
+    assert len(refused) == 2 and all("the Hub at http://127.0.0.1" in line for line in refused)
+    assert "'tester/shpo' is not on this machine" in refused[0] and "it answers 404" in refused[0]
+    assert "'hf://datasets/tester/shop/ordrs.parquet' is not on this machine" in refused[1]
+    assert result.stdout.count("is up to date, skipped") == 1, "once unchanged"
+    assert result.stdout.count("prepare: wrote") == 4, "by file, by name, again with a new commit, by file"
+
+
+def times_of(tmp_path, name, times) -> list[int]:
+    path = write_table(
+        tmp_path / name, {"user_id": ["a"] * len(times), "item_id": [1] * len(times), "timestamp": times}
+    )
+    collector = InteractionCollector()
+    read_interactions(TableLocation(str(path)), InteractionColumns("user_id", "item_id", "timestamp"), collector)
+    collector.finish()
+    return collector.interactions({"1": 0}).times.tolist()
+
+
+def test_times_of_any_kind_become_integers_in_their_order(tmp_path):
+    dates = np.array(["2024-01-02T10:00:00", "2023-12-31T23:59:59", "2024-01-02T10:00:01"], "datetime64[s]")
+    microseconds = dates.astype("datetime64[us]").astype(np.int64).tolist()
+    strings = [str(date) for date in dates]
+    assert times_of(tmp_path, "timestamps.parquet", dates) == microseconds
+    assert times_of(tmp_path, "strings.jsonl", strings) == microseconds
+    assert times_of(tmp_path, "strings.csv", strings) == microseconds
+    zoned = ["2024-01-02T12:00:00+02:00", "2023-12-31T23:59:59Z", "2024-01-02T10:00:01Z"]
+    assert times_of(tmp_path, "zoned.jsonl", zoned) == times_of(tmp_path, "zoned.csv", zoned) == microseconds
+    given = ["2024-01-02", "2023-12-31"]
+    days = np.array(times_of(tmp_path, "days.jsonl", given), "datetime64[us]")
+    assert days.astype("datetime64[D]").astype(str).tolist() == given
+    assert times_of(tmp_path, "floats.csv", [1.5, 0.25, 1.500001]) == [1_500_000, 250_000, 1_500_001]
+    with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp': .*yesterday.*; correct the value"):
+        times_of(tmp_path, "words.jsonl", ["2024-01-01", "yesterday"])
+    with pytest.raises(ValueError, match=r"column 'timestamp' has a time that is no finite number"):
+        times_of(tmp_path, "infinite.parquet", [1.5, float("nan")])
+    with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp' is empty in number 2 of them"):
+        times_of(tmp_path, "gaps.parquet", [5, None])
+
+
+def test_ids_of_users_leave_pythons_memory_when_the_last_has_come():
+    collector = InteractionCollector()
+    tracemalloc.start()
+    users = pa.array((f"user-{number:08}" for number in range(30_000)), pa.string())
+    collector.extend(users, pa.array(["item"] * 30_000), np.arange(30_000))
+    before, _ = tracemalloc.get_traced_memory()
+    collector.finish()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert before - after > 30_000 * 60, "an object a user"
+    interactions = collector.interactions({"item": 0})
+    assert len(interactions.user_ids) == 30_000 and interactions.user_ids[29_999] == "user-00029999"
+
+
+def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmesid.trainer.data.sources.tabular._ROWS_AT_ONCE", 2)
+    rows = [{"user_id": "a", "item_id": 1, "timestamp": time} for time in (1, 2, 3.5, 4.5)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = InteractionColumns("user_id", "item_id", "timestamp")
+    with pytest.raises(ValueError, match=r"rows 3 to 4, column 'timestamp' is double, and int64 before; choose one"):
+        read_interactions(TableLocation(str(tmp_path / "mixed.jsonl")), columns, InteractionCollector())
+
+
+def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmesid.trainer.data.sources.tabular._ROWS_AT_ONCE", 2)
+    path = write_table(tmp_path / "orders.jsonl", INTERACTIONS)
+    source = read_tabular(TableLocation(str(path)), InteractionColumns("customer", "sku"))
+    assert source.interactions.times.tolist() == [0, 1, 2, 3]
+    assert source.interactions.ratings is None
+    assert source.catalogue.texts() == ["", "", ""] and source.catalogue.images is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("o.csv", "customer,sku,at\nann,1,5\n", r"o.csv' has no column 'stars', only customer, sku, at; name one"),
+        ("o.csv", "customer,sku,at,stars\nann,1,5,2\nbob,2\n", r"o.csv' cannot be read \(.*Expected 4 columns, got 2"),
+        ("o.csv", "customer,sku,at,stars\nann,1,5,bad\n", r"o.csv' cannot be read \(.*'bad'.*\); correct the file"),
+        ("o.csv", "", r"o.csv' cannot be read \(Empty CSV file\)"),
+        ("o.jsonl", '{"customer": "a", "sku": 1, "at": 1}\n{"sku": 1}\n', r"o.jsonl', line 2 has no field 'customer'"),
+        ("o.jsonl", '{"customer": "a", "sku": 1.5, "at": 1}\n', r"o.jsonl', line 1 has sku=1.5; an id is"),
+        ("o.jsonl", '{"customer": "a"\n', r"o.jsonl', line 1 is not JSON"),
+        ("o.dat", "customer sku", r"The name of '.*o.dat' does not tell its format; call it .csv"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_tabular(TableLocation(str(path)), COLUMNS)
+
+
+def damaged(path, keep: int | None = None):
+    """A Parquet file of many rows, cut off or with garbage in the middle."""
+    write_table(path, {"customer": ["ann"] * 50_000, "sku": [str(number) for number in range(50_000)]})
+    data = bytearray(path.read_bytes())
+    data[400:4000] = b"\xff" * 3600
+    path.write_bytes(data[:keep])
+    return path
+
+
+@pytest.mark.parametrize("keep", [None, 100, 0], ids=["garbage", "cut", "empty"])
+def test_a_damaged_parquet_file_is_named(tmp_path, keep):
+    path = damaged(tmp_path / "damaged.parquet", keep)
+    columns = InteractionColumns("customer", "sku")
+    with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
+        read_tabular(TableLocation(str(path)), columns)
+    orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
+    with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
+        read_tabular(orders, COLUMNS, TableLocation(str(path)), ItemColumns("sku"))
+    (tmp_path / "folder").mkdir()
+    path.rename(tmp_path / "folder/train.parquet")
+    with pytest.raises(ValueError, match=r"'\S*folder'"):
+        read_tabular(TableLocation(str(tmp_path / "folder")), columns)
+    with pytest.raises(ValueError, match=r"'\S*folder'"):
+        read_tabular(orders, COLUMNS, TableLocation(str(tmp_path / "folder")), ItemColumns("sku"))
+
+
+def test_a_saved_dataset_without_the_split_is_named(tmp_path):
+    saved = datasets.DatasetDict({"all": datasets.Dataset.from_dict(INTERACTIONS)})
+    saved.save_to_disk(tmp_path / "orders")
+    with pytest.raises(ValueError, match=r"'\S*orders' has no split 'train', only all; name one of them"):
+        read_tabular(TableLocation(str(tmp_path / "orders")), COLUMNS)
+    assert len(read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS).interactions) == 4
+    (tmp_path / "orders/all/state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"does not load '\S*orders' \(Expecting property name.*\); correct the conf"):
+        read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
+    """The file as pandas writes it, without quotes."""
+    names = ["NA", "null", "nan", "None"]
+    orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"customer": names, "sku": names})
+    items = write_table(tmp_path / f"items.{suffix}", {"sku": names[:2], "title": ["n/a", None]})
+    if suffix in ("csv", "tsv"):
+        for path in (orders, items):
+            path.write_text(path.read_text().replace('"', ""))
+    source = read_tabular(TableLocation(str(orders)), COLUMNS, TableLocation(str(items)), ItemColumns("sku"))
+    assert source.catalogue.item_ids == names and source.catalogue.titles() == ["n/a", "", "", ""]
+    assert [source.interactions.user_ids[user] for user in source.interactions.users] == names
+    assert np.isnan(source.interactions.ratings).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
+    orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"sku": ["007", "010", "", "099"]})
+    with pytest.raises(ValueError, match=r"column 'sku' is empty in number 3 of them|line 3 has sku=''; an id is"):
+        read_tabular(TableLocation(str(orders)), COLUMNS)
+
+
+def test_bad_items_are_named(tmp_path):
+    orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
+
+    def read(name, columns, **settings):
+        items = TableLocation(str(write_table(tmp_path / name, columns)))
+        return read_tabular(orders, COLUMNS, items, ItemColumns("sku", **settings))
+
+    with pytest.raises(ValueError, match=r"twice.csv', row 2, repeats item '007', number 1 of the items"):
+        read("twice.csv", {"sku": ["007", "007"]})
+    with pytest.raises(ValueError, match=r"none.jsonl', line 1 has sku=None; an id is"):
+        read("none.jsonl", {"sku": [None]})
+    with pytest.raises(ValueError, match=r"ids.csv' describes no item of the interactions.*'007' and there like '7'"):
+        read("ids.csv", {"sku": [7, 10]})
+    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title"):
+        read("title.csv", {"sku": ["007"], "title": ["x"]}, title="name")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.csv' does not exist"):
+        read_tabular(TableLocation(str(tmp_path / "nowhere.csv")), COLUMNS)

@@ -1,0 +1,150 @@
+"""What is written is what is read, and a table that does not fit the catalogue is refused in one sentence."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmesid.trainer.data.tables import import_table, load_table, save_table, table_encoders
+from mmesid.trainer.running.records import StageRecord
+
+
+@pytest.fixture
+def table():
+    embeddings = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    present = torch.tensor([False, True, True, False, True, True])
+    return embeddings, present
+
+
+def test_saved_table_reads_back_with_missing_rows_zero(tmp_path, table):
+    embeddings, present = table
+    save_table(tmp_path / "text.safetensors", "text", embeddings, present)
+    loaded, loaded_present = load_table(tmp_path / "text.safetensors", "text", num_items=5)
+    assert loaded.dtype == torch.float32 and loaded_present.dtype == torch.bool
+    assert torch.equal(loaded_present, present)
+    assert torch.equal(loaded[present], embeddings[present])
+    assert not loaded[~present].any()
+    assert [file.name for file in tmp_path.iterdir()] == ["text.safetensors"], "a temporary file was left behind"
+
+
+def test_save_refuses_nan_and_keeps_the_earlier_table(tmp_path, table):
+    embeddings, present = table
+    path = tmp_path / "text.safetensors"
+    save_table(path, "text", embeddings, present)
+    before = path.read_bytes()
+    embeddings[4, 2] = torch.nan
+    with pytest.raises(ValueError, match="row 4 of 'text' holds NaN or infinity"):
+        save_table(path, "text", embeddings, present)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="true for row 0, which is padding"):
+        save_table(path, "text", torch.ones(6, 4), torch.ones(6, dtype=torch.bool))
+
+
+def test_nan_in_a_missing_row_is_not_saved(tmp_path, table):
+    embeddings, present = table
+    embeddings[3] = torch.nan
+    save_table(tmp_path / "text.safetensors", "text", embeddings, present)
+    assert not load_table(tmp_path / "text.safetensors", "text", num_items=5)[0][3].any()
+
+
+@pytest.mark.parametrize("read", [load_table, import_table])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(5, 4), r"'text' has 5 rows where the catalogue of 5 items needs 6"),
+        (
+            torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf),
+            r"row 2 of 'text' holds NaN or infinity \(2 such rows",
+        ),
+        (torch.ones(6), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
+        (torch.ones(6, 4, 2), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
+        (torch.ones(6, 4, dtype=torch.int64), r"torch.int64 of shape \(6, 4\)"),
+    ],
+)
+def test_unfit_tables_are_refused(tmp_path, read, tensor, message):
+    path = tmp_path / "text.safetensors"
+    present = torch.tensor([False, True, True, True, True, True])
+    save_file({"text": tensor, "present": present}, path)
+    with pytest.raises(ValueError, match=message) as error:
+        read(path, "text", num_items=5)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [load_table, import_table])
+def test_missing_and_broken_files_are_named(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors' does not exist"):
+        read(tmp_path / "nowhere.safetensors", "text", num_items=5)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\x00" * 40)
+    with pytest.raises(ValueError, match="broken.safetensors' is not a safetensors file"):
+        read(broken, "text", num_items=5)
+
+
+def test_load_needs_both_keys_and_a_consistent_mask(tmp_path):
+    path = tmp_path / "visual.safetensors"
+    present = torch.tensor([False, True, True])
+    save_file({"visual": torch.zeros(3, 2)}, path)
+    with pytest.raises(ValueError, match="no key 'present' but only 'visual'; .*--from_file"):
+        load_table(path, "visual", num_items=2)
+    save_file({"text": torch.zeros(3, 2), "present": present}, path)
+    with pytest.raises(ValueError, match="no key 'visual' but only 'present', 'text'"):
+        load_table(path, "visual", num_items=2)
+    save_file({"visual": torch.zeros(3, 2), "present": present[1:]}, path)
+    with pytest.raises(ValueError, match=r"'present' is torch.bool of shape \(2,\)"):
+        load_table(path, "visual", num_items=2)
+    save_file({"visual": torch.ones(3, 2), "present": torch.tensor([False, True, False])}, path)
+    with pytest.raises(ValueError, match="row 0 of 'visual' is not zero"):
+        load_table(path, "visual", num_items=2)
+    save_file({"visual": torch.zeros(3, 2), "present": torch.tensor([True, True, True])}, path)
+    with pytest.raises(ValueError, match="'present' is true for row 0"):
+        load_table(path, "visual", num_items=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("key", ["text", "embeddings"])
+def test_import_takes_any_precision_and_the_only_key(tmp_path, table, dtype, key):
+    embeddings = table[0].to(dtype)
+    embeddings[3] = 0
+    save_file({key: embeddings}, tmp_path / "foreign.safetensors")
+    imported, present = import_table(tmp_path / "foreign.safetensors", "text", num_items=5)
+    assert imported.dtype == torch.float32
+    assert present.tolist() == [False, True, True, False, True, True]
+    assert torch.equal(imported[1:], embeddings[1:].float()) and not imported[0].any()
+
+
+def test_import_prefers_the_modality_and_refuses_a_guess(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"text": torch.ones(3, 2), "visual": torch.full((3, 2), 2.0)}, path)
+    assert import_table(path, "visual", num_items=2)[0][1].tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="no key 'collaborative' but 'text', 'visual'"):
+        import_table(path, "collaborative", num_items=2)
+    save_file({}, path)
+    with pytest.raises(ValueError, match="no key 'text' but no table at all"):
+        import_table(path, "text", num_items=2)
+
+
+def test_import_honours_a_mask_over_zero_rows(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"text": torch.tensor([[1.0], [0.0], [3.0]]), "present": torch.tensor([True, True, False])}, path)
+    embeddings, present = import_table(path, "text", num_items=2)
+    assert present.tolist() == [False, True, False] and embeddings.flatten().tolist() == [0.0, 0.0, 0.0]
+
+
+def test_an_imported_table_survives_the_round_trip(tmp_path, table):
+    save_file({"text": table[0].half()}, tmp_path / "foreign.safetensors")
+    save_table(tmp_path / "text.safetensors", "text", *import_table(tmp_path / "foreign.safetensors", "text", 5))
+    assert set(load_file(tmp_path / "text.safetensors")) == {"text", "present"}
+    assert torch.equal(load_table(tmp_path / "text.safetensors", "text", 5)[0][1:], table[0].half().float()[1:])
+
+
+def test_encoders_are_told_where_they_are_on_record(tmp_path):
+    fields = {field.name: None for field in dataclasses.fields(StageRecord)}
+    for modality, details in {
+        "text": {"encoder": "me/bert", "revision": "a1"},
+        "visual": {"encoder": "a table", "revision": None},
+    }.items():
+        (tmp_path / f"{modality}.json").write_text(json.dumps(fields | {"details": details}))
+    encoders = table_encoders(tmp_path, ["collaborative", "text", "visual"])
+    assert encoders == {"text": "me/bert at a1", "visual": "a table"}

@@ -1,0 +1,233 @@
+"""What the trainers of both recommenders promise, on a world where the next item is known."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, TrainingArguments, set_seed
+
+from mmesid.trainer.data.prepared import Sequences
+from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
+from mmesid.trainer.recommender.collators import HistoryCollator, ItemCollator
+from mmesid.trainer.recommender.mmesid_trainer import MMESIDTrainer, smoothed_popularity
+from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
+from modeling_mmesid import (
+    MMESIDConfig,
+    MMESIDForSequentialRecommendation,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
+from modeling_mmesid.recommendation import score_items
+
+
+NUM_ITEMS = 30
+
+
+def cyclic(users: int, seed: int) -> Sequences:
+    """Every user walks the catalogue in order from a random start: item 7 is always followed by item 8."""
+    random = np.random.default_rng(seed)
+    starts, lengths = random.integers(0, NUM_ITEMS, size=users), random.integers(1, 8, size=users)
+    walks = [(start + np.arange(length + 1)) % NUM_ITEMS + 1 for start, length in zip(starts, lengths, strict=True)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
+    targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
+    return Sequences([str(user) for user in range(users)], flat, offsets, targets)
+
+
+def sasrec_trainer(arguments):
+    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_position_embeddings=10, hidden_dropout=0.0)
+    return SASRecTrainer(
+        SASRecForSequentialRecommendation(config),
+        arguments,
+        train_dataset=TrainingWindows(cyclic(200, 0), 10),
+        eval_dataset=EvaluationHistories(cyclic(61, 1)),
+    )
+
+
+def mmesid_trainer(arguments, backbone_class=LlamaConfig, backbone_kwargs=None, **kwargs):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MMESIDConfig(
+        backbone_config=backbone_class(vocab_size=10, **sizes, **(backbone_kwargs or {})),
+        num_items=NUM_ITEMS,
+        item_token_scale=5.0,
+        prompt_prefix_ids=[1, 2],
+        prompt_suffix_ids=[3],
+    )
+    model = MMESIDForSequentialRecommendation(config)
+    model.initialize_items(torch.ones(NUM_ITEMS + 1, dtype=torch.long))
+    return MMESIDTrainer(
+        model,
+        arguments,
+        train_dataset=TrainingWindows(cyclic(200, 0), 10),
+        eval_dataset=EvaluationHistories(cyclic(61, 1)),
+        **kwargs,
+    )
+
+
+def sampled_mmesid_trainer(arguments):
+    return mmesid_trainer(arguments, num_candidates=20)
+
+
+def unpacked_mmesid_trainer(arguments):
+    # A window shorter than prompt and history, which a packed sequence cannot respect.
+    trainer = mmesid_trainer(arguments, MistralConfig, {"sliding_window": 8, "num_key_value_heads": 2})
+    assert not trainer.data_collator.packed
+    return trainer
+
+
+@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer, sampled_mmesid_trainer, unpacked_mmesid_trainer])
+def test_training_learns_the_rule(make, tmp_path):
+    set_seed(0)
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=12, learning_rate=1e-2, per_device_train_batch_size=32, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no", per_device_eval_batch_size=16,
+    )  # fmt: skip
+    trainer = make(arguments)
+    before = trainer.rank()["hr@5"]
+    trainer.train()
+    assert before < 0.5
+    assert trainer.rank()["hr@5"] > 0.95
+
+
+def test_a_backbone_that_cannot_take_the_mask_is_named_in_a_warning(tmp_path, caplog):
+    unpacked_mmesid_trainer(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert "cannot share a sequence on MistralModel: its sliding window of 8" in caplog.text
+
+
+def quick_arguments(tmp_path) -> TrainingArguments:
+    return TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+
+
+def test_flex_attention_that_fails_its_trial_is_not_used(tmp_path, caplog, monkeypatch):
+    """As on CUDA, where it is tried; on the CPU it has no backward pass."""
+    monkeypatch.setattr("mmesid.trainer.recommender.mmesid_trainer.should_try_flex_attention", lambda *_: True)
+    with torch.compiler.set_stance("force_eager"):
+        trainer = mmesid_trainer(quick_arguments(tmp_path))
+    assert "FlexAttention cannot read the packed prefixes of LlamaModel" in caplog.text
+    assert "does not support backward on CPU" in caplog.text
+    assert trainer.data_collator.packed and trainer.train_attention == "sdpa"
+    caplog.clear()
+    chosen = mmesid_trainer(quick_arguments(tmp_path), flex_attention=False)
+    assert chosen.train_attention == "sdpa" and not caplog.text
+    assert trainer.train().training_loss > 0
+
+
+def test_the_attention_of_training_is_that_of_training_alone(tmp_path):
+    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    assert trainer.train_attention == "sdpa", "FlexAttention is not tried on the CPU"
+    trainer.train_attention, seen = "eager", []
+    trainer.model.backbone.register_forward_pre_hook(
+        lambda backbone, _: seen.append((backbone.training, backbone.config._attn_implementation))
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert set(seen) == {(True, "eager"), (False, "sdpa")}
+
+
+def test_batches_hold_histories_of_like_length(tmp_path):
+    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    spread = [int(np.ptp((batch["items"] != 0).sum(1).numpy())) for batch in trainer.get_train_dataloader()]
+    lengths = trainer.train_dataset.lengths
+    assert sum((batch["items"] != 0).sum().item() for batch in trainer.get_train_dataloader()) == sum(lengths)
+    assert np.mean(spread) < 1.5 < np.ptp(lengths)
+
+
+def test_candidates_are_drawn_by_smoothed_popularity():
+    weights = smoothed_popularity(torch.tensor([0, 0, 15, 80]))
+    assert weights.tolist() == pytest.approx([0.0, 1.0, 8.0, 27.0])
+    torch.manual_seed(0)
+    collator = HistoryCollator(3, num_candidates=36_000, sampling_weights=weights)
+    batch = collator([{"history": np.array([1, 2]), "targets": np.array([2, 3])}])
+    counts = torch.bincount(batch["candidates"], minlength=4)
+    assert counts[0] == 0
+    # The counts that the loss corrects by are those that come out.
+    expected = torch.zeros(4).index_copy(0, batch["candidates"], batch["candidate_log_counts"].exp())
+    torch.testing.assert_close(counts[1:].float(), expected[1:], rtol=0.1, atol=0)
+
+
+def test_gradient_accumulation_makes_the_same_update(tmp_path):
+    """A mean loss that the Trainer took for a sum would update twice as far."""
+    weights = []
+    for batch_size, steps in ((64, 1), (32, 2)):
+        set_seed(0)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, learning_rate=0.1, optim="sgd", per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+            max_grad_norm=0.0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = mmesid_trainer(arguments)
+        # Equal lengths, so that the mean over users is the mean over targets.
+        lengths = np.full(64, 4)
+        walks = [(user + np.arange(5)) % NUM_ITEMS + 1 for user in range(64)]
+        flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
+        trainer.train_dataset = TrainingWindows(Sequences([""] * 64, flat, offsets, targets), 10)
+        trainer.train()
+        weights.append(trainer.model.items.id_embeddings.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_caller_s_arguments_are_left_alone(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    sasrec_trainer(arguments)
+    assert arguments.batch_eval_metrics is False
+
+
+def test_collators_keep_the_whole_history_for_masking():
+    example = {"history": np.array([4, 5, 6], dtype=np.int32), "target": 9}
+    batch = HistoryCollator(2, [2], pad_to_multiple_of=1)([example])
+    # The prompt before the items is the model's to add, once for all users.
+    assert batch["items"].tolist() == [[5, 6, 0]]
+    assert batch["seen"].tolist() == [[4, 5, 6]]
+    assert batch["target"].tolist() == [9]
+    assert set(ItemCollator(2)([example])) == {"items", "seen", "target"}
+
+
+def test_padding_never_reaches_beyond_the_learnt_positions():
+    example = {"history": np.arange(1, 11), "targets": np.arange(2, 12)}
+    batch = ItemCollator(10)([example, {"history": np.array([3]), "targets": np.array([4])}])
+    assert batch["items"].shape == batch["labels"].shape == (2, 10)
+
+
+def test_ranks_under_bf16_do_not_suffer_from_ties(tmp_path):
+    """Scores that differ by less than bf16 resolves: rounded, they would tie and rank every target last."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True)
+    trainer = sasrec_trainer(arguments)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.zero_()
+        trainer.model.model.norm.bias.copy_(torch.eye(32)[0])
+        table = trainer.model.item_table()
+        table.zero_()
+        table[1:, 0] = 1 + torch.arange(NUM_ITEMS) * 1e-5
+    example = {"history": np.array([1]), "target": NUM_ITEMS}
+    assert trainer.rank([example])["mrr"] == 1.0
+
+
+@pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer])
+def test_ranks_alone_come_back_from_a_batch_and_nothing_keeps_gradients(make, tmp_path, monkeypatch):
+    trainer = make(quick_arguments(tmp_path))
+    returned, graphs = [], []
+
+    def step(*args, **kwargs):
+        returned.append(type(trainer).prediction_step(trainer, *args, **kwargs))
+        return returned[-1]
+
+    def scored(user_embeddings, item_table):
+        scores = score_items(user_embeddings, item_table)
+        # Not `requires_grad`: SASRec's table is the parameter itself.
+        graphs.append([tensor.grad_fn for tensor in (user_embeddings, item_table, scores)])
+        return scores
+
+    monkeypatch.setattr(trainer, "prediction_step", step)
+    monkeypatch.setattr("mmesid.trainer.recommender.sequential_trainer.score_items", scored)
+    trainer.rank()
+    assert graphs == [[None] * 3] * len(returned)
+    assert sum(len(ranks) for _, ranks, _ in returned) == 61
+    for loss, *tensors in returned:
+        assert loss is None
+        for tensor in tensors:
+            assert tensor.ndim == 1 and tensor.dtype == torch.long
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a part that keeps the whole alive"

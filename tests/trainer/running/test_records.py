@@ -1,0 +1,241 @@
+import dataclasses
+import json
+import os
+import platform
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmesid.trainer.running import records
+from mmesid.trainer.running.arguments import SASRecArguments, StageArguments
+from mmesid.trainer.running.records import (
+    StageRecord,
+    StageRun,
+    file_digest,
+    hardware,
+    input_digest,
+    processor_name,
+    write_text_atomic,
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ToyArguments(StageArguments):
+    source: str
+    size: int = 3
+
+
+class Toy:
+    """A stage that writes its settings and counts how often it ran."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.source = directory / "source.txt"
+        self.source.write_text("interactions")
+        self.output_dir = directory / "output"
+        self.runs = 0
+
+    def arguments(self, **settings):
+        return ToyArguments(output_dir=str(self.output_dir), source=str(self.source), **settings)
+
+    def stage_run(self, **settings):
+        arguments = self.arguments(**settings)
+        return StageRun("toy", arguments, inputs={"source": arguments.source})
+
+    def __call__(self, files=("result.txt",), **settings):
+        run = self.stage_run(**settings)
+        if run.is_up_to_date():
+            return
+        with run as staging:
+            self.runs += 1
+            for name in files:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).write_text(f"run {self.runs}")
+            run.metrics["validation"] = {"hr@5": 0.5}
+
+    def files(self):
+        return {
+            path.relative_to(self.output_dir).as_posix(): path.read_text()
+            for path in self.output_dir.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path)
+
+
+def test_a_stage_runs_once(toy, capsys):
+    toy()
+    assert toy.files().keys() == {"result.txt", "record.json"}
+    toy()
+    assert toy.runs == 1
+    assert "toy: " in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b'{"stage": "toy"}', b"\xff"])
+def test_a_broken_record_is_named_before_the_work_starts(toy, content):
+    toy()
+    (toy.output_dir / "record.json").write_bytes(content)
+    sentence = (
+        r"'\S*output/record.json' is no record of a stage \(.+\); remove it and run the stage that wrote '\S*output'"
+    )
+    for settings in ({}, {"force": True}):
+        with pytest.raises(ValueError, match=sentence):
+            toy(**settings)
+    with pytest.raises(ValueError, match=sentence):
+        input_digest(toy.output_dir)
+    (toy.output_dir / "record.json").unlink()
+    toy()
+    assert toy.runs == 2
+
+
+@pytest.mark.parametrize("settings", [{"size": 4}, {"force": True}])
+def test_other_settings_and_force_run_it_again(toy, settings):
+    toy()
+    toy(**settings)
+    assert toy.runs == 2
+    assert toy.files()["result.txt"] == "run 2"
+
+
+def test_other_inputs_run_it_again_and_equal_ones_elsewhere_do_not(toy, tmp_path):
+    toy()
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(toy.source.read_bytes())
+    toy.source = moved
+    toy()
+    assert toy.runs == 1
+    moved.write_text("other interactions")
+    toy()
+    assert toy.runs == 2
+
+
+def test_a_lost_output_runs_it_again(toy):
+    toy()
+    (toy.output_dir / "result.txt").unlink()
+    toy()
+    assert toy.runs == 2
+
+
+def test_a_failure_leaves_earlier_outputs_untouched(toy):
+    toy()
+    before = toy.files()
+    run = toy.stage_run(size=4)
+    with pytest.raises(RuntimeError, match="half-way"), run as staging:
+        (staging / "result.txt").write_text("half")
+        raise RuntimeError("half-way")
+    assert toy.files() == before
+    assert toy.stage_run().is_up_to_date()
+
+
+def test_outputs_of_an_earlier_run_that_are_no_longer_written_go(toy):
+    (toy.output_dir / "notes.txt").parent.mkdir()
+    (toy.output_dir / "notes.txt").write_text("the user's own")
+    toy(files=("result.txt", "shards/old.txt"))
+    toy(files=("result.txt", "shards/new.txt"), size=4)
+    assert toy.files().keys() == {"result.txt", "shards/new.txt", "record.json", "notes.txt"}
+
+
+def test_the_record_says_what_was_done(toy):
+    toy(size=4)
+    record = StageRecord.load(toy.output_dir)
+    assert record == StageRecord.load(toy.output_dir / "record.json")
+    assert record.arguments == {"size": 4}
+    assert record.inputs == {"source": file_digest(toy.source)}
+    assert record.outputs == {"result.txt": file_digest(toy.output_dir / "result.txt")}
+    assert record.metrics == {"validation": {"hr@5": 0.5}}
+    assert {"python", "torch", "transformers", "mmesid"} <= record.versions.keys()
+    assert record.peak_memory_bytes > 2**20
+    assert str(toy.directory) not in json.dumps(dataclasses.asdict(record))
+
+
+def test_the_hardware_does_not_name_the_machine():
+    assert not re.search(rf"\b{re.escape(platform.node())}\b", hardware())
+
+
+def test_the_processor_is_called_by_its_model(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    core = "processor\t: {}\nmodel\t\t: 17\nmodel name\t: Brand X: 64-Core\ncpu MHz\t\t: 2596.128\n\n"
+    cpuinfo.write_text(core.format(0) + core.format(1))
+    assert processor_name(cpuinfo) == "Brand X: 64-Core"
+
+
+def test_a_processor_of_unknown_model_is_called_by_its_architecture(tmp_path):
+    architecture = platform.processor() or platform.machine()
+    assert processor_name(tmp_path / "nowhere") == architecture
+    # As on ARM, and on a virtual machine that hides it.
+    for content in ("processor\t: 0\nCPU implementer\t: 0x41\n", "processor\t: 0\nmodel name\t: \n"):
+        (tmp_path / "cpuinfo").write_text(content)
+        assert processor_name(tmp_path / "cpuinfo") == architecture
+
+
+@pytest.mark.parametrize(("kind", "name"), [("cuda", "Accelerator Y"), ("mps", "mps")])
+def test_accelerators_are_called_by_their_model(monkeypatch, kind, name):
+    state = SimpleNamespace(device=torch.device(kind, 0), num_processes=2)
+    monkeypatch.setattr(records, "PartialState", lambda: state)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {torch.device("cuda", 0): "Accelerator Y"}.get)
+    assert hardware() == f"{os.cpu_count()} x {processor_name()}, 2 x {name}"
+
+
+def test_the_digest_of_a_stage_is_that_of_its_outputs(toy):
+    toy()
+    before = input_digest(toy.output_dir)
+    (toy.output_dir / "checkpoints").mkdir()
+    (toy.output_dir / "checkpoints" / "state.bin").write_bytes(b"not an output")
+    assert input_digest(toy.output_dir) == before
+    toy(size=4)
+    assert input_digest(toy.output_dir) != before
+
+
+def test_the_digest_of_another_directory_is_that_of_all_its_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").write_text("1")
+    before = input_digest(tmp_path / "a")
+    assert input_digest(tmp_path / "a") == before
+    (tmp_path / "a" / "b" / "c.txt").rename(tmp_path / "a" / "c.txt")
+    assert input_digest(tmp_path / "a") != before
+
+
+def test_an_input_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing' does not exist; run the stage that writes it first"):
+        input_digest(tmp_path / "missing")
+
+
+def test_what_changes_nothing_computed_is_not_in_the_fingerprint(tmp_path):
+    def fingerprint(**settings):
+        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        return StageRun("sasrec", arguments, inputs={}).fingerprint
+
+    assert fingerprint(disable_tqdm=True, logging_steps=3, save_total_limit=4) == fingerprint()
+    assert len({fingerprint(), fingerprint(learning_rate=0.5), fingerprint(seed=7), fingerprint(hidden_size=8)}) == 4
+
+
+def test_checkpoints_are_never_those_of_other_settings(tmp_path):
+    def run(**settings):
+        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        return StageRun("sasrec", arguments, inputs={})
+
+    assert run().checkpoints_dir == run(disable_tqdm=True).checkpoints_dir
+    assert len({run().checkpoints_dir, run(num_train_epochs=9).checkpoints_dir, run(seed=1).checkpoints_dir}) == 3
+
+
+def test_recorded_arguments_are_json_values_without_secrets(tmp_path):
+    arguments = SASRecArguments(
+        output_dir=str(tmp_path), prepared_dir="prepared", lr_scheduler_type="cosine", seed=3, hub_token="hf_secret"
+    )
+    recorded = StageRun("sasrec", arguments, inputs={}).arguments
+    assert recorded["lr_scheduler_type"] == "cosine"
+    assert recorded["seed"] == 3
+    assert "learning_rate" not in recorded
+    assert "hf_secret" not in json.dumps(recorded)
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "results.md"
+    write_text_atomic(path, "old")
+    write_text_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]

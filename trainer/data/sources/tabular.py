@@ -1,0 +1,489 @@
+"""
+Reader of any pair of tables, interactions and items, whose columns are named by flags: CSV, TSV, Parquet and JSON
+lines (gzipped or not, on disk or on the Hub), and whatever `datasets` loads from a folder or a repository.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
+
+from ..files import local_file, on_the_hub, one_line, parse_json, place, raw_id, read_lines, require
+from ..source import CatalogueBuilder, InteractionCollector, Source, join
+from ..texts import is_missing
+
+
+LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET_SUFFIXES = (".parquet",)
+
+_ZONE = re.compile(r":\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)$")
+
+_ROWS_AT_ONCE = 65_536
+# Bytes of a CSV file that are parsed at a time; a row must fit.
+_CSV_BLOCK = 2**23
+
+
+@dataclass(frozen=True)
+class InteractionColumns:
+    """
+    Names of the columns of interactions.
+
+    Args:
+        user (`str`): Raw id of the user.
+        item (`str`): Raw id of the item.
+        time (`str`, *optional*): When it happened: integers, floats, timestamps, or strings in ISO 8601; `None` takes
+            the order of the rows.
+        rating (`str`, *optional*): The user's rating, possibly null; `None` if there are none.
+    """
+
+    user: str
+    item: str
+    time: str | None = None
+    rating: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.user, self.item, self.time, self.rating) if name is not None]
+
+
+@dataclass(frozen=True)
+class ItemColumns:
+    """
+    Names of the columns of items. A column that keeps its default name may be absent.
+
+    Args:
+        item (`str`): Raw id of the item.
+        title (`str`, *optional*, defaults to `"title"`): Its title.
+        description (`str`, *optional*, defaults to `"description"`): Its description.
+        brand (`str`, *optional*, defaults to `"brand"`): Its brand.
+        categories (`str`, *optional*, defaults to `"categories"`): Its categories, a list or one string.
+        price (`str`, *optional*, defaults to `"price"`): Its price.
+        image (`str`, *optional*, defaults to `"image"`): Its picture: a URL, a file, or the picture itself.
+    """
+
+    item: str
+    title: str = "title"
+    description: str = "description"
+    brand: str = "brand"
+    categories: str = "categories"
+    price: str = "price"
+    image: str = "image"
+
+    def chosen(self) -> list[str]:
+        """The columns that must be there: the id, and those with another name than the default."""
+        return [self.item, *(name for field, name in vars(self).items() if field != "item" and name != field)]
+
+
+@dataclass(frozen=True)
+class TableLocation:
+    """
+    Where a table is.
+
+    Args:
+        path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, a folder, or a repository
+            `owner/name` of the Hub. Of folders and repositories `datasets` makes tables.
+        config (`str`, *optional*): Configuration of a folder or repository.
+        split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
+            read the file.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    reader: str | None = None
+
+    def is_file(self) -> bool:
+        """Whether this is one file, there or not, rather than a folder or a repository."""
+        path = Path(self.path)
+        return not path.is_dir() and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
+
+    def is_repository(self) -> bool:
+        """Whether this is a repository of the Hub."""
+        return not self.is_file() and not Path(self.path).exists()
+
+    def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
+        """
+        The table by `datasets`; `None` if the location is a file that is not left to it.
+
+        Raises:
+            FileNotFoundError: If there is nothing of that name, here or on the Hub.
+            ValueError: If it cannot be read, or lacks the configuration or the split.
+        """
+        if self.is_file() and self.reader is None:
+            return None
+        try:
+            with on_the_hub(self.path) if self.is_repository() else nullcontext():
+                table = self._load(streaming)
+        except (RuntimeError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
+            files = (
+                f"name its files, as hf://datasets/{self.path}/<file>" if self.is_repository() else "name its files"
+            )
+            raise ValueError(
+                f"`datasets` does not load '{self.path}' ({one_line(error.__cause__ or error)}); correct the "
+                f"configuration or the split, or {files}."
+            ) from error
+        if not isinstance(table, datasets.DatasetDict):
+            return table
+        if self.split not in table:
+            raise ValueError(f"'{self.path}' has no split '{self.split}', only {', '.join(table)}; name one of them.")
+        return table[self.split]
+
+    def _load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict:
+        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_from_disk(self.path)
+        if self.reader is not None:
+            return datasets.load_dataset(self.reader, data_files=self.path, split=self.split, streaming=streaming)
+        return datasets.load_dataset(
+            self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
+        )
+
+
+def format_suffix(path: Path) -> str | None:
+    """What the name says of a file's format, its compression aside: `".csv"` of `ratings.csv.gz`; `None` if nothing
+    that is known."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    known = (*LINE_SUFFIXES, *SEPARATORS, *PARQUET_SUFFIXES)
+    return suffixes[-1] if suffixes and suffixes[-1] in known else None
+
+
+def is_line_file(path: Path) -> bool:
+    """Whether a file holds a JSON object a line."""
+    return format_suffix(path) in LINE_SUFFIXES
+
+
+def read_tabular(
+    interactions: TableLocation,
+    interaction_columns: InteractionColumns,
+    items: TableLocation | None = None,
+    item_columns: ItemColumns | None = None,
+    text_fields: list[str] | None = None,
+    pictures: dict[str, Path] | None = None,
+    name: str | None = None,
+    licence: str = "unknown",
+) -> Source:
+    """
+    Args:
+        interactions (`TableLocation`): The table of interactions.
+        interaction_columns (`InteractionColumns`): Its columns.
+        items (`TableLocation`, *optional*): The table of items; without it they have nothing but ids.
+        item_columns (`ItemColumns`, *optional*): Its columns.
+        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order: those of
+            `ItemColumns` and any other column of the table.
+        pictures (`dict[str, Path]`, *optional*): Pictures by the names that the table gives them; others are looked
+            for beside the table.
+        name (`str`, *optional*, defaults to where the interactions are): What the data are called.
+        licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a column is missing or a row cannot be read.
+    """
+    collector = InteractionCollector()
+    read_interactions(interactions, interaction_columns, collector)
+    collector.finish()
+    builder = CatalogueBuilder(text_fields)
+    embedded = None
+    if items is not None:
+        embedded = _read_items(items, item_columns, text_fields or [], pictures or {}, builder)
+    name = name or Path(interactions.path).name.split(".")[0]
+    source = join(name, licence, collector, builder, None if items is None else items.path)
+    if embedded is not None:
+        source.catalogue.images = EmbeddedImages(embedded, item_columns.image, len(source.catalogue))
+    return source
+
+
+def read_interactions(location: TableLocation, columns: InteractionColumns, collector: InteractionCollector) -> None:
+    """
+    Adds the interactions of a table to a collector, some ten thousand rows at a time.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
+    """
+    rows, time_type = 0, None
+    for batch in _with_progress(_interaction_batches(location, columns), location):
+        where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
+        ratings = None
+        if columns.rating is not None:
+            column = _cast(batch[columns.rating], pa.float32(), columns.rating, where)
+            ratings = pc.fill_null(column, float("nan")).to_numpy(zero_copy_only=False)
+        collector.extend(
+            _ids(batch[columns.user], columns.user, where),
+            _ids(batch[columns.item], columns.item, where),
+            np.arange(rows, rows + len(batch)) if columns.time is None else _times(batch, columns.time, where),
+            ratings,
+        )
+        if columns.time is not None:
+            # Integers are taken as they are and floats as seconds: both in one column would not be one clock.
+            kind = batch[columns.time].type
+            time_type = time_type or kind
+            if kind != time_type:
+                raise ValueError(f"{where} column '{columns.time}' is {kind}, and {time_type} before; choose one.")
+        rows += len(batch)
+
+
+def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -> Iterator[pa.RecordBatch]:
+    path = Path(location.path)
+    # Lines are counted where they are read.
+    counted = location.reader is None and is_line_file(path)
+    with tqdm(desc=path.name, unit=" rows", delay=2, disable=counted) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))
+
+
+def _interaction_batches(location: TableLocation, columns: InteractionColumns) -> Iterator[pa.RecordBatch]:
+    table = location.load(streaming=True)
+    if table is not None:
+        with readable(location.path):
+            # A streamed table may not know its columns before its first row.
+            _require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
+            for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
+                yield from part.combine_chunks().to_batches()
+        return
+    path = local_file(location.path)
+    suffix = format_suffix(path)
+    if suffix in LINE_SUFFIXES:
+        rows = _interaction_lines(path, columns)
+        while part := list(islice(rows, _ROWS_AT_ONCE)):
+            yield _record_batch(columns.names, zip(*part), path)
+    elif suffix in PARQUET_SUFFIXES:
+        yield from parquet_batches(path, _ROWS_AT_ONCE, columns.names)
+    elif suffix in SEPARATORS:
+        types = {columns.user: pa.string(), columns.item: pa.string()}
+        if columns.rating is not None:
+            types[columns.rating] = pa.float64()
+        yield from _csv_batches(path, columns.names, types)
+    else:
+        raise _unknown_format(path)
+
+
+def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """
+    The rows of a Parquet file, some at a time; all columns by default.
+
+    Raises:
+        ValueError: If a column is missing, or the file is damaged or no Parquet file.
+    """
+    with readable(path):
+        file = pq.ParquetFile(path)
+        _require_columns(columns or (), file.schema_arrow.names, path)
+        yield from file.iter_batches(rows_at_once, columns=columns)
+
+
+@contextmanager
+def readable(location: str | Path) -> Iterator[None]:
+    """Says which table it is that Arrow or `datasets` cannot read, as a `ValueError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, DatasetGenerationError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"'{location}' cannot be read ({one_line(error.__cause__ or error)}); correct the file, or download or "
+            "write it again."
+        ) from error
+
+
+def _interaction_lines(path: Path, columns: InteractionColumns) -> Iterator[list]:
+    required = [name for name in columns.names if name != columns.rating]
+    for number, line in read_lines(path):
+        row = parse_json(line, path, number)
+        require(row, required, path, number)
+        for name in (columns.user, columns.item):
+            row[name] = raw_id(row[name], name, path, number)
+        yield [row.get(name) for name in columns.names]
+
+
+def _record_batch(names: list[str], columns: Iterable[tuple], path: Path) -> pa.RecordBatch:
+    arrays = []
+    for name, values in zip(names, columns, strict=True):
+        try:
+            arrays.append(pa.array(values))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(
+                f"'{path}' has values of more than one type in '{name}' ({error}); choose one."
+            ) from error
+    return pa.record_batch(arrays, names)
+
+
+def _csv_batches(
+    path: Path, columns: Iterable[str], types: dict[str, pa.DataType], optional: Iterable[str] = ()
+) -> Iterator[pa.RecordBatch]:
+    def read(columns: list[str] | None) -> pa_csv.CSVStreamingReader:
+        return pa_csv.open_csv(
+            pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
+            pa_csv.ReadOptions(block_size=_CSV_BLOCK),
+            pa_csv.ParseOptions(delimiter=SEPARATORS[format_suffix(path)], newlines_in_values=True),
+            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
+            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
+        )
+
+    with readable(path):
+        with read(None) as reader:
+            present = reader.schema.names
+        _require_columns(columns, present, path)
+        with read([*columns, *(name for name in optional if name in present and name not in columns)]) as reader:
+            yield from reader
+
+
+def _require_columns(wanted: Iterable[str], present: list[str], location: str | Path) -> None:
+    for name in wanted:
+        if name not in present:
+            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; name one of them.")
+
+
+def _unknown_format(path: Path) -> ValueError:
+    return ValueError(
+        f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if gzipped."
+    )
+
+
+def _cast(column: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
+    try:
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{where} column '{name}': {' '.join(str(error).split())}; correct the value.") from error
+
+
+def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
+    """Raw ids as strings, none of them empty."""
+    _refuse_nulls(column, name, where)
+    if not any(test(column.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
+        raise ValueError(f"{where} column '{name}' holds {column.type}; an id is an integer or a string.")
+    ids = column.cast(pa.string())
+    _refuse_nulls(pc.if_else(pc.equal(ids, ""), None, ids), name, where)
+    return ids
+
+
+def _refuse_nulls(column: pa.Array, name: str, where: str) -> None:
+    if column.null_count:
+        row = pc.index(column.is_null(), True).as_py() + 1
+        raise ValueError(f"{where} column '{name}' is empty in number {row} of them; fill it in or remove the row.")
+
+
+def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
+    """Times as integers: as they are, or microseconds where they are floats (of seconds), dates or strings."""
+    column = batch[name]
+    _refuse_nulls(column, name, where)
+    if pa.types.is_floating(column.type):
+        seconds = column.to_numpy()
+        if not np.isfinite(seconds).all():
+            raise ValueError(f"{where} column '{name}' has a time that is no finite number; correct the value.")
+        return np.round(seconds * 1e6).astype(np.int64)
+    if not pa.types.is_integer(column.type):
+        # Arrow reads strings with a time zone and strings without one as two types.
+        zoned = pa.types.is_string(column.type) and _ZONE.search(column[0].as_py())
+        column = _cast(column, pa.timestamp("us", "UTC" if zoned else None), name, where)
+    return _cast(column, pa.int64(), name, where).to_numpy()
+
+
+def _read_items(
+    location: TableLocation,
+    columns: ItemColumns,
+    text_fields: list[str],
+    pictures: dict[str, Path],
+    builder: CatalogueBuilder,
+) -> datasets.Dataset | None:
+    """Adds the items of a table to a builder; returns the table if it holds the pictures itself."""
+    table = location.load(streaming=False)
+    path = None
+    if table is None:
+        path = local_file(location.path)
+        if format_suffix(path) in PARQUET_SUFFIXES:
+            with readable(path):
+                table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    folder = Path(location.path) if path is None else path.parent
+    own_fields = [name for name in text_fields if name not in vars(columns)]
+    wanted = [*vars(columns).values(), *own_fields]
+    required = {*columns.chosen(), *own_fields}
+
+    if table is not None:
+        _require_columns(required, table.column_names, location.path)
+        embedded = isinstance(table.features.get(columns.image), datasets.Image)
+        names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
+        selected = table.select_columns(names).with_format(None)
+        selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
+        rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
+    else:
+        embedded = False
+        rows = _item_rows(path, wanted, required)
+    for where, row in rows:
+        values = {field: row.get(name) for field, name in vars(columns).items()} | {
+            name: row.get(name) for name in own_fields
+        }
+        item_id, categories = values.pop("item"), values["categories"]
+        if not isinstance(item_id, str | int) or item_id == "":
+            raise ValueError(f"{where} has {columns.item}={item_id!r}; an id is an integer or a string.")
+        if isinstance(categories, str):
+            values["categories"] = categories.split("|")
+        image = values.pop("image")
+        if not is_missing(image) and not isinstance(image, str):
+            raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
+        builder.append(str(item_id), values, image_location(image, folder, pictures), where)
+    return table if embedded else None
+
+
+def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tuple[str, dict]]:
+    suffix = format_suffix(path)
+    if suffix in LINE_SUFFIXES:
+        for number, line in read_lines(path):
+            row = parse_json(line, path, number)
+            require(row, sorted(required), path, number)
+            yield place(path, number), row
+    elif suffix in SEPARATORS:
+        # Text in any case: an id keeps its leading zeros.
+        batches = _csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
+            yield f"'{path}', row {number},", row
+    else:
+        raise _unknown_format(path)
+
+
+def image_location(image: str | float | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
+    """What a field says of a picture: a URL stays one, any other string is one of `pictures` or a file in `folder`."""
+    if is_missing(image) or image == "":
+        return None
+    return image if image.startswith(("http://", "https://")) else pictures.get(image, folder / image)
+
+
+class EmbeddedImages(Sequence):
+    """
+    Pictures that a table holds itself, read when they are asked for.
+
+    Args:
+        table (`datasets.Dataset`): The table, whose rows are the first items of the catalogue; those behind them have
+            no picture.
+        column (`str`): Its column of type `datasets.Image`.
+        num_items (`int`): Items of the catalogue.
+    """
+
+    def __init__(self, table: datasets.Dataset, column: str, num_items: int):
+        self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.column = column
+        self.num_items = num_items
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, position: int) -> bytes | Path | None:
+        if not 0 <= position < self.num_items:
+            raise IndexError(f"There are {self.num_items} pictures, not one at {position}.")
+        if position >= len(self.table):
+            return None
+        image = self.table[int(position)][self.column]
+        return image and (image["bytes"] or Path(image["path"]))

@@ -1,0 +1,177 @@
+"""Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..running.records import StageRecord
+
+
+PRESENT_KEY = "present"
+ROWS_PER_BLOCK = 2**14
+
+
+def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
+    """Where `mmesid embed` puts the table of a modality."""
+    return Path(embeddings_dir) / f"{modality}.safetensors"
+
+
+def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> dict[str, str]:
+    """What made the embeddings of each modality, where `mmesid embed` left a record of it: new items need the same."""
+    records = {modality: Path(embeddings_dir) / f"{modality}.json" for modality in modalities}
+    details = {modality: StageRecord.load(path).details for modality, path in records.items() if path.is_file()}
+    return {
+        modality: f"{one['encoder']} at {one['revision']}" if one["revision"] else one["encoder"]
+        for modality, one in details.items()
+    }
+
+
+def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Reads a table that [`save_table`] wrote.
+
+    Args:
+        path (`str` or `os.PathLike`): The safetensors file.
+        modality (`str`): Name of the modality, which is the key of the embeddings.
+        num_items (`int`): Number of items in the catalogue.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The embeddings, `(num_items + 1, dimension)` in float32, and whether each
+        row holds an embedding, `(num_items + 1,)` in bool. Row 0 is padding: zero and not present, as is the row of an
+        item without the modality.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not such a table, does not match the catalogue, or holds NaN or infinity.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    remedy = f"write it with `mmesid embed --modality {modality}`, or import it there with `--from_file`"
+    for key in (modality, PRESENT_KEY):
+        if key not in tensors:
+            raise ValueError(f"'{path}' has no key '{key}' but only {_names(tensors)}; {remedy}.")
+    embeddings = _validated(path, modality, tensors[modality], num_items)
+    present = _validated_mask(path, tensors[PRESENT_KEY], num_items, remedy)
+    if present[0]:
+        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; {remedy}.")
+    filled = _rows(embeddings, lambda block: (block != 0).any(dim=1)) & ~present
+    if filled.any():
+        raise ValueError(
+            f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}."
+        )
+    return embeddings, present
+
+
+def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Reads a table that came from elsewhere: `(num_items + 1, dimension)` in any floating-point type, under the
+    modality's name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero
+    row counts as an item without the modality. The padding row 0 is set to zero.
+
+    Args and Returns as in [`load_table`].
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If there is no such key, the table does not match the catalogue, or holds NaN or infinity.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    present = tensors.pop(PRESENT_KEY, None)
+    if modality not in tensors and len(tensors) != 1:
+        raise ValueError(
+            f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or leave the others out."
+        )
+    embeddings = tensors[modality] if modality in tensors else next(iter(tensors.values()))
+    embeddings = _validated(path, modality, embeddings, num_items)
+    if present is None:
+        present = _rows(embeddings, lambda block: (block != 0).any(dim=1))
+    else:
+        remedy = "correct it, or leave it out to count all-zero rows as missing"
+        present = _validated_mask(path, present, num_items, remedy)
+    present[0] = False
+    embeddings[~present] = 0
+    return embeddings, present
+
+
+def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor, present: torch.Tensor) -> None:
+    """
+    Writes a table, in one move, so that a reader sees the old file or the new one.
+
+    Args:
+        path (`str` or `os.PathLike`): The safetensors file; its directory must exist.
+        modality (`str`): Name of the modality, which becomes the key of the embeddings.
+        embeddings (`torch.Tensor`):
+            `(num_items + 1, dimension)`; saved in float32, with the rows that are not present set to zero.
+        present (`torch.Tensor`):
+            `(num_items + 1,)` in bool, whether the row holds an embedding; row 0, the padding, never does.
+
+    Raises:
+        ValueError: If the shapes do not match, row 0 is present, or a row that is present holds NaN or infinity.
+    """
+    path = Path(path)
+    num_items = len(embeddings) - 1
+    present = _validated_mask(path, present.detach().cpu(), num_items, "give one value a row")
+    if present[0]:
+        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; set it to false.")
+    embeddings = torch.where(present.unsqueeze(1), embeddings.detach().cpu().float(), 0.0)
+    embeddings = _validated(path, modality, embeddings, num_items)
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({modality: embeddings.contiguous(), PRESENT_KEY: present.contiguous()}, temporary)
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist; run `mmesid embed`, or correct the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a safetensors file ({error}); write it again.") from error
+
+
+def _validated(path: Path, modality: str, embeddings: torch.Tensor, num_items: int) -> torch.Tensor:
+    if embeddings.dim() != 2 or embeddings.shape[1] == 0 or not embeddings.dtype.is_floating_point:
+        raise ValueError(
+            f"'{path}': '{modality}' is {embeddings.dtype} of shape {tuple(embeddings.shape)} where floating-point "
+            "numbers of shape (items + 1, dimension) are expected; write one row of numbers an item."
+        )
+    if len(embeddings) != num_items + 1:
+        raise ValueError(
+            f"'{path}': '{modality}' has {len(embeddings)} rows where the catalogue of {num_items} items needs "
+            f"{num_items + 1} (row 0 is padding, row i is item i); make the table from this prepared dataset."
+        )
+    embeddings = embeddings.float()
+    bad = _rows(embeddings, lambda block: ~block.isfinite().all(dim=1))
+    if bad.any():
+        raise ValueError(
+            f"'{path}': row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); "
+            "compute these embeddings again."
+        )
+    return embeddings
+
+
+def _validated_mask(path: Path, present: torch.Tensor, num_items: int, remedy: str) -> torch.Tensor:
+    if present.dtype != torch.bool or present.shape != (num_items + 1,):
+        raise ValueError(
+            f"'{path}': 'present' is {present.dtype} of shape {tuple(present.shape)} where torch.bool of shape "
+            f"({num_items + 1},) is expected; {remedy}."
+        )
+    return present
+
+
+def _rows(table: torch.Tensor, check: Callable[[torch.Tensor], torch.Tensor]) -> torch.BoolTensor:
+    """What holds for each row, `(rows,)`: a mask of a whole large table would be as large again."""
+    return torch.cat([check(block) for block in table.split(ROWS_PER_BLOCK)])
+
+
+def _first(mask: torch.Tensor) -> int:
+    return int(mask.int().argmax())
+
+
+def _names(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"'{key}'" for key in sorted(tensors)) or "no table at all"

@@ -1,0 +1,73 @@
+"""What can be said of a recommender's items once it is trained: their spectrum, fusion weights and semantic IDs."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from mmesid.hub_cards.figures import draw_fusion_weights, draw_singular_spectrum
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+
+from ..metrics.collapse.collapse import COLLAPSED, collapse_metrics, singular_values
+from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
+from ..quantizer.trainer import code_metrics
+
+
+def describe_items(
+    model: MMESIDForSequentialRecommendation, processor: MMESIDProcessor, directory: str | os.PathLike
+) -> tuple[dict, dict]:
+    """
+    Measures the items of a recommender, and writes `semantic_ids.parquet` and `figures/` into the directory.
+
+    Args:
+        model ([`MMESIDForSequentialRecommendation`]): The recommender.
+        processor ([`MMESIDProcessor`]): Its processor.
+        directory (`str` or `os.PathLike`): An existing directory.
+
+    Returns:
+        `tuple[dict, dict]`: Metrics (`item_tokens`, and `semantic_ids` where the items have some) and details
+            (`semantic_id_examples`) for the stage's record.
+    """
+    directory = Path(directory)
+    rows = torch.arange(1, model.config.num_items + 1, device=model.device)
+    with torch.no_grad():
+        spectra = {"item tokens": singular_values(model.items.tokens(rows).float().cpu().numpy())}
+        if not model.config.share_item_table:
+            spectra["scoring table"] = singular_values(model.items.vectors(rows).float().cpu().numpy())
+        weights = model.items.weights(rows).float().cpu()
+    draw_singular_spectrum(directory / "figures" / "singular_spectrum.png", spectra, COLLAPSED)
+    _draw_weights(model, weights, directory / "figures" / "fusion_weights.png")
+    metrics = {name.replace(" ", "_"): collapse_metrics(values) for name, values in spectra.items()}
+    codes = semantic_ids(model)
+    if not codes:
+        return metrics, {}
+    item_ids = ["", *processor.item_ids]
+    titles = item_ids if processor.titles is None else ["", *processor.titles]
+    write_semantic_ids(directory / SEMANTIC_IDS_NAME, item_ids, codes)
+    metrics["semantic_ids"] = code_metrics(codes, model.config.codebook_size)
+    examples = semantic_id_examples(codes, model.items.fusion.frequencies.cpu(), item_ids, titles)
+    return metrics, {"semantic_id_examples": examples}
+
+
+def semantic_ids(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:
+    """Codes `(items + 1, levels)` a modality, -1 where the item lacks it; empty if items have none."""
+    if not model.config.num_quantizers:
+        return {}
+    return {
+        name: modality.codes.masked_fill(~modality.present[:, None], -1).cpu()
+        for name, modality in model.items.modalities.items()
+    }
+
+
+def _draw_weights(model: MMESIDForSequentialRecommendation, weights: torch.Tensor, path: Path) -> None:
+    """The weights depend on an item's frequency and on what it lacks: shown are the items that lack nothing."""
+    complete = (weights > 0).all(1)
+    frequencies = model.items.fusion.frequencies[1:].cpu()[complete]
+    points, first = torch.unique(frequencies, return_inverse=True)
+    if len(points) == 0:
+        return
+    shares = torch.zeros(len(points), weights.shape[1])
+    shares[first] = weights[complete] / weights.shape[1]
+    names = ["ID vector" if model.config.share_item_table else "score head"] * model.items.has_id_source
+    names += model.config.modalities
+    draw_fusion_weights(path, points.numpy(), {name: shares[:, place].numpy() for place, name in enumerate(names)})

@@ -1,0 +1,25 @@
+"""Training SASRec."""
+
+from transformers import TrainingArguments
+
+from modeling_mmesid import SASRecForSequentialRecommendation
+
+from .collators import ItemCollator
+from .sequential_trainer import SequentialRecommendationTrainer
+
+
+class SASRecTrainer(SequentialRecommendationTrainer):
+    """
+    Trains [`SASRecForSequentialRecommendation`] to predict every next item of
+    [`~mmesid.trainer.data.windows.TrainingWindows`].
+
+    ```python
+    trainer = SASRecTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"), 50),
+                            eval_dataset=EvaluationHistories(data.sequences("validation")))
+    ```
+    """
+
+    stage = "sasrec"
+
+    def __init__(self, model: SASRecForSequentialRecommendation, args: TrainingArguments, **kwargs):
+        super().__init__(model, args, data_collator=ItemCollator(model.config.max_position_embeddings), **kwargs)

@@ -1,0 +1,114 @@
+"""What the trainers of both recommenders share: batches of like length, and evaluation by full ranking."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
+
+from ..metrics.ranking.ranking import Ranking
+from ..publishing.hub_trainer import HubTrainerMixin
+
+
+def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
+    """A `compute_metrics` for `batch_eval_metrics=True`: collects ranks, and returns HR, nDCG and MRR after the last
+    batch."""
+    metric = Ranking(keep_in_memory=True)
+
+    def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        metric.add_batch(ranks=prediction.predictions.cpu().numpy())
+        return metric.compute() if compute_result else {}
+
+    return compute_metrics
+
+
+class ResumableLengthGroupedSampler(LengthGroupedSampler):
+    """
+    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order in an epoch does not depend on where training
+    was resumed: one that starts at a later epoch first draws what the earlier ones drew.
+
+    Args:
+        batch_size (`int`): Examples that should be of like length.
+        epoch (`Callable[[], int]`): Which epoch begins, from 0, whenever an order is asked for.
+        **kwargs: Further arguments of [`~transformers.trainer_pt_utils.LengthGroupedSampler`].
+    """
+
+    def __init__(self, batch_size: int, *, epoch: Callable[[], int], **kwargs):
+        super().__init__(batch_size, **kwargs)
+        self.epoch = epoch
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.drawn < self.epoch():
+            self._draw()
+        return self._draw()
+
+    def _draw(self) -> Iterator[int]:
+        self.drawn += 1
+        return super().__iter__()
+
+
+class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
+    """
+    A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
+
+    Only the ranks leave the device. Evaluation batches are those of [`HistoryCollator`]; the model
+    offers `item_table()` and returns `user_embeddings`.
+    """
+
+    def __init__(self, model, args: TrainingArguments, **kwargs):
+        args = copy.copy(args)
+        args.batch_eval_metrics = True
+        args.remove_unused_columns = False
+        super().__init__(model, args, compute_metrics=ranking_metrics(), **kwargs)
+        self._item_table: torch.Tensor | None = None
+
+    def _get_train_sampler(self, train_dataset=None) -> ResumableLengthGroupedSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        generator = torch.Generator().manual_seed(
+            self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
+        return ResumableLengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            epoch=lambda: int(self.state.epoch or 0),
+            lengths=dataset.lengths,
+            generator=generator,
+        )
+
+    def evaluation_loop(self, *args, **kwargs):
+        # The table is the same for all batches: built once an evaluation.
+        self.model.eval()
+        with torch.no_grad():
+            self._item_table = self.model.item_table()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._item_table = None
+
+    def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """User representations of an evaluation batch, of shape `(batch, hidden)`."""
+        return model(**inputs).user_embeddings
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Returns no loss, the ranks of the targets (`(batch,)`) and the targets."""
+        inputs = self._prepare_inputs(inputs)
+        seen, target = inputs.pop("seen"), inputs.pop("target")
+        with torch.no_grad():
+            with self.compute_loss_context_manager():
+                user_embeddings = self.encode(model, inputs)
+            # Outside of autocast: scores rounded to bf16 tie, and ties count against the target.
+            scores = mask_histories(score_items(user_embeddings, self._item_table), seen)
+            return None, target_ranks(scores, target), target
+
+    def rank(self, dataset: torch.utils.data.Dataset | None = None) -> dict[str, float]:
+        """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of
+        `evaluate`."""
+        metrics = self.evaluate(dataset)
+        return {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if name.startswith(("eval_hr@", "eval_ndcg@", "eval_mrr"))
+        }

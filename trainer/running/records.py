@@ -1,0 +1,328 @@
+"""The record a stage leaves beside its outputs: what makes a rerun skip, a resume safe and a model card honest."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
+
+from .energy import EnergyMeter
+
+
+logger = logging.get_logger(__name__)
+
+CPUINFO = "/proc/cpuinfo"
+RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
+
+# Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
+# that the parser hands over in another type than their default has.
+_PRESENTATION_ARGUMENTS = {
+    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
+    "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
+    "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
+    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
+    "debug", "include_num_input_tokens_seen",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class StageRecord:
+    """
+    Args:
+        stage (`str`): Name of the stage.
+        fingerprint (`str`): Digest of the stage's name, changed arguments and inputs; equal fingerprints mean equal
+            work.
+        arguments (`dict`): The arguments that differ from their defaults.
+        inputs (`dict[str, str]`): SHA-256 of every input, by argument name.
+        outputs (`dict[str, str]`): SHA-256 of every file written, by path relative to the output directory.
+        metrics (`dict`): What the stage measured.
+        details (`dict`): What a model card says besides (data statistics, encoder, number of parameters ...).
+        versions (`dict[str, str]`): Versions of Python and of the libraries.
+        hardware (`str`): Processor and accelerator.
+        seconds (`float`): Wall-clock time.
+        peak_memory_bytes (`int`): Largest resident size of the process so far (stages run by one `mmesid run` share a
+            process).
+        finished_at (`str`): UTC time in ISO format.
+    """
+
+    stage: str
+    fingerprint: str
+    arguments: dict
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    metrics: dict
+    details: dict
+    versions: dict[str, str]
+    hardware: str
+    seconds: float
+    peak_memory_bytes: int
+    finished_at: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "StageRecord":
+        """
+        Reads a record from a file, or from the `record.json` of a directory.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / RECORD_NAME
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        # TypeError: JSON, but not these fields.
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"'{path}' is no record of a stage ({error}); remove it and run the stage that wrote '{path.parent}' "
+                "again."
+            ) from error
+
+
+def json_digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def input_digest(path: str | os.PathLike | list) -> str:
+    """
+    SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other
+    directory; of the digests of a list of those.
+
+    Raises:
+        FileNotFoundError: If the input does not exist.
+    """
+    if isinstance(path, list):
+        return json_digest([input_digest(one) for one in path])
+    path = Path(path)
+    if path.is_file():
+        return file_digests([path], path.name)[0]
+    if not path.is_dir():
+        raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
+    if (path / RECORD_NAME).is_file():
+        outputs = StageRecord.load(path).outputs
+        # The card tells times and machines: two equal runs write two different ones.
+        return json_digest({name: digest for name, digest in outputs.items() if name != "README.md"})
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [str(file.relative_to(path)) for file in files]
+    return json_digest(dict(zip(names, file_digests(files, path.name), strict=True)))
+
+
+def file_digests(files: list[Path], name: str) -> list[str]:
+    """[`file_digest`] of every file, with a bar of this name: raw data are gigabytes, and pictures many files."""
+    total = sum(file.stat().st_size for file in files)
+    hidden = not PartialState().is_local_main_process
+    with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, delay=2, disable=hidden) as progress:
+        return [file_digest(path, progress.update) for path in files]
+
+
+class StageRun:
+    """
+    One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and
+    puts them in place together with the record only if the stage succeeds, so that a failure leaves earlier outputs
+    untouched.
+
+    ```python
+    run = StageRun("sasrec", arguments, inputs={"prepared_dir": arguments.prepared_dir})
+    if run.is_up_to_date():
+        return
+    with run as staging:  # a pathlib.Path; only the main process may write to it
+        model.save_pretrained(staging)
+        run.metrics.update(metrics)
+    ```
+
+    Args:
+        stage (`str`): Name of the stage.
+        arguments ([`StageArguments`] or [`StageTrainingArguments`]): The stage's arguments.
+        inputs (`dict[str, str | os.PathLike | list]`): Files and directories the stage reads, named by the argument
+            they come from; a list where the stage reads only some files of a directory.
+        record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a
+            directory.
+    """
+
+    def __init__(
+        self, stage: str, arguments, inputs: dict[str, str | os.PathLike | list], record_name: str = RECORD_NAME
+    ):
+        self.stage = stage
+        self.output_dir = Path(arguments.output_dir)
+        self.force = arguments.force
+        self.record_path = self.output_dir / record_name
+        self.inputs = {name: input_digest(paths) for name, paths in inputs.items()}
+        self.arguments = {
+            name: value
+            for name, value in arguments.changed.items()
+            if name not in _PRESENTATION_ARGUMENTS and name not in inputs
+        }
+        self.fingerprint = json_digest([stage, self.arguments, self.inputs])
+        self.metrics: dict = {}
+        self.details: dict = {}
+        self.staging = self.output_dir / f".staging-{self.fingerprint[:16]}"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where a Trainer keeps its checkpoints until the stage succeeds; never those of other settings or inputs."""
+        return self.output_dir / "checkpoints" / f"{self.record_path.stem}-{self.fingerprint[:16]}"
+
+    def is_up_to_date(self) -> bool:
+        """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
+        they have."""
+        current = False
+        if self.record_path.is_file():
+            # With `force` too: a record that cannot be read would only be found out when the work is done.
+            record = StageRecord.load(self.record_path)
+            present = all((self.output_dir / name).is_file() for name in record.outputs)
+            current = present and record.fingerprint == self.fingerprint and not self.force
+        PartialState().wait_for_everyone()
+        if current and PartialState().is_main_process:
+            print(
+                f"{self.stage}: '{self.record_path}' is up to date, skipped (--force true runs it again)", flush=True
+            )
+        return current
+
+    def __enter__(self) -> Path:
+        self._start = time.perf_counter()
+        self._meter = EnergyMeter()
+        if PartialState().is_main_process:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir(parents=True)
+        PartialState().wait_for_everyone()
+        return self.staging
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        self._meter.stop()
+        if exception_type is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            return
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            self._publish()
+        PartialState().wait_for_everyone()
+
+    def draft_record(self) -> StageRecord:
+        """The record as it stands, for a card that is written inside the stage."""
+        files = sorted(file for file in self.staging.rglob("*") if file.is_file())
+        names = [file.relative_to(self.staging).as_posix() for file in files]
+        return _record_now(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            arguments=self.arguments,
+            inputs=self.inputs,
+            outputs=dict(zip(names, file_digests(files, f"outputs of {self.stage}"), strict=True)),
+            metrics=self.metrics,
+            details=self.details | ({} if (kwh := self._meter.kwh) is None else {"energy_kwh": kwh}),
+            seconds=round(time.perf_counter() - self._start, 1),
+        )
+
+    def _publish(self) -> None:
+        record = self.draft_record()
+        outdated = set()
+        if self.record_path.is_file():
+            outdated = set(StageRecord.load(self.record_path).outputs) - set(record.outputs)
+            # Without a record nothing counts as up to date: a crash between two moves is repaired by the next run.
+            self.record_path.unlink()
+        for name in record.outputs:
+            target = self.output_dir / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.staging / name, target)
+        for name in outdated:
+            (self.output_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(self.staging)
+        # Also those of earlier settings; not those of a stage that shares the directory.
+        for checkpoints in self.checkpoints_dir.parent.glob(f"{self.record_path.stem}-*"):
+            shutil.rmtree(checkpoints)
+        with contextlib.suppress(OSError):  # Not there, or not empty: a stage that shares the directory is at work.
+            self.checkpoints_dir.parent.rmdir()
+        write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+
+
+def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:
+    """
+    The record of work that a stage could have done, for the card of a Trainer that is used by itself.
+
+    Args:
+        stage (`str`): Name of the stage.
+        arguments (`dict`): The Trainer's arguments that differ from their defaults; plain values are recorded.
+        seconds (`float`): Wall-clock time.
+    """
+    plain = {
+        name: value
+        for name, value in arguments.items()
+        if name not in _PRESENTATION_ARGUMENTS and isinstance(value, (str, int, float, list))
+    }
+    return _record_now(
+        stage=stage,
+        fingerprint=json_digest([stage, plain]),
+        arguments=plain,
+        inputs={},
+        outputs={},
+        metrics={},
+        details={},
+        seconds=seconds,
+    )
+
+
+def _record_now(**content) -> StageRecord:
+    """A record with what belongs to this process and this moment."""
+    return StageRecord(
+        versions={"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
+        hardware=hardware(),
+        peak_memory_bytes=peak_memory_bytes(),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        **content,
+    )
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path` so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def hardware() -> str:
+    """Processor, and the accelerators or, on the processor alone, the processes if there are several."""
+    state = PartialState()
+    processor = f"{os.cpu_count()} x {processor_name()}"
+    if state.device.type != "cpu":
+        return f"{processor}, {state.num_processes} x {accelerator_name(state.device)}"
+    return processor if state.num_processes == 1 else f"{processor}, {state.num_processes} processes"
+
+
+def processor_name(cpuinfo: str | os.PathLike = CPUINFO) -> str:
+    """
+    The processor's model, or its architecture where nothing tells the model.
+
+    Args:
+        cpuinfo (`str` or `os.PathLike`, *optional*, defaults to `"/proc/cpuinfo"`): Where Linux describes processors.
+    """
+    # On Linux `platform.processor` knows the architecture alone.
+    lines = Path(cpuinfo).read_text(encoding="utf-8").splitlines() if Path(cpuinfo).is_file() else []
+    names = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def accelerator_name(device: torch.device) -> str:
+    """The accelerator's model on CUDA, its type on others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
