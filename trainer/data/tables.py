@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,20 @@ from ..running.records import StageRecord
 
 PRESENT_KEY = "present"
 ROWS_PER_BLOCK = 2**14
+
+
+class EmbeddingTable(NamedTuple):
+    """
+    The embeddings of one modality.
+
+    Args:
+        embeddings (`torch.FloatTensor` of shape `(items + 1, width)`): Row r belongs to item r; the padding row 0 and
+            the rows of items that lack the modality are zero.
+        present (`torch.BoolTensor` of shape `(items + 1,)`): Which items have the modality; never row 0.
+    """
+
+    embeddings: torch.Tensor
+    present: torch.Tensor
 
 
 def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
@@ -30,7 +45,7 @@ def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> 
     }
 
 
-def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
     """
     Reads a table that [`save_table`] wrote.
 
@@ -40,9 +55,7 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[
         num_items (`int`): Number of items in the catalogue.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The embeddings, `(num_items + 1, dimension)` in float32, and whether each
-        row holds an embedding, `(num_items + 1,)` in bool. Row 0 is padding: zero and not present, as is the row of an
-        item without the modality.
+        [`EmbeddingTable`], in float32.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -63,10 +76,10 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[
         raise ValueError(
             f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}."
         )
-    return embeddings, present
+    return EmbeddingTable(embeddings, present)
 
 
-def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+def import_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
     """
     Reads a table that came from elsewhere: `(num_items + 1, dimension)` in any floating-point type, under the
     modality's name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero
@@ -94,7 +107,7 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> tupl
         present = _validated_mask(path, present, num_items, remedy)
     present[0] = False
     embeddings[~present] = 0
-    return embeddings, present
+    return EmbeddingTable(embeddings, present)
 
 
 def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor, present: torch.Tensor) -> None:
