@@ -27,14 +27,10 @@ from transformers.utils import logging
 
 from mmesid.trainer.data.prepared import Sequences
 from mmesid.trainer.data.tables import import_table
-from mmesid.trainer.quantizer.trainer import (
-    ItemTables,
-    MMRQVAETrainer,
-    code_metrics,
-    encode_items,
-    history_distances,
-    initialize,
-)
+from mmesid.trainer.quantizer.evaluation import code_metrics, encode_items, history_distances
+from mmesid.trainer.quantizer.initialization import initialize
+from mmesid.trainer.quantizer.items import ItemTables
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
 from mmesid.trainer.running.arguments import QuantizeArguments
 from mmesid.trainer.running.records import peak_memory_bytes
 from mmesid.trainer.running.training import fit

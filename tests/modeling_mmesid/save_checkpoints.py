@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 
-from mmesid.trainer.quantizer.trainer import ItemTables, initialize
+from mmesid.trainer.quantizer.initialization import initialize
+from mmesid.trainer.quantizer.items import ItemTables
 from modeling_mmesid import (
     MMESIDConfig,
     MMESIDForSequentialRecommendation,

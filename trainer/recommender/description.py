@@ -9,8 +9,8 @@ from mmesid.hub_cards.figures import draw_fusion_weights, draw_singular_spectrum
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
 from ..metrics.collapse.collapse import COLLAPSED, collapse_metrics, singular_values
+from ..quantizer.evaluation import code_metrics
 from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
-from ..quantizer.trainer import code_metrics
 
 
 def describe_items(

@@ -29,7 +29,8 @@ from modeling_mmesid import (
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..quantizer.trainer import ItemTables, encode_items
+from ..quantizer.evaluation import encode_items
+from ..quantizer.items import ItemTables
 from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainer
 from ..recommender.small_llama import new_llama_config, train_tokenizer

@@ -19,7 +19,9 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
-from ..quantizer.trainer import ItemTables, MMRQVAETrainer, initialize
+from ..quantizer.initialization import initialize
+from ..quantizer.items import ItemTables
+from ..quantizer.trainer import MMRQVAETrainer
 from ..running.arguments import QuantizeArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun

@@ -6,17 +6,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmesid.trainer.quantizer.trainer import (
-    ItemTables,
-    MMRQVAETrainer,
-    WeightedSampler,
-    _fit_linear_decoder,
-    code_metrics,
-    encode_items,
-    history_distances,
-    initialize,
-    quantized_rows,
-)
+from mmesid.trainer.quantizer.evaluation import code_metrics, encode_items, history_distances, quantized_rows
+from mmesid.trainer.quantizer.initialization import fit_linear_decoder, initialize
+from mmesid.trainer.quantizer.items import ItemTables
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, WeightedSampler
 from mmesid.trainer.running.arguments import QuantizeArguments
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
@@ -316,8 +309,9 @@ def test_a_large_table_is_read_in_parts(tmp_path, monkeypatch):
             self.largest = max(self.largest, len(rows))
             return self.table[rows]
 
-    monkeypatch.setattr("mmesid.trainer.quantizer.trainer.ENCODING_BATCH", 64)
-    monkeypatch.setattr("mmesid.trainer.quantizer.trainer.KMEANS_ITEMS", 6)
+    for module in ("items", "initialization", "evaluation"):
+        monkeypatch.setattr(f"mmesid.trainer.quantizer.{module}.ENCODING_BATCH", 64)
+    monkeypatch.setattr("mmesid.trainer.quantizer.initialization.KMEANS_ITEMS", 6)
     items, whole, model = toy_items(), toy_model(), toy_model()
     read = ItemTables({name: Recorder(table) for name, table in items.embeddings.items()}, items.present, items.rows)
     initialize(model, read)
@@ -425,7 +419,7 @@ def test_the_decoder_of_a_space_that_code_vectors_do_not_fill_is_that_of_least_s
     branch = model.branches["text"]
     rows = items.rows_with("text")
     codes = torch.randint(12, (len(rows), 2), generator=torch.Generator().manual_seed(0))
-    _fit_linear_decoder(branch, items, "text", codes)
+    fit_linear_decoder(branch, items, "text", codes)
     inputs = torch.cat([branch.quantizer.decode(codes), torch.ones(len(rows), 1)], 1).double()
     ridge = 0.01 * inputs.square().sum() / inputs.shape[1]
     # Least squares with the ridge as rows of its own.

@@ -423,7 +423,9 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecFor
 from mmesid.trainer.running.arguments import QuantizeArguments
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
-from mmesid.trainer.quantizer.trainer import ItemTables, MMRQVAETrainer, initialize
+from mmesid.trainer.quantizer.initialization import initialize
+from mmesid.trainer.quantizer.items import ItemTables
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
 from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
 
 data = PreparedDataset.load(sys.argv[1])
