@@ -31,7 +31,8 @@ from ..data.sources.amazon import REPOSITORY, configuration_file, read_amazon
 from ..data.sources.movielens import read_movielens
 from ..data.sources.sequence_files import read_sequence_files
 from ..data.sources.synthetic import generate_catalogue
-from ..data.sources.tabular import EmbeddedImages, InteractionColumns, ItemColumns, TableLocation, read_tabular
+from ..data.sources.tabular import EmbeddedImages, InteractionColumns, ItemColumns, read_tabular
+from ..data.table_files import TableLocation
 from ..running.arguments import PrepareArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun

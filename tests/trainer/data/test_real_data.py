@@ -44,7 +44,7 @@ def test_amazon_beauty_keeps_its_rows(tmp_path):
 def test_movielens_has_posters_and_descriptions():
     source = read_sequence_files(REAL_DATA / "ml1m")
     catalogue = source.catalogue
-    assert len(catalogue) == 3416 and len(source.interactions) == 993059
+    assert len(catalogue) == 3416 and len(source.interactions) == 998449
     assert catalogue.images.count(None) == 4
     assert catalogue.texts()[1].startswith("Caddyshack (1980). Comedy. Caddyshack II is")
     with Image.open(io.BytesIO(read_image(catalogue.images[0], catalogue.item_ids[0]))) as poster:

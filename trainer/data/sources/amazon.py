@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from ..files import local_file, parse_json, place, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
+from ..table_files import TableLocation, is_line_file, parquet_batches, readable
 from ..texts import is_missing, plain_text
-from .tabular import InteractionColumns, TableLocation, is_line_file, parquet_batches, read_interactions, readable
+from .tabular import InteractionColumns, read_interactions
 
 
 REPOSITORY = "McAuley-Lab/Amazon-Reviews-2023"

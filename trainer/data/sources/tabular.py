@@ -5,7 +5,6 @@ lines (gzipped or not, on disk or on the Hub), and whatever `datasets` loads fro
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,25 +13,29 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
-from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
-from ..files import local_file, on_the_hub, one_line, parse_json, place, raw_id, read_lines, require
+from ..files import local_file, parse_json, place, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
+from ..table_files import (
+    LINE_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SEPARATORS,
+    TableLocation,
+    csv_batches,
+    format_suffix,
+    is_line_file,
+    parquet_batches,
+    readable,
+    require_columns,
+    unknown_format,
+)
 from ..texts import is_missing
 
-
-LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-PARQUET_SUFFIXES = (".parquet",)
 
 _ZONE = re.compile(r":\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)$")
 
 _ROWS_AT_ONCE = 65_536
-# Bytes of a CSV file that are parsed at a time; a row must fit.
-_CSV_BLOCK = 2**23
 
 
 @dataclass(frozen=True)
@@ -84,86 +87,6 @@ class ItemColumns:
     def chosen(self) -> list[str]:
         """The columns that must be there: the id, and those with another name than the default."""
         return [self.item, *(name for field, name in vars(self).items() if field != "item" and name != field)]
-
-
-@dataclass(frozen=True)
-class TableLocation:
-    """
-    Where a table is.
-
-    Args:
-        path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, a folder, or a repository
-            `owner/name` of the Hub. Of folders and repositories `datasets` makes tables.
-        config (`str`, *optional*): Configuration of a folder or repository.
-        split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
-        revision (`str`, *optional*): Branch, tag or commit of a repository.
-        reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
-            read the file.
-    """
-
-    path: str
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    reader: str | None = None
-
-    def is_file(self) -> bool:
-        """Whether this is one file, there or not, rather than a folder or a repository."""
-        path = Path(self.path)
-        return not path.is_dir() and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
-
-    def is_repository(self) -> bool:
-        """Whether this is a repository of the Hub."""
-        return not self.is_file() and not Path(self.path).exists()
-
-    def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
-        """
-        The table by `datasets`; `None` if the location is a file that is not left to it.
-
-        Raises:
-            FileNotFoundError: If there is nothing of that name, here or on the Hub.
-            ValueError: If it cannot be read, or lacks the configuration or the split.
-        """
-        if self.is_file() and self.reader is None:
-            return None
-        try:
-            with on_the_hub(self.path) if self.is_repository() else nullcontext():
-                table = self._load(streaming)
-        except (RuntimeError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
-            files = (
-                f"name its files, as hf://datasets/{self.path}/<file>" if self.is_repository() else "name its files"
-            )
-            raise ValueError(
-                f"`datasets` does not load '{self.path}' ({one_line(error.__cause__ or error)}); correct the "
-                f"configuration or the split, or {files}."
-            ) from error
-        if not isinstance(table, datasets.DatasetDict):
-            return table
-        if self.split not in table:
-            raise ValueError(f"'{self.path}' has no split '{self.split}', only {', '.join(table)}; name one of them.")
-        return table[self.split]
-
-    def _load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict:
-        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_from_disk(self.path)
-        if self.reader is not None:
-            return datasets.load_dataset(self.reader, data_files=self.path, split=self.split, streaming=streaming)
-        return datasets.load_dataset(
-            self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
-        )
-
-
-def format_suffix(path: Path) -> str | None:
-    """What the name says of a file's format, its compression aside: `".csv"` of `ratings.csv.gz`; `None` if nothing
-    that is known."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    known = (*LINE_SUFFIXES, *SEPARATORS, *PARQUET_SUFFIXES)
-    return suffixes[-1] if suffixes and suffixes[-1] in known else None
-
-
-def is_line_file(path: Path) -> bool:
-    """Whether a file holds a JSON object a line."""
-    return format_suffix(path) in LINE_SUFFIXES
 
 
 def read_tabular(
@@ -252,7 +175,7 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
     if table is not None:
         with readable(location.path):
             # A streamed table may not know its columns before its first row.
-            _require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
+            require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
             for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
                 yield from part.combine_chunks().to_batches()
         return
@@ -268,34 +191,9 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
         types = {columns.user: pa.string(), columns.item: pa.string()}
         if columns.rating is not None:
             types[columns.rating] = pa.float64()
-        yield from _csv_batches(path, columns.names, types)
+        yield from csv_batches(path, columns.names, types)
     else:
-        raise _unknown_format(path)
-
-
-def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """
-    The rows of a Parquet file, some at a time; all columns by default.
-
-    Raises:
-        ValueError: If a column is missing, or the file is damaged or no Parquet file.
-    """
-    with readable(path):
-        file = pq.ParquetFile(path)
-        _require_columns(columns or (), file.schema_arrow.names, path)
-        yield from file.iter_batches(rows_at_once, columns=columns)
-
-
-@contextmanager
-def readable(location: str | Path) -> Iterator[None]:
-    """Says which table it is that Arrow or `datasets` cannot read, as a `ValueError`."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, DatasetGenerationError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"'{location}' cannot be read ({one_line(error.__cause__ or error)}); correct the file, or download or "
-            "write it again."
-        ) from error
+        raise unknown_format(path)
 
 
 def _interaction_lines(path: Path, columns: InteractionColumns) -> Iterator[list]:
@@ -318,38 +216,6 @@ def _record_batch(names: list[str], columns: Iterable[tuple], path: Path) -> pa.
                 f"'{path}' has values of more than one type in '{name}' ({error}); choose one."
             ) from error
     return pa.record_batch(arrays, names)
-
-
-def _csv_batches(
-    path: Path, columns: Iterable[str], types: dict[str, pa.DataType], optional: Iterable[str] = ()
-) -> Iterator[pa.RecordBatch]:
-    def read(columns: list[str] | None) -> pa_csv.CSVStreamingReader:
-        return pa_csv.open_csv(
-            pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
-            pa_csv.ReadOptions(block_size=_CSV_BLOCK),
-            pa_csv.ParseOptions(delimiter=SEPARATORS[format_suffix(path)], newlines_in_values=True),
-            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
-            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
-        )
-
-    with readable(path):
-        with read(None) as reader:
-            present = reader.schema.names
-        _require_columns(columns, present, path)
-        with read([*columns, *(name for name in optional if name in present and name not in columns)]) as reader:
-            yield from reader
-
-
-def _require_columns(wanted: Iterable[str], present: list[str], location: str | Path) -> None:
-    for name in wanted:
-        if name not in present:
-            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; name one of them.")
-
-
-def _unknown_format(path: Path) -> ValueError:
-    return ValueError(
-        f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if gzipped."
-    )
 
 
 def _cast(column: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Array:
@@ -412,7 +278,7 @@ def _read_items(
     required = {*columns.chosen(), *own_fields}
 
     if table is not None:
-        _require_columns(required, table.column_names, location.path)
+        require_columns(required, table.column_names, location.path)
         embedded = isinstance(table.features.get(columns.image), datasets.Image)
         names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
         selected = table.select_columns(names).with_format(None)
@@ -446,12 +312,12 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
             yield place(path, number), row
     elif suffix in SEPARATORS:
         # Text in any case: an id keeps its leading zeros.
-        batches = _csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
+        batches = csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
             yield f"'{path}', row {number},", row
     else:
-        raise _unknown_format(path)
+        raise unknown_format(path)
 
 
 def image_location(image: str | float | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:

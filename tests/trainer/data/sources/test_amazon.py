@@ -12,7 +12,7 @@ import pytest
 
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.sources.amazon import read_amazon
-from mmesid.trainer.data.sources.tabular import TableLocation
+from mmesid.trainer.data.table_files import TableLocation
 
 
 REVIEWS = [("ann", "B01", 100, 5.0), ("bob", "B02", 200, 3.0), ("ann", "B03", 150, 4.0)]

@@ -19,10 +19,10 @@ from mmesid.trainer.data.source import InteractionCollector
 from mmesid.trainer.data.sources.tabular import (
     InteractionColumns,
     ItemColumns,
-    TableLocation,
     read_interactions,
     read_tabular,
 )
+from mmesid.trainer.data.table_files import TableLocation
 
 
 # Ids with leading zeros, a comma, a line break and quotes in texts, missing values.

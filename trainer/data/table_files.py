@@ -1,0 +1,162 @@
+"""
+Tables wherever they are: CSV, TSV, Parquet and JSON lines (gzipped or not, on disk or on the Hub), and what `datasets`
+loads from a folder or a repository.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
+
+from .files import on_the_hub, one_line
+
+
+LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET_SUFFIXES = (".parquet",)
+
+# Bytes of a CSV file that are parsed at a time; a row must fit.
+_CSV_BLOCK = 2**23
+
+
+@dataclass(frozen=True)
+class TableLocation:
+    """
+    Where a table is.
+
+    Args:
+        path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, a folder, or a repository
+            `owner/name` of the Hub. Of folders and repositories `datasets` makes tables.
+        config (`str`, *optional*): Configuration of a folder or repository.
+        split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
+        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
+            read the file.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    reader: str | None = None
+
+    def is_file(self) -> bool:
+        """Whether this is one file, there or not, rather than a folder or a repository."""
+        path = Path(self.path)
+        return not path.is_dir() and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
+
+    def is_repository(self) -> bool:
+        """Whether this is a repository of the Hub."""
+        return not self.is_file() and not Path(self.path).exists()
+
+    def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
+        """
+        The table by `datasets`; `None` if the location is a file that is not left to it.
+
+        Raises:
+            FileNotFoundError: If there is nothing of that name, here or on the Hub.
+            ValueError: If it cannot be read, or lacks the configuration or the split.
+        """
+        if self.is_file() and self.reader is None:
+            return None
+        try:
+            with on_the_hub(self.path) if self.is_repository() else nullcontext():
+                table = self._load(streaming)
+        except (RuntimeError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
+            files = (
+                f"name its files, as hf://datasets/{self.path}/<file>" if self.is_repository() else "name its files"
+            )
+            raise ValueError(
+                f"`datasets` does not load '{self.path}' ({one_line(error.__cause__ or error)}); correct the "
+                f"configuration or the split, or {files}."
+            ) from error
+        if not isinstance(table, datasets.DatasetDict):
+            return table
+        if self.split not in table:
+            raise ValueError(f"'{self.path}' has no split '{self.split}', only {', '.join(table)}; name one of them.")
+        return table[self.split]
+
+    def _load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict:
+        if any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_from_disk(self.path)
+        if self.reader is not None:
+            return datasets.load_dataset(self.reader, data_files=self.path, split=self.split, streaming=streaming)
+        return datasets.load_dataset(
+            self.path, self.config, split=self.split, revision=self.revision, streaming=streaming
+        )
+
+
+def format_suffix(path: Path) -> str | None:
+    """What the name says of a file's format, its compression aside: `".csv"` of `ratings.csv.gz`; `None` if nothing
+    that is known."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    known = (*LINE_SUFFIXES, *SEPARATORS, *PARQUET_SUFFIXES)
+    return suffixes[-1] if suffixes and suffixes[-1] in known else None
+
+
+def is_line_file(path: Path) -> bool:
+    """Whether a file holds a JSON object a line."""
+    return format_suffix(path) in LINE_SUFFIXES
+
+
+def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """
+    The rows of a Parquet file, some at a time; all columns by default.
+
+    Raises:
+        ValueError: If a column is missing, or the file is damaged or no Parquet file.
+    """
+    with readable(path):
+        file = pq.ParquetFile(path)
+        require_columns(columns or (), file.schema_arrow.names, path)
+        yield from file.iter_batches(rows_at_once, columns=columns)
+
+
+@contextmanager
+def readable(location: str | Path) -> Iterator[None]:
+    """Says which table it is that Arrow or `datasets` cannot read, as a `ValueError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, DatasetGenerationError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"'{location}' cannot be read ({one_line(error.__cause__ or error)}); correct the file, or download or "
+            "write it again."
+        ) from error
+
+
+def csv_batches(
+    path: Path, columns: Iterable[str], types: dict[str, pa.DataType], optional: Iterable[str] = ()
+) -> Iterator[pa.RecordBatch]:
+    def read(columns: list[str] | None) -> pa_csv.CSVStreamingReader:
+        return pa_csv.open_csv(
+            pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
+            pa_csv.ReadOptions(block_size=_CSV_BLOCK),
+            pa_csv.ParseOptions(delimiter=SEPARATORS[format_suffix(path)], newlines_in_values=True),
+            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
+            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
+        )
+
+    with readable(path):
+        with read(None) as reader:
+            present = reader.schema.names
+        require_columns(columns, present, path)
+        with read([*columns, *(name for name in optional if name in present and name not in columns)]) as reader:
+            yield from reader
+
+
+def require_columns(wanted: Iterable[str], present: list[str], location: str | Path) -> None:
+    for name in wanted:
+        if name not in present:
+            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; name one of them.")
+
+
+def unknown_format(path: Path) -> ValueError:
+    return ValueError(
+        f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if gzipped."
+    )
