@@ -1,5 +1,7 @@
 # make quickstart   environment, dependencies, then the whole path on the bundled synthetic catalogue
 # make test         environment, dependencies, then lint and tests
+# make lint         ruff and the type checker alone
+# make fuzz         the property tests alone, on new random examples
 # PYTHON=python3.12 make test   picks the interpreter that .venv is made from
 
 PYTHON ?= python3
@@ -7,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+TYPED := $(VENV)/typed
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/mmesid run examples/recipes/quickstart.yaml
@@ -19,6 +22,15 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+fuzz: $(INSTALLED)
+	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m hypothesis
+
+# The folders under the names that they are installed by, for the type checker does not follow editable installs.
+$(TYPED): Makefile
+	@rm -rf $@ && mkdir -p $@/mmesid
+	@ln -s $(CURDIR)/modeling_mmesid $@/modeling_mmesid
+	@ln -s $(addprefix $(CURDIR)/,mmesid/__init__.py mmesid/py.typed trainer hub_cards) $@/mmesid
 
 # torch goes first and under its pin: the resolver never sees a newer build and never downloads two.
 $(INSTALLED): pyproject.toml constraints.txt
