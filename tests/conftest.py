@@ -7,10 +7,18 @@ from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TESTS = Path(__file__).parent
+
+# Property tests run the same examples in every run, so that no run fails by chance; `make fuzz` looks for new ones.
+settings.register_profile(
+    "fixed", derandomize=True, max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("fuzz", settings.get_profile("fixed"), derandomize=False, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session", autouse=True)
