@@ -7,7 +7,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_mmesid import MMESIDConfig
 from .configuration_mmrqvae import MMRQVAEConfig
 from .configuration_sasrec import SASRecConfig
-from .modeling_mmesid import MMESIDForSequentialRecommendation
+from .modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDModel
 from .modeling_mmrqvae import MMRQVAEModel
 from .modeling_sasrec import SASRecForSequentialRecommendation, SASRecModel
 from .pipeline_mmesid import TASK, SequentialRecommendationPipeline
@@ -33,6 +33,7 @@ MMESIDProcessor.register_for_auto_class("AutoProcessor")
 __all__ = [
     "MMESIDConfig",
     "MMESIDForSequentialRecommendation",
+    "MMESIDModel",
     "MMESIDProcessor",
     "MMRQVAEConfig",
     "MMRQVAEModel",

@@ -37,7 +37,7 @@ def catalogue_cross_entropy(
     when).
 
     Args:
-        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
+        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one per target.
         table (`torch.Tensor` of shape `(items + 1, hidden)`): Item vectors; row 0 is padding and takes no part.
         targets (`torch.LongTensor` of shape `(targets,)`): Rows of the target items, from 1 to N.
         logits_per_tile (`int`, *optional*, defaults to `LOGITS_PER_TILE`): Logits held at a time.
@@ -51,7 +51,8 @@ def catalogue_cross_entropy(
     kernel = fused_kernel(hidden.device.type, hidden.dtype, *hidden.shape, num_items=len(table) - 1)
     if kernel is not None:
         return fused_cross_entropy(kernel, hidden, table, targets)
-    return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile)
+    # Inside `apply` a Parameter needs a gradient even where gradients are off.
+    return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile, torch.is_grad_enabled())
 
 
 def fused_kernel(
@@ -102,7 +103,7 @@ def sampled_cross_entropy(
     2008](https://doi.org/10.1109/TNN.2007.912312)). It tends to [`catalogue_cross_entropy`] as n grows.
 
     Args:
-        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one a target.
+        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one per target.
         target_vectors (`torch.Tensor` of shape `(targets, hidden)`): Vectors of the target items.
         candidate_vectors (`torch.Tensor` of shape `(candidates, hidden)`): Vectors of the sampled items, with
             repetitions as drawn.
@@ -123,7 +124,7 @@ def sampled_cross_entropy(
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, table, targets, logits_per_tile):
+    def forward(ctx, hidden, table, targets, logits_per_tile, with_gradient):
         rows, num_items = hidden.shape[0], table.shape[0] - 1
         items_step = (
             num_items
@@ -131,7 +132,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
             else max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
         )
         rows_step = max(logits_per_tile // items_step, 1)
-        needs_gradient = any(ctx.needs_input_grad)
+        needs_gradient = with_gradient and any(ctx.needs_input_grad)
         items = table[1:]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
         grad_table = torch.zeros_like(table, dtype=torch.float32) if needs_gradient else None
@@ -182,6 +183,7 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         return (
             grad_hidden.mul_(grad_output).to(ctx.dtypes[0]),
             grad_table.mul_(grad_output).to(ctx.dtypes[1]),
+            None,
             None,
             None,
         )

@@ -62,8 +62,8 @@ class MMESIDProcessor(ProcessorMixin):
         """
         rows = []
         for index, history in enumerate(histories):
-            if isinstance(history, str):
-                raise ValueError(f"History {index} is the string '{history}'; give a list of item ids for each user.")
+            if isinstance(history, str) or not isinstance(history, Sequence):
+                raise ValueError(f"History {index} is {history!r}; give a list of item ids for each user.")
             if len(history) == 0:
                 raise ValueError(f"History {index} is empty; give at least one item id, or leave the user out.")
             rows.append(self.convert_item_ids_to_rows(history))

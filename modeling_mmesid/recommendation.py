@@ -1,10 +1,12 @@
 """Scoring, ranking and recommending: one place for training, evaluation, `recommend` and the pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
 
 
@@ -15,8 +17,8 @@ class SequentialRecommendationOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
             Cross-entropy over the whole catalogue.
         user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`):
-            One vector a labelled position, in the order of the flattened `labels`; without labels one a sequence, at
-            its end.
+            One vector per labelled position, in the order of the flattened `labels`; without labels one per sequence,
+            at its end.
     """
 
     loss: torch.FloatTensor | None = None
@@ -31,12 +33,23 @@ class RecommendationOutput(ModelOutput):
         scores (`torch.FloatTensor` of shape `(batch, top_k)`): Their scores.
         contributions (`dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`, *optional*, returned when
             `return_contributions=True`): What each source of an item adds to its score, `"id"` for the free ID vector
-            and every modality by its name; they sum to the scores.
+            and each modality by its name; they sum to the scores.
     """
 
     items: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
     contributions: dict[str, torch.FloatTensor] | None = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode; afterwards, also after an exception, it is as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torch.Tensor:
@@ -169,7 +182,7 @@ class RecommendationMixin:
         Args:
             histories (`list[list[int]]`): Item rows of each user, oldest first; `MMESIDProcessor` makes them from item
                 ids.
-            top_k (`int`, *optional*, defaults to `10`): Items to return a user.
+            top_k (`int`, *optional*, defaults to `10`): Items to return for each user.
             exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
             return_contributions (`bool`, *optional*, defaults to `False`): Whether to split every score into what the
@@ -196,24 +209,22 @@ class RecommendationMixin:
                 raise ValueError(
                     f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}."
                 )
-        was_training = self.training
-        self.eval()
-        item_table = self.item_table()
         items, scores, contributions = [], [], []
-        for start in range(0, len(histories), batch_size):
-            batch = histories[start : start + batch_size]
-            user_embeddings = self.encode_histories(batch)
-            batch_scores = score_items(user_embeddings, item_table)
-            if excluded is not None:
-                batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
-            if exclude_history:
-                mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
-            best = batch_scores.topk(top_k)
-            items.append(best.indices)
-            scores.append(best.values)
-            if return_contributions:
-                contributions.append(self.score_contributions(user_embeddings, best.indices))
-        self.train(was_training)
+        with evaluating(self):
+            item_table = self.item_table()
+            for start in range(0, len(histories), batch_size):
+                batch = histories[start : start + batch_size]
+                user_embeddings = self.encode_histories(batch)
+                batch_scores = score_items(user_embeddings, item_table)  # (batch, items + 1)
+                if excluded is not None:
+                    batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
+                if exclude_history:
+                    mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
+                best = batch_scores.topk(top_k)
+                items.append(best.indices)
+                scores.append(best.values)
+                if return_contributions:
+                    contributions.append(self.score_contributions(user_embeddings, best.indices))
         return RecommendationOutput(
             items=torch.cat(items),
             scores=torch.cat(scores),

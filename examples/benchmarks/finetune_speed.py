@@ -57,7 +57,7 @@ class Training:
             if self.side == "reference":
                 return reference.loss(self.model, batch)
             inputs = {name: tensor.to(self.arguments.device) for name, tensor in batch.items()}
-            return self.model(**inputs, shared_prompt=True).loss
+            return self.model(**inputs).loss
 
     def targets(self, batch) -> int:
         return len(batch) if self.side == "reference" else int((batch["labels"] != -100).sum())

@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
     def step() -> None:
         with precision(arguments):
-            loss = model(**batch, shared_prompt=True).loss
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

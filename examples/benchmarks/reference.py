@@ -53,10 +53,10 @@ def encode(model: MMESIDForSequentialRecommendation, histories: Sequence[Sequenc
     input_ids, items, attention_mask, position_ids = (
         tensor.to(model.device) for tensor in (input_ids, items, attention_mask, position_ids)
     )
-    embedded = model.backbone.get_input_embeddings()(input_ids)
-    tokens = model.items.tokens(items[items != 0]) * model.config.item_token_scale
+    embedded = model.model.backbone.get_input_embeddings()(input_ids)
+    tokens = model.model.items.tokens(items[items != 0]) * model.config.item_token_scale
     embedded = embedded.masked_scatter((items != 0)[..., None], tokens.to(embedded.dtype))
-    states = model.backbone(
+    states = model.model.backbone(
         inputs_embeds=embedded, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
     return states[:, -1]
@@ -65,7 +65,7 @@ def encode(model: MMESIDForSequentialRecommendation, histories: Sequence[Sequenc
 def project_items(model: MMESIDForSequentialRecommendation) -> tuple[torch.Tensor, torch.Tensor]:
     """The sources of all items, `(items + 1, sources, hidden)`, and their weights, `(items + 1, sources)`."""
     rows = torch.arange(model.config.num_items + 1, device=model.device)
-    return model.items.sources(rows), model.items.weights(rows)
+    return model.model.items.sources(rows), model.model.items.weights(rows)
 
 
 def score(

@@ -64,7 +64,7 @@ def new_model(**kwargs) -> MMESIDForSequentialRecommendation:
         tables = {name: tables[name] for name in ("frequencies", "embeddings", "present")}
     model.initialize_items(**tables)
     # Fusion starts uniform: make it something that tests can tell from uniform.
-    torch.nn.init.normal_(model.items.fusion.output.weight)
+    torch.nn.init.normal_(model.model.items.fusion.output.weight)
     return model.eval()
 
 

@@ -209,3 +209,15 @@ def test_fused_kernels_agree_with_the_tiles(kernel, package):
         torch.autograd.grad(fused, (hidden, table)), torch.autograd.grad(exact, (hidden, table)), strict=True
     ):
         assert (gradient - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_no_gradient_is_computed_where_gradients_are_off(monkeypatch):
+    """Although a Parameter says that it needs one, as SASRec's table does in an evaluation."""
+    made = []
+    monkeypatch.setattr(torch, "zeros_like", lambda tensor, **kwargs: made.append(tensor.shape))
+    hidden, table = torch.randn(3, 4), torch.nn.Parameter(torch.randn(6, 4))
+    with torch.no_grad():
+        loss = catalogue_cross_entropy(hidden, table, torch.tensor([1, 5, 2]))
+    assert not made and not loss.requires_grad
+    expected = torch.nn.functional.cross_entropy(hidden @ table[1:].T, torch.tensor([0, 4, 1]))
+    torch.testing.assert_close(loss, expected.detach())

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaModel
 
-from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation
+from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDModel
 from modeling_mmesid.packing import pack_histories
 
 from .conftest import NUM_ITEMS, item_tables, llama_config, new_model, settings
@@ -36,7 +37,7 @@ def test_packed_prefixes_equal_one_prefix_a_row(seed, suffix):
     model = new_model(prompt_suffix_ids=suffix)
     sequences = [random.integers(1, NUM_ITEMS + 1, size=random.integers(2, 9)) for _ in range(5)]
     packed = pack_histories(
-        [sequence[:-1] for sequence in sequences], [5, 6], suffix, [sequence[1:] for sequence in sequences]
+        [sequence[:-1] for sequence in sequences], suffix, [sequence[1:] for sequence in sequences]
     )
     output = model(**packed)
     output.loss.backward()
@@ -45,7 +46,7 @@ def test_packed_prefixes_equal_one_prefix_a_row(seed, suffix):
     prefixes = [(sequence[:end], sequence[end]) for sequence in sequences for end in range(1, len(sequence))]
     states, targets = [], []
     for prefix, target in prefixes:
-        inputs = pack_histories([prefix], [5, 6], suffix)
+        inputs = pack_histories([prefix], suffix)
         states.append(model(**inputs).user_embeddings[0])
         targets.append(target)
     states = torch.stack(states)
@@ -84,7 +85,7 @@ def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
     t_i = S (g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m])) over S sources, item by item from the parameters.
     """
     model = new_model(share_item_table=share_item_table, use_item_ids=use_item_ids)
-    table, items, fusion = model.item_table(), model.items, model.items.fusion
+    table, items, fusion = model.item_table(), model.model.items, model.model.items.fusion
     logs = torch.log1p(torch.arange(NUM_ITEMS + 1).float())
     num_sources = 2 + (use_item_ids or not share_item_table)
     for item in range(1, NUM_ITEMS + 1):
@@ -117,24 +118,24 @@ def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
 def test_paper_token_is_an_mlp_over_projections_and_codes():
     model = new_model(share_item_table=False, use_item_ids=False)
     parts = []
-    for modality in model.items.modalities.values():
+    for modality in model.model.items.modalities.values():
         x = (modality.embeddings[10] - modality.center) * modality.scale
         parts += [
             modality.projection(x),
             sum(modality.code_vectors[level, code] for level, code in enumerate(modality.codes[10])),
         ]
-    expected = torch.nn.functional.gelu(model.items.token_mlp(torch.cat(parts)))
-    torch.testing.assert_close(model.items.tokens(torch.tensor([10]))[0], expected)
+    expected = torch.nn.functional.gelu(model.model.items.token_mlp(torch.cat(parts)))
+    torch.testing.assert_close(model.model.items.tokens(torch.tensor([10]))[0], expected)
 
 
 @pytest.mark.parametrize("share_item_table", [True, False])
 def test_a_missing_embedding_is_a_mask_not_a_value(share_item_table):
     model = new_model(share_item_table=share_item_table)
-    before = model.item_table(), model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
-    text = model.items.modalities["text"]
+    before = model.item_table(), model.model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
+    text = model.model.items.modalities["text"]
     text.embeddings[3] = 100.0
     text.codes[3] = 1
-    after = model.item_table(), model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
+    after = model.item_table(), model.model.items.tokens(torch.arange(1, NUM_ITEMS + 1))
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old, new)
 
@@ -148,7 +149,7 @@ def test_code_width_may_differ_from_the_backbone():
 def test_codes_start_at_the_distances_that_the_quantizer_kept(codebook_dim):
     """The backbone is 16 wide, and sums of three of six vectors each vary in 15 directions at most."""
     model = new_model(codebook_dim=codebook_dim)
-    text, tables = model.items.modalities["text"], item_tables(codebook_dim=codebook_dim)
+    text, tables = model.model.items.modalities["text"], item_tables(codebook_dim=codebook_dim)
     items = text.present.nonzero()[:, 0]
     levels = range(3)
     summed = sum(tables["code_vectors"]["text"][level][tables["codes"]["text"][items, level]] for level in levels)
@@ -162,19 +163,19 @@ def test_codes_start_at_the_distances_that_the_quantizer_kept(codebook_dim):
 def test_code_vectors_start_trained_and_stay_trainable():
     """Trained up to one factor a modality, which makes the sums of code vectors as long as ID vectors."""
     model = new_model()
-    text, start = model.items.modalities["text"], item_tables()["code_vectors"]["text"]
+    text, start = model.model.items.modalities["text"], item_tables()["code_vectors"]["text"]
     factor = (text.code_vectors / start).detach()
     assert factor.min() > 0
     torch.testing.assert_close(factor, factor.flatten()[0].expand_as(factor))
     lengths = text.embed_codes(text.present.nonzero()[:, 0]).norm(dim=-1)
     assert lengths.mean().item() == pytest.approx(0.02 * 16**0.5, rel=1e-5)
-    model(**pack_histories([[1, 2]], [5], [7], [[2, 3]])).loss.backward()
+    model(**pack_histories([[1, 2]], [7], [[2, 3]])).loss.backward()
     assert text.code_vectors.grad.abs().sum() > 0
 
 
 def test_id_only_model_needs_no_content():
     model = new_model(modalities=[], embedding_dims=[])
-    torch.testing.assert_close(model.item_table(), model.items.id_embeddings.weight)
+    torch.testing.assert_close(model.item_table(), model.model.items.id_embeddings.weight)
     assert model.recommend([[1, 2]], top_k=3).items.shape == (1, 3)
 
 
@@ -201,8 +202,8 @@ def test_contributions_are_the_score_in_parts(kwargs):
     torch.testing.assert_close(sum(output.contributions.values()), output.scores, rtol=1e-5, atol=1e-6)
     # Without a source the score changes by just that source's part.
     users = model.encode_histories(HISTORIES)
-    weights = model.items.weights(output.items.flatten())[:, -1].view_as(output.items)
-    modality = model.items.modalities["text"]
+    weights = model.model.items.weights(output.items.flatten())[:, -1].view_as(output.items)
+    modality = model.model.items.modalities["text"]
     vectors = modality.project(output.items.flatten())
     if model.config.share_item_table and model.config.num_quantizers:
         vectors = vectors + modality.embed_codes(output.items.flatten())
@@ -237,11 +238,11 @@ def test_item_table_is_built_again_after_any_change():
     with torch.no_grad():
         table = model.item_table()
         assert model.item_table() is table
-        for tensor in (model.items.modalities["text"].code_vectors, model.items.id_embeddings.weight):
+        for tensor in (model.model.items.modalities["text"].code_vectors, model.model.items.id_embeddings.weight):
             tensor[1] += 1
             assert not torch.equal(model.item_table(), table)
             table = model.item_table()
-    loss = model(**pack_histories([[3, 9]], [5, 6], [7, 8], [[9, 1]])).loss
+    loss = model(**pack_histories([[3, 9]], [7, 8], [[9, 1]])).loss
     loss.backward()
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
     with torch.no_grad():
@@ -252,20 +253,51 @@ def test_item_table_is_built_again_after_any_change():
 
 def test_a_large_catalogue_in_blocks_has_the_same_table_and_gradients(monkeypatch):
     whole, blocks = new_model(), new_model()
-    batch = pack_histories([[3, 9, 1], [8, 40]], [5, 6], [7, 8], [[9, 1, 5], [40, 2]])
+    batch = pack_histories([[3, 9, 1], [8, 40]], [7, 8], [[9, 1, 5], [40, 2]])
     whole(**batch).loss.backward()
-    monkeypatch.setattr("modeling_mmesid.modeling_mmesid.ITEMS_PER_BLOCK", 16)
+    monkeypatch.setattr("modeling_mmesid.items_mmesid.ITEMS_PER_BLOCK", 16)
     blocks(**batch).loss.backward()
     torch.testing.assert_close(blocks.item_table(), whole.item_table(), rtol=0, atol=1e-7)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(blocks.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_recommend_is_deterministic_in_training_mode_and_leaves_it():
+def test_recommend_is_deterministic_in_training_mode_and_leaves_it(monkeypatch):
     model = new_model(token_dropout=0.5, output_dropout=0.5).train()
     first, second = model.recommend(HISTORIES), model.recommend(HISTORIES, batch_size=1)
     assert torch.equal(first.items, second.items)
     assert model.training
+    monkeypatch.setattr(model, "encode_histories", lambda histories: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.recommend(HISTORIES)
+    assert model.training
+
+
+def test_the_base_model_gives_the_states_that_are_scored(tmp_path, base_model):
+    for name, model in (("own", new_model()), ("lora", lora_model(base_model))):
+        model.save_pretrained(tmp_path / name)
+        states = MMESIDModel.from_pretrained(tmp_path / name)
+        inputs = pack_histories(HISTORIES, [7, 8])
+        lengths = inputs.pop("lengths")
+        with torch.no_grad():
+            hidden = states(**inputs).last_hidden_state
+        users = hidden[torch.arange(3), lengths - 1]
+        torch.testing.assert_close(users, model.encode_histories(HISTORIES).detach())
+
+
+def test_keywords_reach_settings_or_backbone_or_are_refused(tmp_path, base_model):
+    lora_model(base_model).save_pretrained(tmp_path / "lora")
+    new_model().save_pretrained(tmp_path / "own")
+    for directory in (tmp_path / "lora", tmp_path / "own"):
+        load = partial(MMESIDForSequentialRecommendation.from_pretrained, directory)
+        assert load(torch_dtype=torch.bfloat16).model.backbone.dtype == torch.bfloat16
+        assert load(attn_implementation="eager").model.backbone.config._attn_implementation == "eager"
+        with pytest.raises(TypeError, match="surprise"):
+            load(surprise=1)
+    changed = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "lora", output_dropout=0.3)
+    assert changed.output_dropout.p == changed.config.output_dropout == 0.3
+    with pytest.raises(Exception, match="max_history is 0"):
+        MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "lora", max_history=0)
 
 
 @pytest.mark.parametrize(
@@ -285,13 +317,26 @@ def test_recommend_names_what_is_wrong(histories, top_k, words):
         new_model().recommend(histories, top_k=top_k)
 
 
+def narrow(kind):
+    return lambda tables: tables[kind].update(text=tables[kind]["text"][..., :1])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda tables: tables["embeddings"].pop("text"), "embeddings are given for"),
-        (lambda tables: tables["codes"].update(text=tables["codes"]["text"][:-1]), "have 40 rows for 40 items"),
         (lambda tables: tables["embeddings"]["text"][17].fill_(torch.nan), "'text' hold NaN or infinity in row 17"),
         (lambda tables: tables.update(frequencies=torch.ones(7)), "frequencies have shape"),
+        # Nothing is accepted by broadcasting, or because an index can be made of it.
+        (narrow("embeddings"), r"embeddings of 'text' are torch.float32 of shape \(41, 1\), where .* \(41, 12\)"),
+        (narrow("codes"), r"codes of 'text' are torch.int64 of shape \(41, 1\), where integers of shape \(41, 3\)"),
+        (narrow("code_vectors"), r"code_vectors of 'text' are torch.float32 of shape \(3, 6, 1\)"),
+        (lambda tables: tables["codes"].update(text=tables["codes"]["text"][:-1]), r"of shape \(40, 3\)"),
+        (lambda tables: tables["codes"]["text"][9].fill_(6), r"'text' in row 9 are \[6, 6, 6\], outside 0..5"),
+        (lambda tables: tables["codes"]["text"][9].fill_(-1), r"'text' in row 9 are \[-1, -1, -1\], outside 0..5"),
+        (lambda tables: tables["present"].update(text=torch.ones(41).long()), "present of 'text' is torch.int64"),
+        (lambda tables: tables["present"].update(text=torch.ones(1).bool()), r"'text' is torch.bool of shape \(1,\)"),
+        (lambda tables: tables["present"]["text"].fill_(False), "No item has the modality 'text'"),
     ],
 )
 def test_initialize_items_names_what_is_wrong(change, words):
@@ -332,7 +377,7 @@ def test_lora_checkpoint_holds_only_what_was_trained(tmp_path, base_model):
     model = lora_model(base_model)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    backbone = [name for name in saved if name.startswith("backbone.")]
+    backbone = [name for name in saved if name.startswith("model.backbone.")]
     assert backbone and all("lora_" in name for name in backbone)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable <= set(saved)
@@ -386,11 +431,12 @@ def test_adapter_folder_is_peft_s_own_format(tmp_path, base_model, kwargs):
     inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(
-            peft_model(inputs_embeds=inputs).last_hidden_state, model.backbone(inputs_embeds=inputs).last_hidden_state
+            peft_model(inputs_embeds=inputs).last_hidden_state,
+            model.model.backbone(inputs_embeds=inputs).last_hidden_state,
         )
 
 
-@pytest.mark.parametrize("change", ["items.id_embeddings.weight", "items.removed", "items.surprise"])
+@pytest.mark.parametrize("change", ["model.items.id_embeddings.weight", "model.items.removed", "model.items.surprise"])
 @pytest.mark.parametrize("self_contained", [True, False])
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path, base_model, self_contained, change):
     lora_model(base_model).save_pretrained(tmp_path, merge_backbone=self_contained)
@@ -416,26 +462,25 @@ def test_checkpoint_in_shards_loads_and_tells_what_was_loaded(tmp_path, base_mod
 
 def test_lora_freezes_the_backbone_and_starts_as_the_base(base_model):
     model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, lora=LORA, **settings()).eval()
-    trainable = [name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad]
+    trainable = [name for name, parameter in model.model.backbone.named_parameters() if parameter.requires_grad]
     assert trainable and all("lora_" in name for name in trainable)
     inputs = torch.randn(1, 4, 16)
     with torch.no_grad():
         expected = LlamaModel.from_pretrained(base_model)(inputs_embeds=inputs).last_hidden_state
-        torch.testing.assert_close(model.backbone(inputs_embeds=inputs).last_hidden_state, expected)
+        torch.testing.assert_close(model.model.backbone(inputs_embeds=inputs).last_hidden_state, expected)
 
 
 def test_wrapped_backbone_stays_causal(base_model):
     """Nesting a live configuration silently drops the causal mask: a later item must not change an earlier state."""
     for model in (lora_model(base_model), new_model()):
         states = [
-            model(**pack_histories([[1, 2, last]], [5], [], [[9, 9, 9]])).user_embeddings[:2].detach()
-            for last in (3, 30)
+            model(**pack_histories([[1, 2, last]], [], [[9, 9, 9]])).user_embeddings[:2].detach() for last in (3, 30)
         ]
         torch.testing.assert_close(*states)
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    inputs = pack_histories([[1, 2, 3], [9, 8]], [5, 6], [7], [[2, 3, 4], [8, 7]])
+    inputs = pack_histories([[1, 2, 3], [9, 8]], [7], [[2, 3, 4], [8, 7]])
     gradients = []
     for checkpointing in (False, True):
         model = new_model().train()
@@ -468,18 +513,18 @@ def test_frozen_backbone_stays_out_of_training_and_checkpoint(tmp_path, base_mod
     model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, freeze_backbone=True, **settings())
     model.initialize_items(**item_tables())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all(name.startswith("items.") for name in trained)
+    assert trained and all(name.startswith("model.items.") for name in trained)
     model.save_pretrained(tmp_path)
-    assert not any(name.startswith("backbone.") for name in load_file(tmp_path / "model.safetensors"))
+    assert not any(name.startswith("model.backbone.") for name in load_file(tmp_path / "model.safetensors"))
     loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
-    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.model.backbone.parameters())
     assert torch.equal(loaded.recommend(HISTORIES).scores, model.eval().recommend(HISTORIES).scores)
 
 
 def test_a_loss_from_all_items_as_candidates_is_the_whole_catalogue_s():
     for kwargs in ({}, {"share_item_table": False}, {"modalities": [], "embedding_dims": []}):
         model = new_model(**kwargs)
-        batch = pack_histories([[3, 9, 1], [8, 40]], [5, 6], [7, 8], [[9, 1, 5], [40, 2]])
+        batch = pack_histories([[3, 9, 1], [8, 40]], [7, 8], [[9, 1, 5], [40, 2]])
         whole = model(**batch).loss
         sampled = model(
             **batch, candidates=torch.arange(1, NUM_ITEMS + 1), candidate_log_counts=torch.zeros(NUM_ITEMS)

@@ -36,7 +36,7 @@ def model_of(quantizer: MMRQVAEModel, **kwargs) -> MMESIDForSequentialRecommenda
     """A recommender whose items have the quantizer's codes."""
     model = new_model(**kwargs)
     if model.config.num_quantizers:
-        for name, modality in model.items.modalities.items():
+        for name, modality in model.model.items.modalities.items():
             codes = quantizer.encode({name: modality.embeddings}).codes[name]
             modality.codes.copy_(codes * modality.present[:, None])
     return model
@@ -67,7 +67,7 @@ def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quant
     assert (best.contributions["text"][best.items == NEW[1]] == 0).all()
 
     # By hand: frequency 0, the softmax over what the item has, times the number of sources.
-    items, index = model.items, 0
+    items, index = model.model.items, 0
     low, high = torch.log1p(torch.tensor([1.0, NUM_ITEMS]))
     logits = items.fusion.output(torch.nn.functional.gelu(items.fusion.hidden(((0 - low) / (high - low))[None])))
     weights = torch.softmax(logits[-2:], dim=-1) * (2 + items.has_id_source)
@@ -93,7 +93,7 @@ def test_new_items_are_part_of_the_checkpoint_and_of_training(tmp_path, quantize
     again = loaded.recommend([[3, NEW[1]]], top_k=20)
     assert torch.equal(again.items, expected.items) and torch.equal(again.scores, expected.scores)
     loaded.item_table().sum().backward()
-    gradient = loaded.items.id_embeddings.weight.grad
+    gradient = loaded.model.items.id_embeddings.weight.grad
     assert (gradient[NEW] == 0).all() and (gradient[1:NUM_ITEMS] != 0).any()
 
 
@@ -113,11 +113,11 @@ def test_removed_items_are_read_but_never_recommended():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda new: new.update(text=new["text"][:, :5]), r"'text' have shape \(3, 5\) where \(3, 12\)"),
+        (lambda new: new.update(text=new["text"][:, :5]), r"'text' are .* shape \(3, 5\), where .* \(3, 12\)"),
         (lambda new: new.update(visual=torch.ones(3, 4)), "embeddings are given for"),
-        (lambda new: new["text"][2].fill_(torch.nan), "'text' hold NaN or infinity for new item 2"),
+        (lambda new: new["text"][2].fill_(torch.nan), "'text' hold NaN or infinity in row 2"),
         (lambda new: new["collaborative"][1].fill_(0), "New item 1 has no modality at all"),
-        (lambda new: new.update(text=new["text"][:2]), r"where \(3, 12\)"),
+        (lambda new: new.update(text=new["text"][:2]), r"shape \(2, 12\), where .* \(3, 12\)"),
     ],
 )
 def test_what_cannot_be_added_is_named_and_changes_nothing(change, words, quantizer):

@@ -33,7 +33,8 @@ def test_ids_to_rows_and_back(processor):
     [
         ([["a-1"], []], "History 1 is empty"),
         ([["a-1", "zzz"]], "'zzz' is not in this model's catalogue of 3 items"),
-        (["a-1"], "History 0 is the string 'a-1'"),
+        (["a-1"], "History 0 is 'a-1'; give a list of item ids for each user"),
+        ([1, 2], "History 0 is 1; give a list of item ids for each user"),
     ],
 )
 def test_bad_histories_are_named(processor, histories, words):

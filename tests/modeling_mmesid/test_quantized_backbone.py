@@ -35,24 +35,28 @@ def model(quantization, tmp_path_factory):
 
 
 def test_training_moves_the_adapter_and_nothing_else_of_the_backbone(model):
-    assert model.backbone.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
-    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
-    batch = pack_histories([[1, 2, 3], [4, 5]], [5, 6], [7, 8], [[2, 3, 4], [5, 6]])
+    assert model.model.backbone.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    before = {name: tensor.clone() for name, tensor in model.model.backbone.state_dict().items()}
+    batch = pack_histories([[1, 2, 3], [4, 5]], [7, 8], [[2, 3, 4], [5, 6]])
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
     model.train()
     for _ in range(2):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = {name for name, tensor in model.backbone.state_dict().items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name for name, tensor in model.model.backbone.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert moved == {name for name in before if "lora_" in name}
 
 
 def test_checkpoint_holds_the_adapter_and_recommends_the_same(model, quantization, tmp_path):
     model.eval().save_pretrained(tmp_path)
-    assert all("lora_" in name for name in load_file(tmp_path / "model.safetensors") if name.startswith("backbone."))
+    assert all(
+        "lora_" in name for name in load_file(tmp_path / "model.safetensors") if name.startswith("model.backbone.")
+    )
     reloaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path, quantization_config=quantization)
-    assert reloaded.backbone.layers[1].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    assert reloaded.model.backbone.layers[1].mlp.up_proj.base_layer.weight.dtype == torch.uint8
     expected, found = model.recommend(HISTORIES), reloaded.recommend(HISTORIES)
     assert torch.equal(found.items, expected.items)
     torch.testing.assert_close(found.scores, expected.scores)
@@ -65,9 +69,9 @@ def test_of_a_checkpoint_without_base_model_the_backbone_alone_is_quantized(quan
     exact.initialize_items(**item_tables())
     exact.save_pretrained(tmp_path)
     quantized = MMESIDForSequentialRecommendation.from_pretrained(tmp_path, quantization_config=quantization)
-    assert quantized.backbone.layers[1].mlp.up_proj.weight.dtype == torch.uint8
-    for name, tensor in exact.items.state_dict().items():
-        assert torch.equal(quantized.items.state_dict()[name], tensor), name
+    assert quantized.model.backbone.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+    for name, tensor in exact.model.items.state_dict().items():
+        assert torch.equal(quantized.model.items.state_dict()[name], tensor), name
     given, expected = quantized.encode_histories(HISTORIES), exact.encode_histories(HISTORIES)
     assert torch.nn.functional.cosine_similarity(given, expected).min() > 0.95
     assert quantized.recommend(HISTORIES).items.shape == (3, 10)
@@ -77,7 +81,7 @@ def test_full_precision_base_loads_too(model, tmp_path):
     """The adapter is in full precision and the base model is fetched by name: four bits are a choice at load time."""
     model.eval().save_pretrained(tmp_path)
     full = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
-    assert full.backbone.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float32
+    assert full.model.backbone.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float32
     quantized, exact = model.encode_histories(HISTORIES), full.encode_histories(HISTORIES)
     assert torch.nn.functional.cosine_similarity(quantized, exact).min() > 0.95
     assert not torch.equal(quantized, exact)

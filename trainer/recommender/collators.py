@@ -16,8 +16,7 @@ class HistoryCollator:
 
     Training examples (`history`, `targets`) become model inputs with labels. Evaluation examples (`history`, `target`)
     become the inputs that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole history, to
-    be masked) and `target` (`(batch,)`). The prompt before the items, which all users share, is left to the model
-    (`shared_prompt`).
+    be masked) and `target` (`(batch,)`). The prompt before the items, which all users share, is left to the model.
 
     Args:
         max_history (`int`): Longest history that the model reads.
@@ -47,7 +46,6 @@ class HistoryCollator:
         training = "targets" in examples[0]
         batch = pack_histories(
             [example["history"] if training else example["history"][-self.max_history :] for example in examples],
-            (),
             self.suffix_ids,
             [example["targets"] for example in examples] if training else None,
             self.pad_to_multiple_of,

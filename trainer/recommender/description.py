@@ -31,10 +31,10 @@ def describe_items(
     directory = Path(directory)
     rows = torch.arange(1, model.config.num_items + 1, device=model.device)
     with torch.no_grad():
-        spectra = {"item tokens": singular_values(model.items.tokens(rows).float().cpu().numpy())}
+        spectra = {"item tokens": singular_values(model.model.items.tokens(rows).float().cpu().numpy())}
         if not model.config.share_item_table:
-            spectra["scoring table"] = singular_values(model.items.vectors(rows).float().cpu().numpy())
-        weights = model.items.weights(rows).float().cpu()
+            spectra["scoring table"] = singular_values(model.model.items.vectors(rows).float().cpu().numpy())
+        weights = model.model.items.weights(rows).float().cpu()
     draw_singular_spectrum(directory / "figures" / "singular_spectrum.png", spectra, COLLAPSED)
     _draw_weights(model, weights, directory / "figures" / "fusion_weights.png")
     metrics = {name.replace(" ", "_"): collapse_metrics(values) for name, values in spectra.items()}
@@ -45,7 +45,7 @@ def describe_items(
     titles = item_ids if processor.titles is None else ["", *processor.titles]
     write_semantic_ids(directory / SEMANTIC_IDS_NAME, item_ids, codes)
     metrics["semantic_ids"] = code_metrics(codes, model.config.codebook_size)
-    examples = semantic_id_examples(codes, model.items.fusion.frequencies.cpu(), item_ids, titles)
+    examples = semantic_id_examples(codes, model.model.items.fusion.frequencies.cpu(), item_ids, titles)
     return metrics, {"semantic_id_examples": examples}
 
 
@@ -55,19 +55,19 @@ def semantic_ids(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Te
         return {}
     return {
         name: modality.codes.masked_fill(~modality.present[:, None], -1).cpu()
-        for name, modality in model.items.modalities.items()
+        for name, modality in model.model.items.modalities.items()
     }
 
 
 def _draw_weights(model: MMESIDForSequentialRecommendation, weights: torch.Tensor, path: Path) -> None:
     """The weights depend on an item's frequency and on what it lacks: shown are the items that lack nothing."""
     complete = (weights > 0).all(1)
-    frequencies = model.items.fusion.frequencies[1:].cpu()[complete]
+    frequencies = model.model.items.fusion.frequencies[1:].cpu()[complete]
     points, first = torch.unique(frequencies, return_inverse=True)
     if len(points) == 0:
         return
     shares = torch.zeros(len(points), weights.shape[1])
     shares[first] = weights[complete] / weights.shape[1]
-    names = ["ID vector" if model.config.share_item_table else "score head"] * model.items.has_id_source
-    names += model.config.modalities
+    id_name = "ID vector" if model.config.share_item_table else "score head"
+    names = [id_name if name == "id" else name for name in model.model.items.source_names]
     draw_fusion_weights(path, points.numpy(), {name: shares[:, place].numpy() for place, name in enumerate(names)})

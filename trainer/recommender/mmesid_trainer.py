@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modeling_mmesid import MMESIDForSequentialRecommendation
-from modeling_mmesid.packing import should_try_flex_attention, use_attention
 
+from .attention_trial import attention_problem, packing_problem, should_try_flex_attention, use_attention
 from .collators import HistoryCollator
 from .description import describe_items
 from .sequential_trainer import SequentialRecommendationTrainer
@@ -19,7 +19,10 @@ logger = logging.get_logger(__name__)
 
 class MMESIDTrainer(SequentialRecommendationTrainer):
     """
-    Trains [`MMESIDForSequentialRecommendation`] on all prefixes of every user, packed into one sequence a user.
+    Trains [`MMESIDForSequentialRecommendation`] on all prefixes of each user, packed into one sequence per user.
+
+    A backbone whose attention cannot take the mask of packed sequences is found out before training, and reads each
+    prefix in a row of its own, with a warning.
 
     ```python
     trainer = MMESIDTrainer(
@@ -33,8 +36,6 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
     Args:
         model ([`MMESIDForSequentialRecommendation`]): The recommender, its items initialised.
         args (`TrainingArguments`): Settings of the training.
-        packed (`bool`, *optional*, defaults to `True`): Let the prefixes of a user share a sequence, wherever the
-            backbone's attention takes the mask; otherwise each is a row of its own, with a warning.
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, drawn by
             smoothed popularity; 0 takes the whole catalogue.
         flex_attention (`bool`, *optional*, defaults to `True`): Let FlexAttention read packed sequences in training
@@ -49,7 +50,6 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         self,
         model: MMESIDForSequentialRecommendation,
         args: TrainingArguments,
-        packed: bool = True,
         num_candidates: int = 0,
         flex_attention: bool = True,
         **kwargs,
@@ -58,52 +58,44 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         collator = HistoryCollator(
             config.max_history,
             config.prompt_suffix_ids,
-            packed=packed,
             num_candidates=num_candidates,
-            sampling_weights=smoothed_popularity(model.items.fusion.frequencies) if num_candidates else None,
+            sampling_weights=smoothed_popularity(model.model.items.fusion.frequencies) if num_candidates else None,
         )
         super().__init__(model, args, data_collator=collator, **kwargs)
-        self.train_attention = model.backbone.config._attn_implementation
-        if packed and config.prompt_suffix_ids and self.train_dataset is not None:
+        self.train_attention = model.model.backbone.config._attn_implementation
+        if config.prompt_suffix_ids and self.train_dataset is not None:
             # Only now: on the device, and in the precision, that training will have.
             with self.accelerator.autocast():
                 self._try_packing(flex_attention)
 
     def _try_packing(self, flex_attention: bool) -> None:
-        model, backbone = self.model, self.model.backbone
-        problem = model.packing_problem()
+        model = self.model.model
+        backbone_name = type(model.backbone).__name__
+        problem = packing_problem(model)
         if problem is not None:
             self.data_collator.packed = False
             logger.warning(
-                "The prefixes of a user cannot share a sequence on %s: %s. Every prefix becomes a row of its own, "
-                "many times as many; lower per_device_train_batch_size if memory runs out.",
-                type(backbone).__name__,
+                "The prefixes of a user cannot share a sequence on %s: %s. Each prefix becomes a row of its own, "
+                "which makes many times as many rows; lower per_device_train_batch_size if memory runs out.",
+                backbone_name,
                 problem,
             )
-        elif flex_attention and should_try_flex_attention(
-            model.device.type, backbone._supports_flex_attn, self.train_attention
-        ):
-            problem = model.attention_problem("flex_attention")
+        elif flex_attention and should_try_flex_attention(model):
+            problem = attention_problem(model, "flex_attention")
             if problem is None:
                 self.train_attention = "flex_attention"
             else:
                 logger.warning(
-                    "FlexAttention cannot read the packed prefixes of %s: %s. SDPA reads them, with a mask of every "
-                    "pair of positions.",
-                    type(backbone).__name__,
+                    "FlexAttention cannot read the packed prefixes of %s: %s. SDPA reads them, with a mask of all "
+                    "pairs of positions.",
+                    backbone_name,
                     problem,
                 )
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        # For this alone: to single prefixes, in evaluation and in use, FlexAttention has nothing to skip.
-        with use_attention(self.accelerator.unwrap_model(self.model).backbone, self.train_attention):
+        # For training alone: to single prefixes, in evaluation and in use, FlexAttention has nothing to skip.
+        with use_attention(self.accelerator.unwrap_model(self.model).model.backbone, self.train_attention):
             return super().training_step(*args, **kwargs)
-
-    def compute_loss(self, model, inputs: dict[str, torch.Tensor], *args, **kwargs):
-        return super().compute_loss(model, inputs | {"shared_prompt": True}, *args, **kwargs)
-
-    def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**inputs, shared_prompt=True).user_embeddings
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
         config = self.model.config

@@ -79,7 +79,9 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
         )
 
     def evaluation_loop(self, *args, **kwargs):
-        # The table is the same for all batches: built once an evaluation.
+        # A new one: an evaluation that was interrupted must not leave its ranks to the next.
+        self.compute_metrics = ranking_metrics()
+        # The table is the same for all batches: built once per evaluation.
         self.model.eval()
         with torch.no_grad():
             self._item_table = self.model.item_table()
@@ -88,17 +90,13 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
         finally:
             self._item_table = None
 
-    def encode(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """User representations of an evaluation batch, of shape `(batch, hidden)`."""
-        return model(**inputs).user_embeddings
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns no loss, the ranks of the targets (`(batch,)`) and the targets."""
         inputs = self._prepare_inputs(inputs)
         seen, target = inputs.pop("seen"), inputs.pop("target")
         with torch.no_grad():
             with self.compute_loss_context_manager():
-                user_embeddings = self.encode(model, inputs)
+                user_embeddings = model(**inputs).user_embeddings
             # Outside of autocast: scores rounded to bf16 tie, and ties count against the target.
             scores = mask_histories(score_items(user_embeddings, self._item_table), seen)
             return None, target_ranks(scores, target), target

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
         trainer = MMESIDTrainer(
             model,
             trainer_arguments(arguments, run),
-            packed=arguments.packed,
             num_candidates=arguments.num_candidates,
             flex_attention=arguments.attn_implementation is None,
             train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history, arguments.max_targets),
@@ -192,7 +191,6 @@ def build(
         try:
             model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
                 arguments.backbone_name_or_path,
-                revision=arguments.backbone_revision,
                 lora=lora_settings(arguments),
                 freeze_backbone=arguments.freeze_backbone,
                 backbone_kwargs=backbone_kwargs(arguments),
@@ -229,7 +227,7 @@ def backbone_kwargs(arguments: FinetuneArguments) -> dict:
     Raises:
         ValueError: If it is to be quantized, but bitsandbytes is not installed or it would be trained in full.
     """
-    kwargs = {}
+    kwargs = {} if arguments.backbone_revision is None else {"revision": arguments.backbone_revision}
     if arguments.attn_implementation is not None:
         kwargs["attn_implementation"] = arguments.attn_implementation
     if arguments.quantization is not None:

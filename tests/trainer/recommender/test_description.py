@@ -28,7 +28,7 @@ def test_the_spectra_are_those_of_tokens_and_table(described):
     model, _, metrics, _ = described
     rows = torch.arange(1, NUM_ITEMS + 1)
     with torch.no_grad():
-        tables = {"item_tokens": model.items.tokens(rows), "scoring_table": model.item_table()[1:]}
+        tables = {"item_tokens": model.model.items.tokens(rows), "scoring_table": model.item_table()[1:]}
     for name, table in tables.items():
         values = torch.linalg.svdvals(table.double())
         assert metrics[name]["information_abundance"] == pytest.approx(float(values.sum() / values[0]), rel=1e-4)
@@ -41,7 +41,7 @@ def test_the_file_of_semantic_ids_is_what_the_model_holds(described):
     model, directory, metrics, _ = described
     table = pq.read_table(directory / "semantic_ids.parquet").to_pydict()
     assert table["item_id"] == Processor.item_ids
-    text = model.items.modalities["text"]
+    text = model.model.items.modalities["text"]
     for row in range(1, NUM_ITEMS + 1):
         assert table["text"][row - 1] == (text.codes[row].tolist() if text.present[row] else None)
     # Items 3, 4 and 5 lack a text.
@@ -62,7 +62,7 @@ def test_pictures_are_small_and_the_same_each_time(described, tmp_path):
 
 def test_examples_show_the_next_of_kin_of_the_most_frequent(described):
     model, _, _, details = described
-    codes, frequencies = semantic_ids(model), model.items.fusion.frequencies
+    codes, frequencies = semantic_ids(model), model.model.items.fusion.frequencies
     examples = details["semantic_id_examples"]
     assert len(examples) == 8 and len({example["item_id"] for example in examples}) == 8
     # Frequencies rise with the row.

@@ -102,7 +102,7 @@ def quick_arguments(tmp_path) -> TrainingArguments:
 
 def test_flex_attention_that_fails_its_trial_is_not_used(tmp_path, caplog, monkeypatch):
     """As on CUDA, where it is tried; on the CPU it has no backward pass."""
-    monkeypatch.setattr("mmesid.trainer.recommender.mmesid_trainer.should_try_flex_attention", lambda *_: True)
+    monkeypatch.setattr("mmesid.trainer.recommender.mmesid_trainer.should_try_flex_attention", lambda model: True)
     with torch.compiler.set_stance("force_eager"):
         trainer = mmesid_trainer(quick_arguments(tmp_path))
     assert "FlexAttention cannot read the packed prefixes of LlamaModel" in caplog.text
@@ -118,7 +118,7 @@ def test_the_attention_of_training_is_that_of_training_alone(tmp_path):
     trainer = mmesid_trainer(quick_arguments(tmp_path))
     assert trainer.train_attention == "sdpa", "FlexAttention is not tried on the CPU"
     trainer.train_attention, seen = "eager", []
-    trainer.model.backbone.register_forward_pre_hook(
+    trainer.model.model.backbone.register_forward_pre_hook(
         lambda backbone, _: seen.append((backbone.training, backbone.config._attn_implementation))
     )
     trainer.train()
@@ -166,7 +166,7 @@ def test_gradient_accumulation_makes_the_same_update(tmp_path):
         targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
         trainer.train_dataset = TrainingWindows(Sequences([""] * 64, flat, offsets, targets), 10)
         trainer.train()
-        weights.append(trainer.model.items.id_embeddings.weight.detach().clone())
+        weights.append(trainer.model.model.items.id_embeddings.weight.detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 

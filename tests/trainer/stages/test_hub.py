@@ -295,7 +295,7 @@ assert torch.equal(AutoModel.from_pretrained("tester/by-model").recommend(rows).
 
 # Other weights are not what the card measured; what is already there stays.
 with torch.no_grad():
-    model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+    model.model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
 model.push_to_hub("tester/changed")
 files["changed"] = api.list_repo_files("tester/changed")
 AutoProcessor.from_pretrained(f"{root}/recommender").push_to_hub("tester/changed")
@@ -365,12 +365,12 @@ assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(
 )
 assert AutoModel.from_pretrained(
     "tester/adapter", revision="v1", dtype=torch.bfloat16, device_map="cpu"
-).backbone.dtype == torch.bfloat16
+).model.backbone.dtype == torch.bfloat16
 if is_bitsandbytes_available():
     quantized = AutoModel.from_pretrained(
         "tester/adapter", revision="v1", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
-    assert "4bit" in type(quantized.backbone.layers[0].self_attn.q_proj).__name__.lower()
+    assert "4bit" in type(quantized.model.backbone.layers[0].self_attn.q_proj).__name__.lower()
     assert quantized.recommend([[1, 2, 3]]).items.shape == (1, 10)
 
 # Model, processor and pipeline as one, through the pipeline's own method.

@@ -58,13 +58,13 @@ def test_hnsw_index_finds_nearly_all_and_says_how_many(tiny_run, model, tmp_path
 
 def test_removed_items_are_not_indexed(tiny_run, model, tmp_path):
     best = model.recommend(HISTORIES[:1], top_k=1, exclude_history=False).items[0].tolist()
-    model.items.removed[best] = True
+    model.model.items.removed[best] = True
     try:
         shutil.copytree(tiny_run / "recommender", tmp_path / "removed")
         model.save_pretrained(tmp_path / "removed")
         expected = model.recommend(HISTORIES, top_k=5, exclude_history=False).items.tolist()
     finally:
-        model.items.removed[best] = False
+        model.model.items.removed[best] = False
     (tmp_path / "removed" / "record.json").unlink()
     items = export(tmp_path / "removed", tmp_path / "index")
     assert len(items) == 79 and best[0] not in items["row"]

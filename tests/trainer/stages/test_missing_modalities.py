@@ -69,7 +69,7 @@ def test_a_missing_modality_is_a_mask_in_table_codes_and_recommender(run, modali
     codes = pq.read_table(run / "quantizer/semantic_ids.parquet")[modality].to_pylist()
     assert [row for row, ids in enumerate(codes, start=1) if ids is None] == absent
 
-    items = MMESIDForSequentialRecommendation.from_pretrained(run / "recommender").items
+    items = MMESIDForSequentialRecommendation.from_pretrained(run / "recommender").model.items
     assert torch.equal(items.modalities[modality].present, present)
     weights = items.weights(torch.arange(1, NUM_ITEMS + 1))
     source = 1 + list(ABSENT).index(modality)
@@ -84,10 +84,10 @@ def test_the_recommender_reads_nothing_where_a_modality_is_missing_and_ranks_eve
     assert sorted(before.items[0].tolist() + history[0]) == list(range(1, NUM_ITEMS + 1))
 
     for modality, absent in ABSENT.items():
-        model.items.modalities[modality].embeddings[absent] = 100.0
-        model.items.modalities[modality].codes[absent] = 1
+        model.model.items.modalities[modality].embeddings[absent] = 100.0
+        model.model.items.modalities[modality].codes[absent] = 1
     after = model.recommend(history, top_k=NUM_ITEMS - 4)
     assert torch.equal(after.items, before.items) and torch.equal(after.scores, before.scores)
     # Where the modality is there, its values do count.
-    model.items.modalities["visual"].embeddings[3] += 100.0
+    model.model.items.modalities["visual"].embeddings[3] += 100.0
     assert not torch.equal(model.recommend(history, top_k=NUM_ITEMS - 4).scores, before.scores)

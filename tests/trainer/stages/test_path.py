@@ -224,7 +224,7 @@ def test_the_papers_items_by_one_flag_or_two(tiny_run):
         arguments = parse(FinetuneArguments, [*finetune_flags(tiny_run, "unused"), *flags])
         settings, _ = finetune.load_content(arguments, finetune.content_modalities(arguments), data.num_items)
         _, model = finetune.build(arguments, data, settings)
-        parts = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("items.")}
+        parts = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.items.")}
         # The ID embeddings are the score head's: no token holds one.
         assert parts == {"fusion", "id_embeddings", "modalities", "token_mlp"}
 
@@ -274,10 +274,10 @@ def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
     assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
     model = AutoModel.from_pretrained(tmp_path / "lora")
     frozen = LlamaModel.from_pretrained(base).state_dict()
-    for name, value in model.backbone.state_dict().items():
+    for name, value in model.model.backbone.state_dict().items():
         if "lora_" not in name:
             assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
-    assert any(value.abs().max() > 0 for name, value in model.backbone.state_dict().items() if "lora_B" in name)
+    assert any(value.abs().max() > 0 for name, value in model.model.backbone.state_dict().items() if "lora_B" in name)
 
 
 def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_path, monkeypatch):
@@ -316,10 +316,10 @@ def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(tiny_run
     for given, expected in ((["all-linear"], {"c_attn", "c_fc", "c_proj"}), (["c_attn", "c_fc"], {"c_attn", "c_fc"})):
         arguments = parse(FinetuneArguments, [*flags, "--lora_target_modules", *given])
         _, model = finetune.build(arguments, data, {})
-        adapted = {name.split(".")[-4] for name, _ in model.backbone.named_parameters() if "lora_A" in name}
+        adapted = {name.split(".")[-4] for name, _ in model.model.backbone.named_parameters() if "lora_A" in name}
         assert adapted == expected
     _, frozen = finetune.build(parse(FinetuneArguments, [*flags, "--freeze_backbone", "true"]), data, {})
-    assert not any(parameter.requires_grad for parameter in frozen.backbone.parameters())
+    assert not any(parameter.requires_grad for parameter in frozen.model.backbone.parameters())
 
 
 INTERRUPT = """

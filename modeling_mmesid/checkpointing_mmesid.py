@@ -1,0 +1,206 @@
+"""Checkpoints of a recommender over a base model: the trained parts and the adapter are saved, the frozen backbone is
+fetched by name."""
+
+import os
+from copy import deepcopy
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
+
+from .checkpoints import HUB_ARGUMENTS, require_fit, require_public_base_model, weight_files
+from .configuration_mmesid import MMESIDConfig
+from .pipeline_mmesid import SequentialRecommendationPipeline
+
+
+# Arguments of `from_pretrained` that say where the checkpoint's own files are; the others of `HUB_ARGUMENTS` hold for
+# the base model, too.
+OWN_HUB_ARGUMENTS = ("revision", "subfolder", "force_download")
+
+
+class BaseModelMixin:
+    """For models whose `base_model` has a `backbone` that `config.base_model_name_or_path` may name."""
+
+    @classmethod
+    def from_backbone_pretrained(
+        cls,
+        pretrained_backbone_name_or_path: str | os.PathLike,
+        *,
+        freeze_backbone: bool = False,
+        backbone_kwargs: dict | None = None,
+        **config_kwargs,
+    ):
+        """
+        A new recommender around a pretrained decoder. Give it the catalogue with
+        [`~MMESIDForSequentialRecommendation.initialize_items`].
+
+        Args:
+            pretrained_backbone_name_or_path (`str` or `os.PathLike`): Anything that `AutoModel.from_pretrained` loads.
+            freeze_backbone (`bool`, *optional*, defaults to `False`): Without `lora`, leave the backbone as it is
+                rather than train it in full: only items and fusion learn, and the checkpoint names the base model.
+            backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `revision`,
+                `dtype`, `quantization_config`, `device_map` or `attn_implementation`.
+            **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
+                checkpoint names it; without, it is trained in full and saved with the rest.
+        """
+        backbone_kwargs = {"use_safetensors": True} | (backbone_kwargs or {})
+        hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
+        config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
+        # A branch moves on. Only what came from a Hub has a commit.
+        revision = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
+        backbone = AutoModel.from_pretrained(
+            pretrained_backbone_name_or_path, **backbone_kwargs | ({} if revision is None else {"revision": revision})
+        )
+        if freeze_backbone or config_kwargs.get("lora") is not None:
+            config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
+            config_kwargs["base_model_revision"] = revision
+        # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
+        # mask.
+        backbone_config = deepcopy(backbone.config)
+        # Often a path of this machine, which a checkpoint that is published must not tell.
+        backbone_config._name_or_path = ""
+        return cls(MMESIDConfig(backbone_config=backbone_config, **config_kwargs), backbone=backbone)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        Loads a checkpoint. If it names a base model, the frozen backbone is loaded by that name, with all keyword
+        arguments that are neither settings of [`MMESIDConfig`] nor tell where the checkpoint is: `dtype`,
+        `quantization_config`, `device_map`, `attn_implementation`, `trust_remote_code` and the like.
+
+        Raises:
+            OSError: If the checkpoint holds no weights in safetensors, or its base model cannot be loaded.
+            TypeError: If neither the configuration nor the backbone knows a keyword argument.
+            ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model
+            does not have.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if config is None:
+            config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if config.base_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        config = deepcopy(config)
+        for name in MMESIDConfig.__annotations__.keys() & kwargs:
+            setattr(config, name, kwargs.pop(name))
+        config.validate()
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        files = weight_files(pretrained_model_name_or_path, **hub_kwargs)
+        backbone_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_HUB_ARGUMENTS}
+        try:
+            backbone = AutoModel.from_pretrained(
+                config.base_model_name_or_path,
+                **{"use_safetensors": True, "revision": config.base_model_revision} | backbone_kwargs,
+            )
+        except OSError as error:
+            raise OSError(
+                f"'{pretrained_model_name_or_path}' needs its base model '{config.base_model_name_or_path}', which "
+                f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
+            ) from error
+        model = cls(config, backbone=backbone)
+        weights = {name: weight for path in files for name, weight in load_file(path).items()}
+        if model.base_model is model:
+            prefix = f"{model.base_model_prefix}."
+            weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        keys = model.load_state_dict(weights, strict=False)
+        missing = set(keys.missing_keys) - model._keys_to_ignore_on_save
+        require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
+        model = model.to(backbone.device).eval()
+        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, nothing) if with_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        merge_backbone: bool = False,
+        is_main_process: bool = True,
+        **kwargs,
+    ) -> None:
+        """
+        Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, with the code of the pipeline, and the LoRA
+        adapter also to `adapter/` in PEFT's format.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to.
+            merge_backbone (`bool`, *optional*, defaults to `False`): Write a self-contained checkpoint instead: the
+                adapter merged into the backbone, no base model to fetch.
+            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes what all share.
+
+        Raises:
+            ValueError: If `merge_backbone` is asked of a quantized backbone, whose weights cannot hold the sum.
+        """
+        if merge_backbone and self.config.base_model_name_or_path is not None:
+            merged = self._merged_for_saving()
+            return merged.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self._save_companions(save_directory)
+
+    def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
+        """
+        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.prepare_upload`].
+
+        Raises:
+            ValueError: If the base model is a folder on this machine.
+        """
+        require_public_base_model(self.config.base_model_name_or_path)
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        self._save_companions(directory)
+        super().prepare_upload(directory, repo_id)
+
+    def _save_companions(self, save_directory: str | os.PathLike) -> None:
+        """Writes the code of the pipeline, and the adapter in PEFT's format."""
+        custom_object_save(SequentialRecommendationPipeline, save_directory)
+        if self.config.lora is None:
+            return
+        adapter_dir = os.path.join(save_directory, "adapter")
+        adapter_config = LoraConfig(
+            **self.config.lora,
+            base_model_name_or_path=self.config.base_model_name_or_path,
+            revision=self.config.base_model_revision,
+            inference_mode=True,
+        )
+        adapter_config.save_pretrained(adapter_dir)
+        weights = get_peft_model_state_dict(self.base_model.backbone)
+        save_file(
+            {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+            os.path.join(adapter_dir, "adapter_model.safetensors"),
+            metadata={"format": "pt"},
+        )
+
+    @torch.no_grad()
+    def _merged_for_saving(self):
+        """
+        The same weights without base model and adapter, shared with this model where nothing was merged.
+
+        Fit to be saved and for nothing else: buffers that no checkpoint holds (`rotary_emb.inv_freq`) have no values.
+        """
+        weights = self.state_dict()
+        for name, layer in self.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            for key in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[key]
+            # A copy: the adapter goes on training in this one.
+            merged = deepcopy(layer)
+            merged.merge()
+            weights |= {f"{name}.{key}": tensor for key, tensor in merged.get_base_layer().state_dict().items()}
+        quantized = next(
+            (name for name in weights if "quant_state" in name or weights[name].dtype == torch.uint8), None
+        )
+        if quantized is not None:
+            raise ValueError(
+                f"The backbone is quantized ('{quantized}'), so nothing can be merged into it; load the checkpoint "
+                "without quantization_config and save that with merge_backbone=True."
+            )
+        config = deepcopy(self.config)
+        config.lora = config.base_model_name_or_path = config.base_model_revision = None
+        with torch.device("meta"):
+            model = type(self)(config)
+        model.load_state_dict(weights, assign=True)
+        return model

@@ -1,0 +1,456 @@
+"""What an item is to the recommender: embeddings and semantic IDs of its modalities, a free ID vector, and how the
+score weighs them."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .configuration_mmesid import MMESIDConfig
+from .modeling_mmrqvae import MMRQVAEModel
+
+
+# Items of a large catalogue whose vectors are computed at a time: a few hundred MiB at most for wide embeddings.
+ITEMS_PER_BLOCK = 2**15
+
+# Known items whose codes tell whether a quantizer is the model's, and the share of their codes that must agree: of an
+# unrelated quantizer's codes one in `codebook_size` does.
+QUANTIZER_PROBES = 64
+MINIMUM_AGREEMENT = 0.3
+
+
+class MMESIDModality(nn.Module):
+    """
+    One modality of the items: the frozen embedding, projected, and the semantic ID, embedded by trainable code
+    vectors.
+
+    The frozen embeddings are centred and scaled to a mean norm of one, which a projection with bias could learn but
+    would take long to.
+    """
+
+    def __init__(self, config: MMESIDConfig, embedding_dim: int):
+        super().__init__()
+        rows, hidden_size = config.num_items + 1, config.hidden_size
+        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.register_buffer("embeddings", torch.zeros(rows, embedding_dim))
+        self.register_buffer("present", torch.zeros(rows, dtype=torch.bool))
+        self.register_buffer("center", torch.zeros(embedding_dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.projection = nn.Linear(embedding_dim, hidden_size)
+        self.absent_embedding = nn.Parameter(torch.zeros(hidden_size))
+        if self.num_quantizers:
+            self.register_buffer("codes", torch.zeros(rows, self.num_quantizers, dtype=torch.long))
+            self.code_vectors = nn.Parameter(torch.zeros(self.num_quantizers, self.codebook_size, config.codebook_dim))
+            self.code_projection = (
+                nn.Identity()
+                if config.codebook_dim == hidden_size
+                else nn.Linear(config.codebook_dim, hidden_size, bias=False)
+            )
+            self.absent_code = nn.Parameter(torch.zeros(hidden_size))
+
+    def project(self, items: torch.Tensor) -> torch.Tensor:
+        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; the learnt absent vector where the modality is
+        missing."""
+        projected = self.projection((self.embeddings[items] - self.center) * self.scale)
+        return torch.where(self.present[items, None], projected, self.absent_embedding)
+
+    def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
+        """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where
+        missing."""
+        return torch.where(self.present[items, None], self.code_projection(self._summed(items)), self.absent_code)
+
+    def _summed(self, items: torch.Tensor) -> torch.Tensor:
+        offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size
+        return nn.functional.embedding_bag(self.codes[items] + offsets, self.code_vectors.flatten(0, 1), mode="sum")
+
+    @torch.no_grad()
+    def initialize(self, embeddings: torch.Tensor, present: torch.Tensor, codes: torch.Tensor | None) -> None:
+        """Takes the tables of [`MMESIDItems.initialize`] for this modality, already checked."""
+        self.embeddings.copy_(embeddings)
+        self.present.copy_(present)
+        known = embeddings[present].float()
+        self.center.copy_(known.mean(0))
+        self.scale.copy_(1 / (known - known.mean(0)).norm(dim=-1).mean().clamp(min=1e-12))
+        if codes is not None:
+            self.codes.copy_(codes.clamp(min=0))
+
+    @torch.no_grad()
+    def initialize_codes(self, code_vectors: torch.Tensor, length: float) -> None:
+        """
+        Starts from trained code vectors, `(levels, codebook_size, codebook_dim)`. The distances that they keep between
+        the items stay in proportion: the vectors are scaled to a mean `length` of what [`embed_codes`] gives. Where
+        widths differ, they are mapped to the model's width by their principal directions, turned at random; a wider
+        quantizer loses the directions of least variance.
+        """
+        self.code_vectors.copy_(code_vectors)
+        items = self.present.nonzero()[:, 0]
+        if isinstance(self.code_projection, nn.Linear):
+            hidden_size, width = self.code_projection.weight.shape
+            total, products = 0, 0
+            for block in items.split(ITEMS_PER_BLOCK):
+                summed = self._summed(block).double()
+                total, products = total + summed.sum(0), products + summed.T @ summed
+            covariance = products - torch.outer(total, total) / len(items)
+            kept = min(width, hidden_size)
+            directions = torch.linalg.eigh(covariance).eigenvectors[:, width - kept :]
+            turn = nn.init.orthogonal_(torch.empty(hidden_size, kept, dtype=directions.dtype))
+            self.code_projection.weight.copy_(turn.to(directions.device) @ directions.T)
+        self.code_vectors.mul_(length / self.embed_codes(items).norm(dim=-1).mean())
+
+
+class MMESIDFusion(nn.Module):
+    r"""
+    Weights of an item's sources by how often it was seen in training:
+    \\(g_i = \mathrm{softmax}(\mathrm{MLP}(\mathrm{norm}(\log(1 + freq_i))) / temperature)\\).
+
+    The last layer starts at zero, so that all sources start with equal weight. The range that frequencies are
+    normalised by is kept: items added later must not shift the weights of the trained ones.
+    """
+
+    def __init__(self, config: MMESIDConfig, num_sources: int):
+        super().__init__()
+        self.temperature = config.fusion_temperature
+        self.register_buffer("frequencies", torch.zeros(config.num_items + 1, dtype=torch.long))
+        self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
+        self.hidden = nn.Linear(1, config.fusion_hidden_size)
+        self.output = nn.Linear(config.fusion_hidden_size, num_sources)
+
+    @staticmethod
+    def log_range_of(frequencies: torch.Tensor) -> torch.Tensor:
+        """Smallest and largest log(1 + freq) of the items, `(2,)`, from frequencies by row."""
+        return torch.log1p(torch.stack(frequencies[1:].aminmax()).float())
+
+    def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            items (`torch.LongTensor` of shape `(items,)`): Rows.
+            present (`torch.BoolTensor` of shape `(items, sources)`): Which sources an item has; the others get no
+                weight.
+
+        Returns:
+            `torch.FloatTensor` of shape `(items, sources)`, each row summing to one.
+        """
+        low, high = self.log_range
+        normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
+        hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
+        logits = self.output(hidden) / self.temperature
+        return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
+
+
+class MMESIDItems(nn.Module):
+    """
+    What an item is, to the backbone (its token) and to the score (its row of the fused table).
+
+    Shared form: token and table row are the same vector, the fusion of a free ID vector and, per modality, projection
+    plus codes. Paper's form: the token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the
+    projections.
+    """
+
+    def __init__(self, config: MMESIDConfig):
+        super().__init__()
+        self.config = config
+        rows, hidden_size = config.num_items + 1, config.hidden_size
+        self.modalities = nn.ModuleDict(
+            {
+                name: MMESIDModality(config, dim)
+                for name, dim in zip(config.modalities, config.embedding_dims, strict=True)
+            }
+        )
+        self.has_id_source = config.use_item_ids or not config.share_item_table
+        self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
+        self.register_buffer("has_id", torch.ones(rows, dtype=torch.bool))
+        self.register_buffer("removed", torch.zeros(rows, dtype=torch.bool))
+        self.source_names = ["id"] * self.has_id_source + list(config.modalities)
+        self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
+        self.token_id_embeddings = None
+        if not config.share_item_table:
+            self.token_id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if config.use_item_ids else None
+            parts = len(self.modalities) * (2 if config.num_quantizers else 1) + config.use_item_ids
+            self.token_mlp = nn.Linear(parts * hidden_size, hidden_size)
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        frequencies: torch.Tensor,
+        embeddings: dict[str, torch.Tensor] | None = None,
+        present: dict[str, torch.Tensor] | None = None,
+        codes: dict[str, torch.Tensor] | None = None,
+        code_vectors: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """
+        Fills the catalogue. All tables are indexed by row; row 0 is padding.
+
+        Args:
+            frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
+            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings for
+                each modality.
+            present (`dict[str, torch.BoolTensor]`, each of shape `(items + 1,)`, *optional*): Which items have the
+                modality; those with a non-zero embedding by default.
+            codes (`dict[str, torch.LongTensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs, -1
+                for items that lack the modality.
+            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`,
+                *optional*): The quantizer's *trained* code vectors to start from; left at their random initialisation
+                by default.
+
+        Raises:
+            ValueError: If a table is missing, its shape, type or values do not fit the configuration, or no item has
+                some modality.
+        """
+        config = self.config
+        rows = config.num_items + 1
+        if frequencies.shape != (rows,):
+            raise ValueError(
+                f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; give one value per row, "
+                "where row 0 is padding."
+            )
+        embeddings, codes = embeddings or {}, codes or {}
+        present = self._masks(embeddings, present, rows)
+        for mask in present.values():
+            mask[0] = False
+        wanted = {"embeddings": (embeddings, True), "codes": (codes, config.num_quantizers > 0)}
+        if code_vectors is not None:
+            wanted["code_vectors"] = (code_vectors, config.num_quantizers > 0)
+        for kind, (tables, needed) in wanted.items():
+            names = config.modalities if needed else []
+            if sorted(tables) != sorted(names):
+                raise ValueError(
+                    f"{kind} are given for {sorted(tables)}, but the configuration has {sorted(names)}; give one "
+                    "table for each."
+                )
+        shape = (config.num_quantizers, config.codebook_size, config.codebook_dim)
+        for name, vectors in (code_vectors or {}).items():
+            _check_table("code_vectors", name, vectors, shape)
+        for name, table in codes.items():
+            _check_codes(name, table, (rows, config.num_quantizers), config.codebook_size, present[name])
+        for name in config.modalities:
+            if not present[name].any():
+                raise ValueError(f"No item has the modality '{name}'; leave it out of the configuration's modalities.")
+        self.fusion.frequencies.copy_(frequencies)
+        self.fusion.log_range.copy_(self.fusion.log_range_of(frequencies))
+        for name, modality in self.modalities.items():
+            modality.initialize(embeddings[name], present[name], codes.get(name))
+            if code_vectors is not None:
+                # As long as an ID vector, on average: one source must not drown the others before training.
+                modality.initialize_codes(code_vectors[name], config.initializer_range * config.hidden_size**0.5)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        embeddings: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor] | None = None,
+        quantizer: MMRQVAEModel | None = None,
+    ) -> list[int]:
+        """Adds items after training, see [`MMESIDForSequentialRecommendation.add_items`]."""
+        config = self.config
+        unknown = set(embeddings) - set(config.modalities)
+        if unknown or not embeddings:
+            raise ValueError(
+                f"embeddings are given for {sorted(embeddings) or 'nothing'}, but items have "
+                f"{config.modalities or 'nothing but trained ID vectors, so that none can be added'}."
+            )
+        count = len(next(iter(embeddings.values())))
+        present = self._masks(embeddings, present, count)
+        without = (~torch.stack(list(present.values())).any(0)).nonzero()[:, 0]
+        if len(without):
+            raise ValueError(
+                f"New item {int(without[0])} has no modality at all, and without training nothing else can score it."
+            )
+        codes = self._codes_of_new(embeddings, present, quantizer, count) if config.num_quantizers else {}
+        for name, modality in self.modalities.items():
+            table = embeddings.get(name, modality.embeddings.new_zeros(count, modality.embeddings.shape[1]))
+            modality.embeddings = torch.cat([modality.embeddings, table.to(modality.embeddings)])
+            has = present.get(name, torch.zeros(count, dtype=torch.bool))
+            modality.present = torch.cat([modality.present, has.to(modality.present.device)])
+            if config.num_quantizers:
+                modality.codes = torch.cat([modality.codes, codes[name].to(modality.codes.device)])
+        frequencies = self.fusion.frequencies
+        self.fusion.frequencies = torch.cat([frequencies, frequencies.new_zeros(count)])
+        self.has_id = torch.cat([self.has_id, self.has_id.new_zeros(count)])
+        self.removed = torch.cat([self.removed, self.removed.new_zeros(count)])
+        self.id_embeddings = _with_zero_rows(self.id_embeddings, count)
+        self.token_id_embeddings = _with_zero_rows(self.token_id_embeddings, count)
+        first = config.num_items + 1
+        config.num_items += count
+        return list(range(first, first + count))
+
+    @torch.no_grad()
+    def remove(self, rows: Sequence[int]) -> None:
+        """Marks items as never to be recommended, see [`MMESIDForSequentialRecommendation.remove_items`]."""
+        wrong = next((row for row in rows if not 1 <= row <= self.config.num_items), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Row {wrong} is outside 1..{self.config.num_items}; use the processor to turn item ids into rows."
+            )
+        self.removed[list(rows)] = True
+
+    def _masks(
+        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None, rows: int
+    ) -> dict[str, torch.Tensor]:
+        """Which rows of the given tables have each modality, `(rows,)` each; by default those with a non-zero
+        embedding."""
+        widths = dict(zip(self.config.modalities, self.config.embedding_dims, strict=True))
+        masks = {}
+        for name in widths.keys() & embeddings:
+            _check_table("embeddings", name, embeddings[name], (rows, widths[name]))
+            given = present is not None and name in present
+            mask = present[name].clone() if given else (embeddings[name] != 0).any(-1)
+            if mask.dtype != torch.bool or mask.shape != (rows,):
+                raise ValueError(
+                    f"present of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}; give torch.bool of shape "
+                    f"({rows},), one value per row of its embeddings."
+                )
+            masks[name] = mask
+        return masks
+
+    def _codes_of_new(
+        self,
+        embeddings: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor],
+        quantizer: MMRQVAEModel | None,
+        count: int,
+    ) -> dict[str, torch.Tensor]:
+        """Codes of new items for each modality, `(new_items, levels)`, 0 where an item lacks the modality."""
+        config = self.config
+        shape = (config.num_quantizers, config.codebook_size)
+        if quantizer is None or (quantizer.config.num_quantizers, quantizer.config.codebook_size) != shape:
+            raise ValueError(
+                f"The model's items have {shape[0]} codes of {shape[1]}; give the quantizer that made them as "
+                "`quantizer`."
+            )
+        self._check_quantizer(quantizer, embeddings)
+        codes = {name: torch.zeros(count, config.num_quantizers, dtype=torch.long) for name in config.modalities}
+        for name, has in present.items():
+            if has.any():
+                found = quantizer.encode({name: embeddings[name][has].to(quantizer.device)}).codes[name]
+                codes[name][has.cpu()] = found.long().cpu()
+        return codes
+
+    def _check_quantizer(self, quantizer: MMRQVAEModel, modalities: Iterable[str]) -> None:
+        """Codes of another training mean other things. Those of known items tell: the quantizer that made them gives
+        most again (an ID that was moved to be unique differs, or one that rounded embeddings no longer decide)."""
+        for name in modalities:
+            known = self.modalities[name]
+            rows = known.present.nonzero()[:QUANTIZER_PROBES, 0]
+            expected = known.codes[rows].cpu()
+            found = quantizer.encode({name: known.embeddings[rows].to(quantizer.device)}).codes[name].cpu()
+            agreement = (found == expected).double().mean()
+            if agreement < MINIMUM_AGREEMENT:
+                raise ValueError(
+                    f"The quantizer gives the model's own items other codes of '{name}' than they have "
+                    f"({agreement:.0%} agree); give the one that the model was trained with."
+                )
+
+    def modality_sources(self, items: torch.Tensor) -> torch.Tensor:
+        """What each modality puts into the fused table, `(items, modalities, hidden)`: its projection, and in the
+        shared form its codes."""
+        with_codes = self.config.share_item_table and self.config.num_quantizers > 0
+        return torch.stack(
+            [
+                modality.project(items) + modality.embed_codes(items) if with_codes else modality.project(items)
+                for modality in self.modalities.values()
+            ],
+            dim=1,
+        )
+
+    def sources(self, items: torch.Tensor) -> torch.Tensor:
+        """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then
+        every modality."""
+        sources = [self.id_embeddings(items)[:, None]] if self.has_id_source else []
+        return torch.cat(sources + [self.modality_sources(items)] if self.modalities else sources, dim=1)
+
+    def weights(self, items: torch.Tensor) -> torch.Tensor:
+        """
+        Fusion weights of shape `(items, sources)`, the ID vector (or score head) first, scaled to sum to the number of
+        sources: a factor that no ranking sees, without which every source would learn more slowly the more there are.
+        What an item lacks (a modality; the ID vector of an item added after training) has weight 0, and the others
+        share its part.
+        """
+        present = [self.has_id[items]] if self.has_id_source else []
+        present += [modality.present[items] for modality in self.modalities.values()]
+        present = torch.stack(present, dim=1) & (items != 0)[:, None]
+        # An item with no source at all (padding) would make the softmax undefined; its vector is zero.
+        any_present = present.any(-1, keepdim=True)
+        return self.fusion(items, present | ~any_present) * any_present * present.shape[1]
+
+    def _id_weight_and_content(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of the ID vector, `(items, 1)`, and the weighted sum of the modalities, `(items, hidden)`."""
+        weights = self.weights(items)
+        if not self.modalities:
+            return weights, weights.new_zeros(len(items), self.config.hidden_size)
+        content = torch.einsum("is,ish->ih", weights[:, self.has_id_source :], self.modality_sources(items))
+        return weights[:, :1], content
+
+    def vectors(self, items: torch.Tensor) -> torch.Tensor:
+        """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
+        id_weight, content = self._id_weight_and_content(items)
+        return torch.addcmul(content, id_weight, self.id_embeddings(items)) if self.has_id_source else content
+
+    def table(self) -> torch.Tensor:
+        """
+        The whole fused table, `(items + 1, hidden)`.
+
+        What a modality computes on the way is many times as large as the table. Beyond `ITEMS_PER_BLOCK` items it is
+        computed block by block, and again in the backward pass, so that it is held for one block at a time.
+        """
+        rows = torch.arange(len(self.has_id), device=self.has_id.device)
+        if len(rows) <= ITEMS_PER_BLOCK:
+            id_weight, content = self._id_weight_and_content(rows)
+        else:
+            blocks = [
+                checkpoint(self._id_weight_and_content, block, use_reentrant=False, preserve_rng_state=False)
+                for block in rows.split(ITEMS_PER_BLOCK)
+            ]
+            id_weight, content = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return torch.addcmul(content, id_weight, self.id_embeddings.weight) if self.has_id_source else content
+
+    def tokens(self, items: torch.Tensor) -> torch.Tensor:
+        """Soft tokens of the given rows, `(items, hidden)`."""
+        if self.config.share_item_table:
+            return self.vectors(items)
+        parts = []
+        for modality in self.modalities.values():
+            parts.append(modality.project(items))
+            if self.config.num_quantizers:
+                parts.append(modality.embed_codes(items))
+        if self.token_id_embeddings is not None:
+            parts.append(self.token_id_embeddings(items) * self.has_id[items, None])
+        return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
+
+
+def _check_table(kind: str, name: str, table: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if not table.is_floating_point() or table.shape != shape:
+        raise ValueError(
+            f"The {kind} of '{name}' are {table.dtype} of shape {tuple(table.shape)}, where floating-point numbers of "
+            f"shape {shape} are expected; make the table from the same items and the same encoder as the model's."
+        )
+    finite = torch.isfinite(table).flatten(1).all(-1)
+    if not finite.all():
+        raise ValueError(
+            f"The {kind} of '{name}' hold NaN or infinity in row {int((~finite).nonzero()[0])}; make the table again."
+        )
+
+
+def _check_codes(
+    name: str, codes: torch.Tensor, shape: tuple[int, int], codebook_size: int, present: torch.Tensor
+) -> None:
+    if codes.is_floating_point() or codes.dtype == torch.bool or codes.shape != shape:
+        raise ValueError(
+            f"The codes of '{name}' are {codes.dtype} of shape {tuple(codes.shape)}, where integers of shape {shape} "
+            "are expected; take them from the quantizer that the configuration describes."
+        )
+    wrong = ((codes < 0) & present[:, None].to(codes.device)) | (codes >= codebook_size)
+    if wrong.any():
+        row = int(wrong.any(-1).nonzero()[0])
+        raise ValueError(
+            f"The codes of '{name}' in row {row} are {codes[row].tolist()}, outside 0..{codebook_size - 1}; take them "
+            "from the quantizer that the configuration describes."
+        )
+
+
+def _with_zero_rows(table: nn.Embedding | None, count: int) -> nn.Embedding | None:
+    """An embedding with `count` rows of zeros behind its own."""
+    if table is None:
+        return None
+    weight = torch.cat([table.weight, table.weight.new_zeros(count, table.weight.shape[1])])
+    return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0)
