@@ -1,16 +1,20 @@
 """The benchmarks of the recommender, tiny and on the generated shop: what they print and that both sides agree. How
 fast anything is, is not tested."""
 
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from mmesid.trainer.data.sources.synthetic import generate_catalogue
 
@@ -41,22 +45,42 @@ def shop(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(shop) -> dict[str, dict]:
-    """What every script prints, all of them run side by side."""
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, str(BENCHMARKS / f"{name}.py"), "--data_dir", str(shop), "--json", *SMALL, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for name, flags in FLAGS.items()
+def scripts():
+    """Imports a benchmark as Python does when it runs the file, and leaves the verbosity as it was."""
+    verbosity = logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
+    logging.set_verbosity(verbosity)
+
+
+def run(script, *flags: str) -> dict:
+    """The object that a benchmark prints with `--json`, in this process: a new one would import torch again."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [script.__file__, "--json", *flags])
+        script.main()
+    return json.loads(output.getvalue())
+
+
+@pytest.fixture(scope="module")
+def results(shop, scripts) -> dict[str, dict]:
+    """What every script prints. Parts that it measures in processes of their own are measured in this one, too."""
+    printed = {}
+    for name, flags in FLAGS.items():
+        script, flags = scripts(name), ["--data_dir", str(shop), *SMALL, *flags]
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(script, "in_subprocess"):
+                patch.setattr(script, "in_subprocess", lambda *more, of=script, flags=flags: run(of, *flags, *more))
+            printed[name] = run(script, *flags)
+    return printed
+
+
+def test_a_part_runs_the_script_again_in_a_process_of_its_own(scripts, monkeypatch):
+    code = "import json, sys; print('loading'); print(json.dumps({'flags': sys.argv[1:]}))"
+    monkeypatch.setattr(sys, "argv", ["-c", code, "--users", "3"])
+    assert scripts("workload").in_subprocess("--memory_of", "ours") == {
+        "flags": ["--users", "3", "--memory_of", "ours"]
     }
-    printed = {name: process.communicate() for name, process in processes.items()}
-    for name, process in processes.items():
-        assert process.returncode == 0, printed[name][1]
-    return {name: json.loads(output) for name, (output, _) in printed.items()}
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -100,7 +124,7 @@ def test_memory_subtracts_what_has_a_row_an_item(results):
     assert results["memory"]["ratio"] == large["remaining_bytes"] / small["remaining_bytes"]
 
 
-def test_quantizers_are_compared_on_tables_and_sequences_of_rows(tmp_path):
+def test_quantizers_are_compared_on_tables_and_sequences_of_rows(tmp_path, scripts):
     generator = torch.Generator().manual_seed(0)
     # The last two items were never bought.
     factors = torch.randn(323, 6, generator=generator)
@@ -109,23 +133,25 @@ def test_quantizers_are_compared_on_tables_and_sequences_of_rows(tmp_path):
         save_file({name: table}, tmp_path / f"{name}.safetensors")
     users = [[user, *(torch.randperm(320, generator=generator)[:9] + 1).tolist()] for user in range(40)]
     (tmp_path / "sequences.txt").write_text("".join(" ".join(map(str, user)) + "\n" for user in users))
-    rows = ["residual k-means", "stress (default)"]
-    command = [sys.executable, str(BENCHMARKS / "quantizer.py"), "--data_dir", str(tmp_path), "--seeds", "0", "--json"]
-    command += ["--tables", "collaborative=vectors.safetensors", "text=texts.safetensors", "--epochs", "1"]
-    process = subprocess.run([*command, "--only", *rows], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout)
+    script = scripts("quantizer")
+    rows = ["residual k-means", script.DEFAULT]
+    result = run(
+        script, "--data_dir", str(tmp_path), "--seeds", "0", "--epochs", "1", "--only", *rows,
+        "--tables", "collaborative=vectors.safetensors", "text=texts.safetensors",
+    )  # fmt: skip
     assert list(result["table"]) == rows
     for values in result["table"].values():
         assert 0.1 < values["tau_collaborative"] < 1 and 0 <= values["collisions"] < 1 and values["seconds"] > 0
     assert result["tau"] == {
-        name: result["table"]["stress (default)"][f"tau_{name}"] for name in ("collaborative", "text")
+        name: result["table"][script.DEFAULT][f"tau_{name}"] for name in ("collaborative", "text")
     }
 
 
 def test_missing_data_is_one_sentence(tmp_path):
+    """Of the command itself, which finds the modules beside it."""
     command = [sys.executable, str(BENCHMARKS / "recommend_speed.py"), "--data_dir", str(tmp_path / "nowhere")]
-    process = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 2
     assert "nowhere' does not exist; name a folder" in process.stderr
     assert "Traceback" not in process.stderr
