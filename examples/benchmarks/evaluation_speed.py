@@ -1,5 +1,5 @@
 """
-Users a second that full-ranking evaluation takes: the trainer's evaluation of every test user against the reference
+Speed of full-ranking evaluation in users per second: the trainer's evaluation of every test user against the reference
 procedure (`reference.py`), one user at a time.
 
     python examples/benchmarks/evaluation_speed.py           # Markdown, some minutes on two cores
@@ -42,8 +42,10 @@ from workload import (
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--users", type=int, help="Users that ours ranks; all of the test split by default.")
-    parser.add_argument("--reference_users", type=int, default=64, help="Users of a round that the reference ranks.")
+    parser.add_argument("--users", type=int, help="Users that ours ranks; the whole test split by default.")
+    parser.add_argument(
+        "--reference_users", type=int, default=64, help="Users that the reference ranks in each round."
+    )
     parser.add_argument("--batch_users", type=int, default=256, help="Users that ours ranks at a time.")
     arguments = parser.parse_args()
     workload = Workload.load(arguments.data_dir)

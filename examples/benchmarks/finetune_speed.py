@@ -1,12 +1,12 @@
 """
-Users a second that training takes, and its peak memory: packed prefixes and one fused table against the reference
+Speed of training in users per second, and its peak memory: packed prefixes and one fused table against the reference
 procedure (`reference.py`).
 
     python examples/benchmarks/finetune_speed.py           # Markdown, some minutes on two cores
     python examples/benchmarks/finetune_speed.py --json    # one object: `ratio` is the median over the rounds
 
-Both sides train the same weights on the same users, each step with its optimizer, and must agree on the loss. Peak
-memory is that of a process of its own for each side.
+Both sides train the same weights on the same users, each step with its optimizer, and must agree on the loss. The peak
+memory of each side is measured in a process of its own.
 """
 
 import argparse

@@ -5,8 +5,8 @@ model's tables, their gradients and their optimizer states.
     python examples/benchmarks/memory.py           # Markdown, some minutes and about 14 GiB
     python examples/benchmarks/memory.py --json    # one object: `ratio` of the largest catalogue to the smallest
 
-Each catalogue is measured in a process of its own, on histories as long as those of real users and of items drawn at
-random. The tables are the parameters and buffers with one row an item, and the fused table with its gradient.
+Each catalogue is measured in a process of its own, on histories as long as those of real users, with items drawn at
+random. The tables are the parameters and buffers with one row per item, and the fused table with its gradient.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def table_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> dict[str, int]:
-    """Bytes of what has one row an item, by kind."""
+    """Bytes of what has one row per item, by kind."""
     parameters = [parameter for parameter in model.parameters() if len(parameter) == rows]
     states = [state for parameter in parameters for state in optimizer.state[parameter].values() if state.dim() > 0]
     buffers = [buffer for buffer in model.buffers() if buffer.dim() > 0 and len(buffer) == rows]

@@ -114,7 +114,7 @@ def test_evaluation_finds_the_same_ranks(results):
     assert results["evaluation_speed"]["largest_rank_difference"] <= 1
 
 
-def test_memory_subtracts_what_has_a_row_an_item(results):
+def test_memory_subtracts_what_has_one_row_per_item(results):
     small, large = results["memory"]["catalogues"]["100"], results["memory"]["catalogues"]["400"]
     # ID vectors, 32 wide in float32, and two states of Adam for each.
     assert large["table_bytes"]["parameters"] == large["table_bytes"]["gradients"] == 401 * 32 * 4
