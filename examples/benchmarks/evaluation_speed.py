@@ -43,9 +43,7 @@ from workload import (
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--users", type=int, help="Users that ours ranks; the whole test split by default.")
-    parser.add_argument(
-        "--reference_users", type=int, default=64, help="Users that the reference ranks in each round."
-    )
+    parser.add_argument("--reference_users", type=int, default=64, help="Users that the reference ranks per round.")
     parser.add_argument("--batch_users", type=int, default=256, help="Users that ours ranks at a time.")
     arguments = parser.parse_args()
     workload = Workload.load(arguments.data_dir)
