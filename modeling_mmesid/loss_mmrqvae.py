@@ -12,6 +12,11 @@ def pairwise_squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch
     return torch.addmm(squares, left, right.T, alpha=-2).clamp_min(0)
 
 
+def mean_squared_error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of `left` and `right`, both `(n, d)`, a scalar in float32; 0 if there is no row."""
+    return (left.float() - right.float()).square().sum() / max(left.numel(), 1)
+
+
 def _kernel_sums(
     block: torch.Tensor,
     points: torch.Tensor,
@@ -80,7 +85,7 @@ def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1
     item's other view among all, in both directions, by cosine similarity.
 
     Args:
-        anchor (`torch.Tensor` of shape `(n, d)`): First view, one row an item.
+        anchor (`torch.Tensor` of shape `(n, d)`): First view, one row per item.
         other (`torch.Tensor` of shape `(n, d)`): Second view of the same items.
         temperature (`float`, *optional*, defaults to 0.1): Divides the similarities.
 
@@ -116,58 +121,6 @@ def near_weights(distances: torch.Tensor, others: torch.Tensor, focus: float) ->
     # Near duplicates, many deviations below the mean, must not take the whole weight.
     weights = torch.exp(-focus * ((distances - mean) / deviation).clamp_min(-3)) * others
     return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-
-
-def stress_weights(squared: torch.Tensor, focus: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Weights of the squared distances of items in the stress, and what their errors are relative to.
-
-    Args:
-        squared (`torch.Tensor` of shape `(n, m)`): Squared distances of embeddings. Those that are next to nothing are
-            between an item and itself, or its duplicate, and weigh nothing: codes cannot put items closer together
-            than on the same spot.
-        focus (`float`): As in [`near_weights`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The weights `(n, m)`, and the weighted variances `(n,)` of `squared`.
-    """
-    others = (squared > 1e-5 * squared.mean()).to(squared.dtype)
-    weights = near_weights(squared.sqrt(), others, focus)
-    mean = (weights * squared).sum(1, keepdim=True)
-    variance = (weights * (squared - mean).square()).sum(1)
-    # A single distance does not vary: nothing is learnt from it, however little it is off.
-    return weights, torch.where(variance > 1e-6 * mean[:, 0].square(), variance, torch.inf)
-
-
-def stress_loss(
-    embeddings: torch.Tensor, quantized: torch.Tensor, offset: torch.Tensor, focus: float = 1.0
-) -> torch.Tensor:
-    r"""
-    Stress of the squared distances between the items of a batch: the weighted mean of
-    \\((\lVert q_i - q_j \rVert^2 + offset - \lVert x_i - x_j \rVert^2)^2\\), relative to the variance of item i's
-    squared distances, mean over the items (metric multidimensional scaling with an additive constant).
-
-    The offset is what quantization takes from every distance: code vectors, being means, spread less than embeddings.
-
-    Args:
-        embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
-        quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
-        offset (`torch.Tensor` of shape `()`): The additive constant.
-        focus (`float`, *optional*, defaults to 1.0): As in [`near_weights`].
-
-    Returns:
-        `torch.Tensor`: A scalar in float32; 0 if there are fewer than three items, whose distances do not vary.
-    """
-    with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings, quantized = embeddings.float(), quantized.float()
-        if embeddings.shape[0] < 3:
-            return (quantized.sum() + offset) * 0.0
-        with torch.no_grad():
-            before = pairwise_squared_distances(embeddings, embeddings)
-            weights, variance = stress_weights(before, focus)
-            weights = weights / variance[:, None]
-        after = pairwise_squared_distances(quantized, quantized)
-        return (weights * (after + offset - before).square()).sum(1).mean()
 
 
 def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:

@@ -1,14 +1,15 @@
 """
-How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, the default
-without alignment of the modalities and with it.
+How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, and the
+default, which is trained for the distances.
 
     python examples/benchmarks/quantizer.py                   # a Markdown table, mean ± deviation of three seeds
     python examples/benchmarks/quantizer.py --seeds 0         # one seed, a third of the time
-    python examples/benchmarks/quantizer.py --only "stress (default)"         # one row
+    python examples/benchmarks/quantizer.py --only "distance (default)"       # one row
     python examples/benchmarks/quantizer.py --json            # one object: `tau` of the default setting, and the table
 
-The data are a folder with `sequences.txt` (a user and the rows of the user's items, oldest first, a line) and one
-safetensors table of embeddings a modality, row 0 padding, such as Amazon Beauty's with the paper's own SASRec vectors.
+The data are a folder with `sequences.txt` (on each line a user and the rows of the user's items, oldest first) and
+one safetensors table of embeddings per modality, row 0 padding, such as Amazon Beauty's with the paper's own SASRec
+vectors.
 """
 
 import argparse
@@ -39,15 +40,14 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 logging.set_verbosity_error()
 
-DEFAULT = "stress (default)"
+DEFAULT = "distance (default)"
 # Those trained on reconstructions have encoders without a projection, whose code vectors have to keep up with them.
 RECONSTRUCTION = {"learning_rate": 1e-3, "per_device_train_batch_size": 1024}
 QUANTIZERS = {
     "residual k-means": ({"objective": "mse", "encoder_projection": True, "encoder_hidden_dims": []}, None),
     "MSE": ({"objective": "mse"}, RECONSTRUCTION),
     "MMD (paper)": ({"objective": "paper"}, RECONSTRUCTION),
-    "stress, not aligned": ({"objective": "stress", "alignment_loss_weight": 0.0}, {}),
-    DEFAULT: ({"objective": "stress"}, {}),
+    DEFAULT: ({"objective": "distance"}, {}),
 }
 
 
@@ -67,16 +67,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="Instead of the default number.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a Markdown table.")
     arguments = parser.parse_args()
-    sequences, frequencies = read_sequences(arguments.data_dir / "sequences.txt")
+    sequences = read_sequences(arguments.data_dir / "sequences.txt")
     tables = dict(entry.split("=", 1) for entry in arguments.tables)
     with safe_open(arguments.data_dir / next(iter(tables.values())), framework="pt") as file:
         num_items = max(file.get_slice(key).get_shape()[0] for key in file.keys()) - 1
-    frequencies = np.pad(frequencies, (0, max(num_items + 1 - len(frequencies), 0)))
-    loaded = {name: import_table(arguments.data_dir / file, name, num_items) for name, file in tables.items()}
     items = ItemTables(
-        {name: pair[0] for name, pair in loaded.items()},
-        {name: pair[1] for name, pair in loaded.items()},
-        weights=(1.0 + torch.from_numpy(frequencies)) ** QuantizeArguments.frequency_exponent,
+        {name: import_table(arguments.data_dir / file, name, num_items) for name, file in tables.items()}
     )
     table, deviations = {}, {}
     for name in arguments.only:
@@ -97,9 +93,8 @@ def main() -> None:
     print(f"\nSeeds {arguments.seeds}, peak memory {memory:.2f} GiB, {torch.get_num_threads()} threads.")
 
 
-def read_sequences(path: Path) -> tuple[Sequences, np.ndarray]:
-    """Every user's last item as the target, and all before it as the history; and how often each row occurs among all
-    but a user's last two items, which are for testing and validation."""
+def read_sequences(path: Path) -> Sequences:
+    """Every user's last item as the target, and all before it as the history."""
     users, rows = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         user, *items = line.split()
@@ -107,8 +102,7 @@ def read_sequences(path: Path) -> tuple[Sequences, np.ndarray]:
         rows.append(np.array(items, dtype=np.int32))
     offsets = np.concatenate([[0], np.cumsum([len(items) - 1 for items in rows])])
     targets = np.array([items[-1] for items in rows], dtype=np.int32)
-    frequencies = np.bincount(np.concatenate([items[:-2] for items in rows]))
-    return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets), frequencies
+    return Sequences(users, np.concatenate([items[:-1] for items in rows]), offsets, targets)
 
 
 def measure(
@@ -126,15 +120,11 @@ def measure(
             **(training or {}) | ({"num_train_epochs": epochs} if epochs else {}),
         )
         set_seed(seed)
-        widths = [table.shape[1] for table in items.embeddings.values()]
         learnt, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(seed))
-        anchors = min(arguments.num_anchors, learnt.fewest())
         model = MMRQVAEModel(
             MMRQVAEConfig(
-                modalities=list(items.embeddings),
-                embedding_dims=widths,
-                num_anchors=anchors,
-                codebook_dim=arguments.codebook_dim,
+                modalities=list(items.tables),
+                embedding_dims=[table.embeddings.shape[1] for table in items.tables.values()],
                 **config,
             )
         )
@@ -145,7 +135,7 @@ def measure(
             if training is not None:
                 fit(trainer)
             evaluated = trainer.evaluate()
-    codes, _ = encode_items(model, items, return_quantized=False)
+    codes = encode_items(model, items)
     seconds = time.perf_counter() - start
     health = code_metrics(codes, model.config.codebook_size)
     row = {}

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from transformers import EvalPrediction
 
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
-from modeling_mmesid.modeling_mmrqvae import MMRQVAEAnchorBranch, MMRQVAEModel
+from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from ..metrics.codes.codes import code_health
 from ..metrics.forgetting.forgetting import mean_tau, pooled_tau
 from .collisions import resolve_collisions, shared
-from .items import ENCODING_BATCH, ItemTables, read_batches
+from .items import READ_ITEMS, ItemTables
 
 
 # Held-out items whose distances are compared, to how many others each, of how many of the training set: evaluation
@@ -23,51 +23,41 @@ TAU_POOL = 4_096
 
 
 @torch.no_grad()
-def encode_items(
-    model: MMRQVAEModel, dataset: ItemTables, return_quantized: bool = True
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Tensor]:
     """
     Semantic IDs of all rows of the dataset's tables, unique within a modality if `config.resolve_collisions`.
 
     Args:
         model ([`MMRQVAEModel`]): Put into evaluation mode.
         dataset ([`ItemTables`]): Its tables are read a batch at a time.
-        return_quantized (`bool`, *optional*, defaults to `True`): Whether to hold the quantized vectors as well, which
-            take `4 * codebook_dim` bytes an item.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: Codes `(items + 1, num_quantizers)` in int16 (in
-        int32 for over 32,767 codes a level) and quantized vectors `(items + 1, codebook_dim)` a modality, on the CPU;
-        -1 and 0 where the modality is missing.
+        `dict[str, torch.Tensor]`: Codes `(items + 1, num_quantizers)` of each modality in int16 (in int32 for over
+        32,767 codes per level), on the CPU; -1 where the modality is missing.
     """
     model.eval()
-    dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
-    codes, quantized = {}, {}
-    for modality, table in dataset.embeddings.items():
-        present = dataset.present[modality].nonzero()[:, 0]
-        found = torch.empty(len(present), model.config.num_quantizers, dtype=dtype)
-        starts = range(0, len(present), ENCODING_BATCH)
-        for start in tqdm(starts, desc=f"semantic IDs of {modality}", unit="batch", delay=2):
-            part = slice(start, start + ENCODING_BATCH)
-            found[part] = (
-                model.encode({modality: table[present[part]].to(model.device)}).codes[modality].to("cpu", dtype)
-            )
+    codes = {}
+    for modality, table in dataset.tables.items():
+        rows = table.present.nonzero()[:, 0]
+        found = encode_rows(model, dataset, modality, rows)
         if model.config.resolve_collisions:
             moved = shared(found).nonzero()[:, 0]
             branch = model.branches[modality]
-            if isinstance(branch, MMRQVAEAnchorBranch):
-                # Without latents an item lies where its code vectors put it.
-                latents = quantized_rows(model, modality, found[moved])
-            else:
-                batches = read_batches(branch, dataset, modality, present[moved])
-                latents = [branch.latents(branch.standardize(batch)).cpu() for batch in batches]
-                latents = torch.cat(latents) if latents else torch.empty(0, model.config.codebook_dim)
-            resolve_collisions(found, moved, latents, model.code_vectors(modality).float().cpu())
-        codes[modality] = torch.full((len(table), found.shape[1]), -1, dtype=dtype)
-        codes[modality][present] = found
-        if return_quantized:
-            quantized[modality] = quantized_rows(model, modality, codes[modality])
-    return codes, quantized
+            latents = [branch.latents(batch).cpu() for batch in dataset.read(modality, rows[moved], model.device)]
+            vectors = model.code_vectors(modality).float().cpu()
+            resolve_collisions(found, moved, torch.cat([vectors[0, :0], *latents]), vectors)
+        codes[modality] = found.new_full((len(table.present), found.shape[1]), -1)
+        codes[modality][rows] = found
+    return codes
+
+
+@torch.no_grad()
+def encode_rows(model: MMRQVAEModel, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+    """Codes `(rows, num_quantizers)` that items get alone, in int16 or int32, on the CPU."""
+    dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
+    batches = dataset.read(modality, rows, model.device, "semantic IDs of")
+    found = [model.encode({modality: batch}).codes[modality].to("cpu", dtype) for batch in batches]
+    return torch.cat([torch.empty(0, model.config.num_quantizers, dtype=dtype), *found])
 
 
 @torch.no_grad()
@@ -75,15 +65,15 @@ def quantized_rows(model: MMRQVAEModel, modality: str, codes: torch.Tensor) -> t
     """Quantized vectors `(rows, codebook_dim)`, on the CPU, of `codes` `(rows, num_quantizers)`; 0 where these are
     -1."""
     quantized = torch.zeros(len(codes), model.config.codebook_dim)
-    for rows in (codes[:, 0] >= 0).nonzero()[:, 0].split(ENCODING_BATCH):
+    for rows in (codes[:, 0] >= 0).nonzero()[:, 0].split(READ_ITEMS):
         part = codes[rows].to(model.device, torch.long)
         quantized[rows] = model.branches[modality].quantizer.decode(part).float().cpu()
     return quantized
 
 
 def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str, float]:
-    """[`code_health`] a modality, and the collisions of the concatenated ID of the items
-    that have any modality."""
+    """[`code_health`] of each modality, and the collisions of the concatenated ID of the items that have any
+    modality."""
     metrics = {}
     for modality, values in codes.items():
         health = code_health(values[values[:, 0] >= 0].numpy(), codebook_size)
@@ -148,24 +138,66 @@ def history_distances(
         targets.append(np.full(len(history), example["target"], dtype=np.int64))
         histories.append(history)
     groups, targets, histories = (torch.from_numpy(np.concatenate(parts)) for parts in (groups, targets, histories))
-    present = dataset.present[modality]
+    table, present = dataset.tables[modality]
     kept = present[targets] & present[histories]
     groups, targets, histories = groups[kept], targets[kept], histories[kept]
-    table = dataset.embeddings[modality]
     before, after = [], []
-    for left, right in zip(targets.split(ENCODING_BATCH), histories.split(ENCODING_BATCH)):
+    for left, right in zip(targets.split(READ_ITEMS), histories.split(READ_ITEMS)):
         before.append((table[left] - table[right]).norm(dim=1))
         left, right = (quantized_rows(model, modality, codes[rows]) for rows in (left, right))
         after.append((left - right).norm(dim=1))
     return HistoryDistances(groups.numpy(), torch.cat(before).numpy(), torch.cat(after).numpy())
 
 
-def evenly(count: int, chosen: int) -> torch.LongTensor:
-    """Indices of `chosen` of `count` things, or of all where there are fewer, evenly spaced."""
-    return torch.linspace(0, count - 1, min(count, chosen), dtype=torch.float64).long()
+@torch.no_grad()
+def sample_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Embeddings `(sample, embedding_dim)` and quantized vectors `(sample, codebook_dim)` of each modality, of items
+    of the dataset, evenly chosen, that held-out ones are compared with."""
+    sample = {}
+    for modality in model.config.modalities:
+        rows = dataset.rows_with(modality)
+        spread = torch.linspace(0, len(rows) - 1, min(len(rows), TAU_POOL), dtype=torch.float64).long()
+        embeddings = torch.cat(list(dataset.read(modality, rows[spread], model.device)))
+        quantized = model.encode({modality: embeddings}).quantized[modality]
+        sample[modality] = embeddings.cpu().numpy(), quantized.float().cpu().numpy()
+    return sample
 
 
-def tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:
+def held_out_metrics(
+    prediction: EvalPrediction, trained: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, float]:
+    """
+    What quantization does to held-out items.
+
+    Args:
+        prediction ([`~transformers.EvalPrediction`]): What [`MMRQVAETrainer`] makes of them; of less than three items
+            that have a modality, nothing is said.
+        trained (`dict[str, tuple[np.ndarray, np.ndarray]]`): Items of the training set, by [`sample_items`].
+
+    Returns:
+        `dict[str, float]`: `tau` and `tau_<modality>`, `reconstruction_<modality>` and `recall@1_<modality>` of
+        [`MMRQVAETrainer`].
+    """
+    quantized, reconstructions = prediction.predictions["quantized"], prediction.predictions["reconstructions"]
+    embeddings, present = prediction.label_ids["embeddings"], prediction.label_ids["present"]
+    modalities = [name for name in trained if present[name].sum() > 2]
+    metrics = {}
+    for modality in modalities:
+        mask = present[modality]
+        original = embeddings[modality][mask]
+        metrics[f"tau_{modality}"] = _tau_to_others((original, quantized[modality][mask]), trained[modality])
+        error = np.square(original - reconstructions[modality][mask]).sum()
+        metrics[f"reconstruction_{modality}"] = float(error / np.square(original - original.mean(0)).sum())
+    metrics["tau"] = float(np.mean([metrics[f"tau_{modality}"] for modality in modalities]))
+    anchor = next(iter(trained))
+    for modality in modalities:
+        if modality != anchor and anchor in modalities:
+            both = present[anchor] & present[modality]
+            metrics[f"recall@1_{modality}"] = _recall_at_1(quantized[anchor][both], quantized[modality][both])
+    return metrics
+
+
+def _tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:
     """Mean tau of the distances from items to others; of both, the embeddings and the quantized vectors."""
     before, after = (
         pairwise_squared_distances(torch.from_numpy(left[:TAU_ITEMS]), torch.from_numpy(right)).numpy()
@@ -183,7 +215,7 @@ def tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray
     return mean_tau(groups, before, after)
 
 
-def recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
+def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
     if len(anchor) == 0:
         return float("nan")
     anchor, other = (

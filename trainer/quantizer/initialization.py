@@ -1,4 +1,5 @@
-"""What the quantizer starts from, which needs no gradient: scale of the inputs, projection, code vectors, decoder."""
+"""What of a quantizer is fitted without a gradient: before the training the scale of the inputs, projections, code
+vectors and linear decoders; after each epoch the codes that nothing chooses and the balance of the others."""
 
 import math
 
@@ -6,29 +7,31 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
-from modeling_mmesid.modeling_mmrqvae import MMRQVAEAnchorBranch, MMRQVAEModel
+from modeling_mmesid.modeling_mmrqvae import MMRQVAEBranch, MMRQVAEModel, MMRQVAEVectorQuantization
 
-from .items import ENCODING_BATCH, ItemTables, read_batches
+from .items import READ_ITEMS, ItemTables
 from .kmeans import kmeans
 from .sinkhorn import sinkhorn_offsets
 
 
-# The k-means looks at this many items a code at most, and at no more than 2^26 numbers: more do not move the code
+# The k-means looks at this many items per code at most, and at no more than 2^26 numbers: more do not move the code
 # vectors, and the latents of a large catalogue would not fit.
 KMEANS_ITEMS = 256
 KMEANS_NUMBERS = 2**26
 BALANCING_ITEMS = 8_192
+# A codebook that is refused should have at most a code for every fourth item.
+ITEMS_PER_CODE = 4
+# Directions that code vectors hardly use are decided by few items; this share of the mean square keeps them small.
+RIDGE = 1e-2
 
 
 @torch.no_grad()
 def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
     """
-    Fits what needs no gradient: the inputs' mean and scale, the principal directions as the projection of encoders
-    that have one, the code vectors by k-means of what the levels before leave, the offsets of balanced levels, the
-    anchors of the objective `"stress"`, and linear decoders by least squares. Tables are read batch by batch; the
-    k-means looks at 256 random items a code where there are more.
+    Fits the mean and the scale of the inputs, the principal directions as the projection of encoders that have one,
+    the code vectors by k-means of what the levels before leave, the offsets of balanced levels, and linear decoders by
+    least squares. Tables are read batch by batch; the k-means looks at 256 random items per code where there are more.
 
     Args:
         model ([`MMRQVAEModel`]): Changed in place.
@@ -36,154 +39,163 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         seed (`int`, *optional*, defaults to 0): Seed of the k-means.
 
     Raises:
-        ValueError: If fewer items than `config.codebook_size` or `config.num_anchors` have some modality.
+        ValueError: If fewer items than `config.codebook_size` have some modality.
     """
-    config: MMRQVAEConfig = model.config
+    config = model.config
     model.eval()
-    anchor_modality = config.modalities[0]
-    projections = {}
-    for modality in config.modalities:
-        generator = torch.Generator().manual_seed(seed)
-        branch = model.branches[modality]
+    anchor = config.modalities[0]
+    for modality, branch in model.branches.items():
         rows = dataset.rows_with(modality)
-        _require_enough(config, modality, len(rows))
+        _require_enough(modality, len(rows), config.codebook_size)
         directions = _fit_inputs(branch, dataset, modality, rows)
-        projections[modality] = _projection(directions, config.codebook_dim)
-        if modality != anchor_modality and (config.objective == "stress" or config.encoder_projection):
-            projections[modality] = _turned(projections, anchor_modality, modality, model, dataset)
-        searches = isinstance(branch, MMRQVAEAnchorBranch)
-        if not searches and branch.projects:
-            branch.projection.copy_(projections[modality])
-
-        def latents(batch, branch=branch, projection=projections[modality], searches=searches):
-            inputs = branch.standardize(batch)
-            return nn.functional.linear(inputs, projection) if searches else branch.latents(inputs)
-
-        sample = rows
-        limit = max(min(KMEANS_ITEMS * config.codebook_size, KMEANS_NUMBERS // config.codebook_dim), 1)
-        if len(rows) > limit:
-            chosen = torch.randperm(len(rows), generator=generator)[: max(limit, config.codebook_size)]
-            sample = rows[chosen.sort().values]
-        residual = torch.cat([latents(batch) for batch in read_batches(branch, dataset, modality, sample)])
-        levels = zip(branch.quantizer.layers, config.sinkhorn_epsilons)
-        for layer, epsilon in tqdm(
-            levels, total=config.num_quantizers, desc=f"k-means of {modality}", unit="level", delay=2
-        ):
-            layer.codebook.copy_(kmeans(residual, config.codebook_size, generator))
-            balance(layer, residual, epsilon)
-            for part in residual.split(ENCODING_BATCH):
-                part -= layer.decode(layer.encode(part))
-        if searches:
-            _fit_anchors(branch, dataset, modality, latents, generator)
-        if config.objective == "stress" or config.encoder_projection:
-            batches = read_batches(branch, dataset, modality, rows)
-            codes = torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches])
-            fit_linear_decoder(branch, dataset, modality, codes)
+        if config.encoder_projection:
+            kept = directions[: config.codebook_dim]
+            if modality != anchor:
+                kept = _turn(kept, model, dataset, modality, anchor)
+            # Where the latent is wider than the embedding, the rows below are zero.
+            branch.encoder.projection.zero_()
+            branch.encoder.projection[: len(kept)] = kept
+        generator = torch.Generator().manual_seed(seed)
+        _fit_codebooks(branch, dataset, modality, config.sinkhorn_epsilons, generator)
+        if config.encoder_projection:
+            fit_linear_decoder(branch, dataset, modality)
 
 
-def _require_enough(config: MMRQVAEConfig, modality: str, count: int) -> None:
-    if count < config.codebook_size:
-        raise ValueError(
-            f"{count} items to train on have the modality '{modality}', "
-            f"fewer than the {config.codebook_size} codes of a level; "
-            f"set codebook_size to {2 ** max(int(math.log2(max(count, 2))) - 2, 1)} or less."
-        )
-    if config.objective == "stress" and count < config.num_anchors:
-        raise ValueError(
-            f"{count} items to train on have the modality '{modality}', fewer than the {config.num_anchors} anchors; "
-            f"set num_anchors to {count} or less."
-        )
+def _require_enough(modality: str, count: int, codebook_size: int) -> None:
+    if count >= codebook_size:
+        return
+    if count < 2:
+        remedy = "prepare more items that have it, or leave the modality out"
+    else:
+        enough = 2 ** int(math.log2(max(count / ITEMS_PER_CODE, 2)))
+        remedy = f"set codebook_size to {enough} or less"
+    raise ValueError(
+        f"{count} items to train on, besides those held out, have the modality '{modality}', fewer than the "
+        f"{codebook_size} codes of a level; {remedy}."
+    )
 
 
-def _fit_inputs(branch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+def _fit_inputs(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
     """Sets the inputs' mean and scale, and returns the principal directions, `(embedding_dim, embedding_dim)`, those
     of most variance first."""
-    total = sum(batch.double().sum(0) for batch in read_batches(branch, dataset, modality, rows))
+    device = branch.input_mean.device
+    total = sum(batch.double().sum(0) for batch in dataset.read(modality, rows, device))
     mean = total / len(rows)
     covariance = 0
-    for batch in read_batches(branch, dataset, modality, rows):
+    for batch in dataset.read(modality, rows, device):
         centred = batch.double() - mean
         covariance = covariance + centred.T @ centred / len(rows)
     branch.input_mean.copy_(mean)
-    width = branch.width if isinstance(branch, MMRQVAEAnchorBranch) else len(covariance)
-    branch.input_scale.copy_((covariance.trace() / width).sqrt().clamp_min(1e-12))
+    branch.input_scale.copy_((covariance.trace() / len(covariance)).sqrt().clamp_min(1e-12))
     return torch.linalg.eigh(covariance).eigenvectors.flip(1).T.to(branch.input_mean.dtype)
 
 
-def _projection(directions: torch.Tensor, width: int) -> torch.Tensor:
-    """An orthogonal projection `(width, embedding_dim)`: distances survive a rotation, and where the latent is
-    narrower than the embedding, the directions of least variance go."""
-    projection = directions.new_zeros(width, directions.shape[1])
-    kept = min(projection.shape)
-    projection[:kept] = directions[:kept]
-    return projection
-
-
-def _turned(
-    projections: dict[str, torch.Tensor], anchor: str, modality: str, model: MMRQVAEModel, dataset: ItemTables
+def _turn(
+    projection: torch.Tensor, model: MMRQVAEModel, dataset: ItemTables, modality: str, anchor: str
 ) -> torch.Tensor:
-    """The projection of a modality turned towards the anchor's, which no distance within the modality notices."""
-    both = dataset.rows_with(anchor)
-    both = both[dataset.present[modality][both]]
+    """The projection `(directions, embedding_dim)` of a modality turned towards the anchor's, which no distance within
+    the modality notices: `(codebook_dim, embedding_dim)`."""
+    both = dataset.rows_with(anchor, modality)
     if len(both) == 0:
-        return projections[modality]
-    parts = {name: read_batches(model.branches[name], dataset, name, both) for name in (anchor, modality)}
-    # Below these rows the projection is zero: a latent wider than the embedding does not fill.
-    projection = projections[modality][: projections[modality].shape[1]]
+        return projection
+    branch, anchor_branch = model.branches[modality], model.branches[anchor]
     products = 0
-    for left, right in zip(parts[anchor], parts[modality]):
-        left = nn.functional.linear(model.branches[anchor].standardize(left), projections[anchor])
-        right = nn.functional.linear(model.branches[modality].standardize(right), projection)
+    for left, right in zip(
+        dataset.read(anchor, both, model.device), dataset.read(modality, both, model.device), strict=True
+    ):
+        left = nn.functional.linear(anchor_branch.standardize(left), anchor_branch.encoder.projection)
+        right = nn.functional.linear(branch.standardize(right), projection)
         products = products + left.double().T @ right.double()
     left, _, right = torch.linalg.svd(products, full_matrices=False)
     return (left @ right).to(projection.dtype) @ projection
 
 
-def balance(layer, residual: torch.Tensor, epsilon: float) -> None:
-    """Sets the offsets that spread a level's residuals evenly over its codes."""
-    if epsilon > 0 and len(residual):
-        step = math.ceil(len(residual) / BALANCING_ITEMS)
-        squared = pairwise_squared_distances(residual[::step].float(), layer.codebook.float())
-        layer.offsets.copy_(sinkhorn_offsets(squared, epsilon))
-
-
-def _fit_anchors(
-    branch: MMRQVAEAnchorBranch, dataset: ItemTables, modality: str, latents, generator: torch.Generator
+def _fit_codebooks(
+    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: list[float], generator: torch.Generator
 ) -> None:
-    """Keeps the anchors with the codes that are nearest to their latents, and what quantization takes from their
-    distances. Anchors are drawn by the weights of the items, without replacement, and stand in the order drawn: the
-    first of them, to which a search is confined, are a sample of all."""
+    """Sets the code vectors level by level, each by k-means of what the levels before leave."""
+    codebook_size, codebook_dim = branch.quantizer.layers[0].codebook.shape
     rows = dataset.rows_with(modality)
-    # The smallest of exponential waiting times are such a sample (Efraimidis and Spirakis, 2006).
-    waits = torch.empty(len(rows), dtype=torch.float64).exponential_(generator=generator) / dataset.weights[rows]
-    rows = rows[waits.argsort()[: len(branch.anchors)]]
-    batches = list(read_batches(branch, dataset, modality, rows))
-    branch.anchors.copy_(torch.cat([branch.standardize(batch) for batch in batches]))
-    branch.anchor_codes.copy_(torch.cat([branch.quantizer.encode(latents(batch)) for batch in batches]))
-    # The mean squared distance is twice the variance.
-    before, after = branch.anchors, branch.quantizer.decode(branch.anchor_codes)
-    branch.offset.copy_(2 * (before.var(0, correction=0).sum() - after.var(0, correction=0).sum()) / branch.width)
+    limit = max(min(KMEANS_ITEMS * codebook_size, KMEANS_NUMBERS // codebook_dim), codebook_size)
+    if len(rows) > limit:
+        rows = rows[torch.randperm(len(rows), generator=generator)[:limit].sort().values]
+    residual = _latents(branch, dataset, modality, rows)
+    levels = zip(branch.quantizer.layers, epsilons, strict=True)
+    for layer, epsilon in tqdm(levels, total=len(epsilons), desc=f"k-means of {modality}", unit="level", delay=2):
+        layer.codebook.copy_(kmeans(residual, codebook_size, generator))
+        _balance_level(layer, residual, epsilon)
+        for part in residual.split(READ_ITEMS):
+            part -= layer.decode(layer.encode(part))
 
 
-def fit_linear_decoder(branch, dataset: ItemTables, modality: str, codes: torch.Tensor) -> None:
-    """The decoder that makes the least squared error of all linear ones, given the codes of the dataset's items that
-    have the modality."""
+def _latents(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+    """Latents `(rows, codebook_dim)` of some items."""
+    return torch.cat([branch.latents(batch) for batch in dataset.read(modality, rows, branch.input_mean.device)])
+
+
+def fit_linear_decoder(branch: MMRQVAEBranch, dataset: ItemTables, modality: str) -> None:
+    """Sets the decoder to the linear one of the least squared error on the dataset's items that have the modality."""
     gram = products = 0
-    rows = dataset.rows_with(modality)
-    width = branch.decoder[0].in_features
+    (decoder,) = branch.decoder
+    width = decoder.in_features
     vectors = torch.cat([layer.codebook for layer in branch.quantizer.layers]).float()
     # The solution lies in the span of the code vectors, which a wide space is far from filled by.
     basis = torch.linalg.qr(vectors.T).Q if len(vectors) < width else None
-    for part, batch in zip(codes.split(ENCODING_BATCH), read_batches(branch, dataset, modality, rows)):
-        quantized = branch.quantizer.decode(part.to(batch.device))
+    for batch in dataset.read(modality, dataset.rows_with(modality), vectors.device):
+        quantized = branch.quantizer.decode(branch.encode(batch))
         if basis is not None:
             quantized = quantized @ basis
         inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
         gram = gram + inputs.T @ inputs
         products = products + inputs.T @ branch.standardize(batch).double()
-    # The ridge keeps directions that code vectors hardly use small, which few items would decide.
-    ridge = 1e-2 * gram.trace() / (width + 1)
+    ridge = RIDGE * gram.trace() / (width + 1)
     solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), products)
     weight = solution[:-1].T
-    branch.decoder[0].weight.copy_(weight if basis is None else weight.to(basis.dtype) @ basis.T)
-    branch.decoder[0].bias.copy_(solution[-1])
+    decoder.weight.copy_(weight if basis is None else weight.to(basis.dtype) @ basis.T)
+    decoder.bias.copy_(solution[-1])
+
+
+@torch.no_grad()
+def balance_codes(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: list[float]) -> None:
+    """Sets the offsets of the levels whose epsilon is not 0, from evenly spaced items of the dataset."""
+    if not any(epsilons):
+        return
+    rows = dataset.rows_with(modality)
+    residual = _latents(branch, dataset, modality, rows[:: math.ceil(max(len(rows), 1) / BALANCING_ITEMS)])
+    for layer, epsilon in zip(branch.quantizer.layers, epsilons, strict=True):
+        _balance_level(layer, residual, epsilon)
+        residual = residual - layer.decode(layer.encode(residual))
+
+
+def _balance_level(layer: MMRQVAEVectorQuantization, residual: torch.Tensor, epsilon: float) -> None:
+    """Sets the offsets that spread a level's residuals evenly over its codes."""
+    if epsilon > 0:
+        step = math.ceil(len(residual) / BALANCING_ITEMS)
+        squared = pairwise_squared_distances(residual[::step].float(), layer.codebook.float())
+        layer.offsets.copy_(sinkhorn_offsets(squared, epsilon))
+
+
+@torch.no_grad()
+def revive_codes(
+    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, dead: torch.BoolTensor, generator: torch.Generator
+) -> None:
+    """
+    Moves code vectors to what random items of the dataset leave to the level.
+
+    Args:
+        branch ([`~modeling_mmrqvae.MMRQVAEBranch`]): Changed in place.
+        dataset ([`ItemTables`]): The items.
+        modality (`str`): The branch's.
+        dead (`torch.BoolTensor` of shape `(num_quantizers, codebook_size)`): The codes to move.
+        generator (`torch.Generator`): Draws the items; on the CPU.
+    """
+    rows = dataset.rows_with(modality)
+    if not dead.any():
+        return
+    chosen = rows[torch.randint(len(rows), (int(dead.sum(1).max()),), generator=generator)]
+    residual = _latents(branch, dataset, modality, chosen)
+    for layer, codes in zip(branch.quantizer.layers, dead, strict=True):
+        # What the next level is left with does not know of the move, which leaves nothing of these items.
+        rest = residual - layer.decode(layer.encode(residual))
+        layer.codebook[codes] = residual[: int(codes.sum())].to(layer.codebook.dtype)
+        residual = rest

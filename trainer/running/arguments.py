@@ -119,13 +119,6 @@ class SASRecArguments(StageTrainingArguments):
 class QuantizeArguments(StageTrainingArguments):
     """Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item."""
 
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "When to push: end, every_save, checkpoint or all_checkpoints. Every push finds the semantic IDs "
-            "of all items, which for the objective stress takes as long as some four epochs."
-        },
-    )
     prepared_dir: str = field(metadata={"help": "Directory written by `mmesid prepare`."})
     embeddings_dir: str = field(
         metadata={"help": "Directory of the tables written by `mmesid embed`, <modality>.safetensors each."}
@@ -146,59 +139,32 @@ class QuantizeArguments(StageTrainingArguments):
     )
     encoder_hidden_dims: list[int] | None = field(
         default=None,
+        metadata={"help": "Widths of the encoders' hidden layers; none by default for `distance`, else 512 256."},
+    )
+    objective: Literal["distance", "paper", "mse"] = field(
+        default="distance",
         metadata={
-            "help": "Widths of the encoders' hidden layers; none by default for `stress` and `distance`, else 512 256."
+            "help": "distance: the distances between quantized items follow those between their embeddings; paper: "
+            "MMD of reconstructions; mse."
         },
     )
-    objective: Literal["stress", "distance", "paper", "mse", "mmd_mse"] = field(
-        default="stress",
-        metadata={
-            "help": "stress: codes and code vectors keep the distances between items; distance: the code vectors do, "
-            "codes are the nearest; paper: MMD of reconstructions; mse; mmd_mse: both."
-        },
-    )
-    objective_weight: float = field(default=3.0, metadata={"help": "Weight of the objective."})
     codebook_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the pull of code vectors to what they stand for."}
     )
     commitment_loss_weight: float = field(
         default=0.25, metadata={"help": "Weight of the commitment of residuals to their code vectors."}
     )
-    alignment: Literal["info_nce", "mmd"] = field(
-        default="info_nce", metadata={"help": "Loss that aligns the anchor with the other modalities."}
-    )
     alignment_loss_weight: float = field(default=0.01, metadata={"help": "Weight of the alignment; 0 leaves it out."})
     alignment_temperature: float = field(default=0.1, metadata={"help": "Temperature of the InfoNCE."})
     distance_focus: float = field(
         default=0.8,
-        metadata={"help": "How much more distances to near items count in the objectives `stress` and `distance`."},
-    )
-    frequency_exponent: float = field(
-        default=0.5,
-        metadata={
-            "help": "stress: items are drawn in proportion to this power of 1 + their occurrences in the training "
-            "split, for their distances are met as often; 0 draws all alike."
-        },
-    )
-    num_anchors: int = field(
-        default=16_384,
-        metadata={
-            "help": "stress: items kept in the checkpoint, whose distances give other items their codes; all that "
-            "are trained on where these are fewer."
-        },
+        metadata={"help": "How much more distances to near items count in the objective `distance`."},
     )
     codebook_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of the code vectors; by default 4e-2 for `stress`, 1e-2 for `distance` and "
-            "1e-3 for reconstructions."
-        },
-    )
-    codebook_ema_decay: float = field(
-        default=0.0,
-        metadata={
-            "help": "Move code vectors by averages of their residuals that keep this share of the old value a step, "
-            "such as 0.99, in place of gradients; 0: gradients. Not with `stress` and `distance`."
+            "help": "Peak learning rate of the code vectors; by default 1e-2 for `distance` and 1e-3 for "
+            "reconstructions."
         },
     )
     sinkhorn_epsilons: list[float] | None = field(
@@ -216,13 +182,6 @@ class QuantizeArguments(StageTrainingArguments):
     )
     num_train_epochs: float = field(
         default=30, metadata={"help": "Epochs at most; early stopping usually ends sooner."}
-    )
-    passes_per_epoch: int = field(
-        default=4,
-        metadata={
-            "help": "stress: how many items an epoch draws between two searches for their codes, times as many as "
-            "there are."
-        },
     )
     per_device_train_batch_size: int = field(default=512, metadata={"help": "Items a device trains on in one step."})
     per_device_eval_batch_size: int = field(default=1024, metadata={"help": "Items a device evaluates at a time."})

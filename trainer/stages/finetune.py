@@ -129,17 +129,16 @@ def load_content(
         modality: load_table(table_path(arguments.embeddings_dir, modality), modality, num_items)
         for modality in modalities
     }
-    items = ItemTables(
-        {modality: table for modality, (table, _) in loaded.items()},
-        {modality: has for modality, (_, has) in loaded.items()},
-    )
-    codes, _ = encode_items(quantizer, items, return_quantized=False)
-    tables = {"embeddings": items.embeddings, "present": items.present, "codes": codes}
+    tables = {
+        "embeddings": {modality: table.embeddings for modality, table in loaded.items()},
+        "present": {modality: table.present for modality, table in loaded.items()},
+        "codes": encode_items(quantizer, ItemTables(loaded)),
+    }
     if arguments.code_initialization == "trained":
         tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
     settings = {
         "modalities": modalities,
-        "embedding_dims": [table.shape[1] for table in items.embeddings.values()],
+        "embedding_dims": [table.embeddings.shape[1] for table in loaded.values()],
         "num_quantizers": quantizer.config.num_quantizers,
         "codebook_size": quantizer.config.codebook_size,
         "codebook_dim": quantizer.config.codebook_dim,

@@ -43,11 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = PreparedDataset.load(arguments.prepared_dir)
     tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
-    items = ItemTables(
-        {name: table for name, (table, _) in tables.items()},
-        {name: mask for name, (_, mask) in tables.items()},
-        weights=(1 + data.frequencies.double()) ** arguments.frequency_exponent,
-    )
+    items = ItemTables(tables)
     if not 0 < arguments.validation_fraction < 1:
         raise ValueError(
             f"validation_fraction is {arguments.validation_fraction}; it must lie between 0 and 1, for "
@@ -56,18 +52,15 @@ def main(argv: list[str] | None = None) -> None:
     training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
     config = MMRQVAEConfig(
         modalities=arguments.modalities,
-        embedding_dims=[table.shape[1] for table in items.embeddings.values()],
+        embedding_dims=[table.embeddings.shape[1] for table in tables.values()],
         num_quantizers=arguments.num_quantizers,
         codebook_size=arguments.codebook_size,
         codebook_dim=arguments.codebook_dim,
         encoder_hidden_dims=arguments.encoder_hidden_dims,
         objective=arguments.objective,
-        objective_weight=arguments.objective_weight,
         distance_focus=arguments.distance_focus,
-        num_anchors=max(min(arguments.num_anchors, training.fewest()), 1),
         codebook_loss_weight=arguments.codebook_loss_weight,
         commitment_loss_weight=arguments.commitment_loss_weight,
-        alignment=arguments.alignment,
         alignment_loss_weight=arguments.alignment_loss_weight,
         alignment_temperature=arguments.alignment_temperature,
         sinkhorn_epsilons=arguments.sinkhorn_epsilons,

@@ -423,6 +423,7 @@ from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecFor
 from mmesid.trainer.running.arguments import QuantizeArguments
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
+from mmesid.trainer.data.tables import EmbeddingTable
 from mmesid.trainer.quantizer.initialization import initialize
 from mmesid.trainer.quantizer.items import ItemTables
 from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
@@ -448,10 +449,10 @@ assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recomme
 
 torch.manual_seed(0)
 tables = {"collaborative": torch.randn(81, 8), "text": torch.randn(81, 6)}
-items = ItemTables(tables, {name: torch.arange(81) > 0 for name in tables})
+items = ItemTables({name: EmbeddingTable(table, torch.arange(81) > 0) for name, table in tables.items()})
 training, held_out = items.split(0.1, torch.Generator().manual_seed(0))
 config = MMRQVAEConfig(
-    modalities=list(tables), embedding_dims=[8, 6], num_quantizers=2, codebook_size=8, codebook_dim=8, num_anchors=40
+    modalities=list(tables), embedding_dims=[8, 6], num_quantizers=2, codebook_size=8, codebook_dim=8
 )
 quantizer = MMRQVAEModel(config)
 initialize(quantizer, training)
