@@ -1,6 +1,7 @@
 """Configuration of the multimodal residual quantizer."""
 
 import keyword
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -10,7 +11,7 @@ from .checkpoints import CheckpointConfig
 
 # What the encoders of each objective are unless the settings say otherwise. An encoder that follows the distances
 # gives up the spread of the codes, which a projection keeps.
-ENCODERS = {
+ENCODERS: dict[str, dict[str, Any]] = {
     "distance": {"encoder_hidden_dims": [], "encoder_projection": True},
     "paper": {"encoder_hidden_dims": [512, 256], "encoder_projection": False},
     "mse": {"encoder_hidden_dims": [512, 256], "encoder_projection": False},
@@ -86,7 +87,7 @@ class MMRQVAEConfig(CheckpointConfig):
     resolve_collisions: bool = False
     encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
     encoder_projection: bool | None = None
-    objective: str = "distance"
+    objective: Literal["distance", "paper", "mse"] = "distance"
     distance_focus: float | int = 0.8
     codebook_loss_weight: float | int = 1.0
     commitment_loss_weight: float | int = 0.25
@@ -99,15 +100,16 @@ class MMRQVAEConfig(CheckpointConfig):
             self.embedding_dims = [64] * len(self.modalities)
         if self.sinkhorn_epsilons is None:
             self.sinkhorn_epsilons = [0.0] * self.num_quantizers
-        for name, value in ENCODERS.get(self.objective, {}).items():
+        for name, value in ENCODERS[self.objective].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""
-        if self.objective not in ENCODERS:
-            raise ValueError(f"`objective` must be one of {', '.join(ENCODERS)}, got '{self.objective}'.")
+        # Set by now, which their types do not say.
+        embedding_dims, hidden_dims = self.embedding_dims or (), self.encoder_hidden_dims or ()
+        epsilons = self.sinkhorn_epsilons or ()
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
                 f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}."
@@ -118,17 +120,17 @@ class MMRQVAEConfig(CheckpointConfig):
                 raise ValueError(
                     f"`modalities` holds '{modality}', which cannot name a modality; use another identifier."
                 )
-        if len(self.embedding_dims) != len(self.modalities):
+        if len(embedding_dims) != len(self.modalities):
             raise ValueError(
                 f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, "
-                f"got {list(self.embedding_dims)}."
+                f"got {list(embedding_dims)}."
             )
         positive = {
             "num_quantizers": self.num_quantizers,
             "codebook_size": self.codebook_size,
             "codebook_dim": self.codebook_dim,
-            "encoder_hidden_dims": min(self.encoder_hidden_dims, default=1),
-            "embedding_dims": min(self.embedding_dims),
+            "encoder_hidden_dims": min(hidden_dims, default=1),
+            "embedding_dims": min(embedding_dims),
             "alignment_temperature": self.alignment_temperature,
         }
         for name, value in positive.items():
@@ -137,10 +139,10 @@ class MMRQVAEConfig(CheckpointConfig):
         for name in ("distance_focus", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if len(self.sinkhorn_epsilons) != self.num_quantizers or min(self.sinkhorn_epsilons) < 0:
+        if len(epsilons) != self.num_quantizers or min(epsilons) < 0:
             raise ValueError(
                 f"`sinkhorn_epsilons` must give one number, 0 or more, for each of the {self.num_quantizers} levels, "
-                f"got {list(self.sinkhorn_epsilons)}."
+                f"got {list(epsilons)}."
             )
 
 

@@ -1,5 +1,6 @@
 """MM-RQ-VAE: one residual quantizer per modality, whose codes are the semantic ID of an item."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,8 +29,8 @@ class MMRQVAEEncoderOutput(ModelOutput):
             Sums of the code vectors.
     """
 
-    codes: dict[str, torch.LongTensor] | None = None
-    quantized: dict[str, torch.FloatTensor] | None = None
+    codes: dict[str, torch.Tensor] | None = None
+    quantized: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
@@ -59,15 +60,15 @@ class MMRQVAEOutput(ModelOutput):
             What the decoders make of the quantized vectors, in the space of the embeddings.
     """
 
-    loss: torch.FloatTensor | None = None
-    objective_loss: torch.FloatTensor | None = None
-    decoding_loss: torch.FloatTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    alignment_loss: torch.FloatTensor | None = None
-    codes: dict[str, torch.LongTensor] | None = None
-    quantized: dict[str, torch.FloatTensor] | None = None
-    reconstructions: dict[str, torch.FloatTensor] | None = None
+    loss: torch.Tensor | None = None
+    objective_loss: torch.Tensor | None = None
+    decoding_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
+    codes: dict[str, torch.Tensor] | None = None
+    quantized: dict[str, torch.Tensor] | None = None
+    reconstructions: dict[str, torch.Tensor] | None = None
 
 
 class MMRQVAEVectorQuantization(nn.Module):
@@ -79,14 +80,14 @@ class MMRQVAEVectorQuantization(nn.Module):
         # What balances the codes; 0 where the level is not balanced.
         self.register_buffer("offsets", torch.zeros(config.codebook_size))
 
-    def encode(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # A code must not depend on whether it was assigned under autocast.
         with torch.autocast(hidden_states.device.type, enabled=False):
             # (batch_size, codebook_size)
             costs = pairwise_squared_distances(hidden_states.float(), self.codebook.float()) - self.offsets.float()
         return costs.argmin(-1)
 
-    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(codes, self.codebook)
 
 
@@ -97,7 +98,7 @@ class MMRQVAEResidualVectorQuantizer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([MMRQVAEVectorQuantization(config) for _ in range(config.num_quantizers)])
 
-    def encode(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Codes `(batch_size, num_quantizers)` of `hidden_states` `(batch_size, codebook_dim)`."""
         residual, codes = hidden_states, []
         for layer in self.layers:
@@ -105,11 +106,11 @@ class MMRQVAEResidualVectorQuantizer(nn.Module):
             residual = residual - layer.decode(codes[-1])
         return torch.stack(codes, -1)
 
-    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Sum `(batch_size, codebook_dim)` of the vectors that `codes` `(batch_size, num_quantizers)` choose."""
         return sum(layer.decode(codes[:, level]) for level, layer in enumerate(self.layers))
 
-    def losses(self, latents: torch.Tensor, codes: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, latents: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over levels of the squared distances that pull code vectors to residuals, and residuals to code
         vectors."""
         residual, codebook, commitment = latents, [], []
@@ -126,20 +127,17 @@ class MMRQVAEEncoder(nn.Module):
 
     def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
         super().__init__()
-        hidden_dims = list(config.encoder_hidden_dims)
-        self.network = None
-        if hidden_dims or not config.encoder_projection:
-            self.network = _mlp([embedding_dim, *hidden_dims, config.codebook_dim])
+        hidden_dims = config.encoder_hidden_dims or ()
+        has_network = hidden_dims or not config.encoder_projection
+        self.network = _mlp([embedding_dim, *hidden_dims, config.codebook_dim]) if has_network else None
         # A buffer, for `from_pretrained` would make a parameter trainable.
         projection = torch.empty(config.codebook_dim, embedding_dim) if config.encoder_projection else None
         self.register_buffer("projection", projection)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Latents `(batch_size, codebook_dim)` of standardized embeddings `(batch_size, embedding_dim)`."""
-        if self.projection is None:
-            return self.network(inputs)
-        projected = nn.functional.linear(inputs, self.projection)
-        return projected if self.network is None else projected + self.network(inputs)
+        latents = torch.zeros(()) if self.projection is None else nn.functional.linear(inputs, self.projection)
+        return latents if self.network is None else latents + self.network(inputs)
 
 
 class MMRQVAEBranch(nn.Module):
@@ -149,8 +147,8 @@ class MMRQVAEBranch(nn.Module):
         super().__init__()
         self.config = config
         self.quantizer = MMRQVAEResidualVectorQuantizer(config)
-        hidden_dims = [] if config.encoder_projection else list(config.encoder_hidden_dims)[::-1]
-        self.decoder = _mlp([config.codebook_dim, *hidden_dims, embedding_dim])
+        hidden_dims = () if config.encoder_projection else config.encoder_hidden_dims or ()
+        self.decoder = _mlp([config.codebook_dim, *hidden_dims[::-1], embedding_dim])
         self.encoder = MMRQVAEEncoder(config, embedding_dim)
         # Embeddings are shifted and scaled as a whole, which keeps their distances in proportion.
         self.register_buffer("input_mean", torch.zeros(embedding_dim))
@@ -163,17 +161,17 @@ class MMRQVAEBranch(nn.Module):
         """What is quantized, `(batch_size, codebook_dim)`, of `embeddings` `(batch_size, embedding_dim)`."""
         return self.encoder(self.standardize(embeddings))
 
-    def encode(self, embeddings: torch.Tensor) -> torch.LongTensor:
+    def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Codes `(batch_size, num_quantizers)` of `embeddings` `(batch_size, embedding_dim)`."""
         return self.quantizer.encode(self.latents(embeddings))
 
-    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Embeddings `(batch_size, embedding_dim)` that `codes` `(batch_size, num_quantizers)` stand for."""
         return self._unstandardize(self.decoder(self.quantizer.decode(codes)))
 
     def forward(
         self, embeddings: torch.Tensor, mask: torch.BoolTensor
-    ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): Embeddings of items.
@@ -184,7 +182,7 @@ class MMRQVAEBranch(nn.Module):
             `tuple`: Codes `(batch_size, num_quantizers)`, quantized vectors `(batch_size, codebook_dim)`,
             reconstructions `(batch_size, embedding_dim)`, and the losses by their names in [`MMRQVAEOutput`].
         """
-        objectives = {
+        objectives: dict[str, Callable] = {
             "distance": self._follow_distances,
             "paper": partial(self._reconstruct, mmd),
             "mse": partial(self._reconstruct, mean_squared_error),
@@ -283,7 +281,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     def __init__(self, config: MMRQVAEConfig):
         super().__init__(config)
         self.branches = nn.ModuleDict(
-            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims)}
+            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims or ())}
         )
         self.post_init()
 
@@ -327,7 +325,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         quantized = {name: self.branches[name].quantizer.decode(values) for name, values in codes.items()}
         return MMRQVAEEncoderOutput(codes=codes, quantized=quantized)
 
-    def decode(self, codes: dict[str, torch.LongTensor]) -> dict[str, torch.Tensor]:
+    def decode(self, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
         Embeddings that semantic IDs stand for.
 
@@ -366,24 +364,24 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         Raises:
             ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
         """
-        output = MMRQVAEOutput(codes={}, quantized={}, reconstructions={})
-        masks, losses = {}, []
+        masks, codes, quantized, reconstructions, losses = {}, {}, {}, {}, []
         for name, values in self._checked(embeddings, present).items():
             masks[name] = torch.ones_like(values[:, 0], dtype=torch.bool) if present is None else present[name].bool()
-            branch_output = self.branches[name](values, masks[name])
-            output.codes[name], output.quantized[name], output.reconstructions[name], branch_losses = branch_output
+            codes[name], quantized[name], reconstructions[name], branch_losses = self.branches[name](
+                values, masks[name]
+            )
             losses.append(branch_losses)
-        for name in ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss"):
-            output[name] = sum(branch_losses[name] for branch_losses in losses)
-        output.alignment_loss = self._alignment_loss(output.quantized, masks)
-        output.loss = (
-            OBJECTIVE_WEIGHT * output.objective_loss
-            + output.decoding_loss
-            + self.config.codebook_loss_weight * output.codebook_loss
-            + self.config.commitment_loss_weight * output.commitment_loss
-            + self.config.alignment_loss_weight * output.alignment_loss
-        )
-        return output
+        total = {name: sum(branch_losses[name] for branch_losses in losses) for name in losses[0]}
+        total["alignment_loss"] = self._alignment_loss(quantized, masks)
+        weights = {
+            "objective_loss": OBJECTIVE_WEIGHT,
+            "decoding_loss": 1.0,
+            "codebook_loss": self.config.codebook_loss_weight,
+            "commitment_loss": self.config.commitment_loss_weight,
+            "alignment_loss": self.config.alignment_loss_weight,
+        }
+        loss = sum(weight * total[name] for name, weight in weights.items())
+        return MMRQVAEOutput(loss=loss, codes=codes, quantized=quantized, reconstructions=reconstructions, **total)
 
     def _branch(self, modality: str) -> MMRQVAEBranch:
         if modality not in self.branches:

@@ -5,7 +5,7 @@ import torch
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 
 
-def shared(codes: torch.Tensor) -> torch.BoolTensor:
+def shared(codes: torch.Tensor) -> torch.Tensor:
     """Which rows of `codes` `(items, num_quantizers)` equal an earlier one."""
     _, owners = torch.unique(codes, dim=0, return_inverse=True)
     order = owners.argsort(stable=True)

@@ -25,11 +25,11 @@ TAU_POOL = 4_096
 @torch.no_grad()
 def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Tensor]:
     """
-    Semantic IDs of all rows of the dataset's tables, unique within a modality if `config.resolve_collisions`.
+    Semantic IDs of all rows of the dataset's tables, unique within each modality if `config.resolve_collisions`.
 
     Args:
         model ([`MMRQVAEModel`]): Put into evaluation mode.
-        dataset ([`ItemTables`]): Its tables are read a batch at a time.
+        dataset ([`ItemTables`]): Its tables are read batch by batch.
 
     Returns:
         `dict[str, torch.Tensor]`: Codes `(items + 1, num_quantizers)` of each modality in int16 (in int32 for over
@@ -52,11 +52,11 @@ def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Te
 
 
 @torch.no_grad()
-def encode_rows(model: MMRQVAEModel, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+def encode_rows(model: MMRQVAEModel, dataset: ItemTables, modality: str, rows: torch.Tensor) -> torch.Tensor:
     """Codes `(rows, num_quantizers)` that items get alone, in int16 or int32, on the CPU."""
     dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
     batches = dataset.read(modality, rows, model.device, "semantic IDs of")
-    found = [model.encode({modality: batch}).codes[modality].to("cpu", dtype) for batch in batches]
+    found = [model.branches[modality].encode(batch).to("cpu", dtype) for batch in batches]
     return torch.cat([torch.empty(0, model.config.num_quantizers, dtype=dtype), *found])
 
 
@@ -74,7 +74,7 @@ def quantized_rows(model: MMRQVAEModel, modality: str, codes: torch.Tensor) -> t
 def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str, float]:
     """[`code_health`] of each modality, and the collisions of the concatenated ID of the items that have any
     modality."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for modality, values in codes.items():
         health = code_health(values[values[:, 0] >= 0].numpy(), codebook_size)
         metrics |= {f"{name}_{modality}": value for name, value in health.items()}
@@ -130,14 +130,11 @@ def history_distances(
         seed (`int`, *optional*, defaults to 0): Seed of the sample.
     """
     sample = np.random.default_rng(seed).permutation(len(sequences))[:users]
-    groups, targets, histories = [], [], []
-    for user in sample:
-        example = sequences[int(user)]
-        history = np.asarray(example["history"], dtype=np.int64)
-        groups.append(np.full(len(history), user))
-        targets.append(np.full(len(history), example["target"], dtype=np.int64))
-        histories.append(history)
-    groups, targets, histories = (torch.from_numpy(np.concatenate(parts)) for parts in (groups, targets, histories))
+    examples = [sequences[int(user)] for user in sample]
+    lengths = torch.tensor([len(example["history"]) for example in examples])
+    groups = torch.from_numpy(sample).repeat_interleave(lengths)
+    targets = torch.tensor([example["target"] for example in examples]).repeat_interleave(lengths)
+    histories = torch.from_numpy(np.concatenate([example["history"] for example in examples]).astype(np.int64))
     table, present = dataset.tables[modality]
     kept = present[targets] & present[histories]
     groups, targets, histories = groups[kept], targets[kept], histories[kept]
@@ -158,7 +155,8 @@ def sample_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, tuple[np
         rows = dataset.rows_with(modality)
         spread = torch.linspace(0, len(rows) - 1, min(len(rows), TAU_POOL), dtype=torch.float64).long()
         embeddings = torch.cat(list(dataset.read(modality, rows[spread], model.device)))
-        quantized = model.encode({modality: embeddings}).quantized[modality]
+        branch = model.branches[modality]
+        quantized = branch.quantizer.decode(branch.encode(embeddings))
         sample[modality] = embeddings.cpu().numpy(), quantized.float().cpu().numpy()
     return sample
 

@@ -2,6 +2,7 @@
 vectors and linear decoders; after each epoch the codes that nothing chooses and the balance of the others."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .sinkhorn import sinkhorn_offsets
 KMEANS_ITEMS = 256
 KMEANS_NUMBERS = 2**26
 BALANCING_ITEMS = 8_192
-# A codebook that is refused should have at most a code for every fourth item.
+# What is proposed instead of a codebook that is too large.
 ITEMS_PER_CODE = 4
 # Directions that code vectors hardly use are decided by few items; this share of the mean square keeps them small.
 RIDGE = 1e-2
@@ -56,7 +57,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             branch.encoder.projection.zero_()
             branch.encoder.projection[: len(kept)] = kept
         generator = torch.Generator().manual_seed(seed)
-        _fit_codebooks(branch, dataset, modality, config.sinkhorn_epsilons, generator)
+        _fit_codebooks(branch, dataset, modality, config.sinkhorn_epsilons or (), generator)
         if config.encoder_projection:
             fit_linear_decoder(branch, dataset, modality)
 
@@ -75,16 +76,18 @@ def _require_enough(modality: str, count: int, codebook_size: int) -> None:
     )
 
 
-def _fit_inputs(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+def _fit_inputs(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.Tensor) -> torch.Tensor:
     """Sets the inputs' mean and scale, and returns the principal directions, `(embedding_dim, embedding_dim)`, those
     of most variance first."""
     device = branch.input_mean.device
-    total = sum(batch.double().sum(0) for batch in dataset.read(modality, rows, device))
-    mean = total / len(rows)
-    covariance = 0
+    mean = torch.zeros_like(branch.input_mean, dtype=torch.float64)
+    for batch in dataset.read(modality, rows, device):
+        mean += batch.double().sum(0)
+    mean /= len(rows)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
     for batch in dataset.read(modality, rows, device):
         centred = batch.double() - mean
-        covariance = covariance + centred.T @ centred / len(rows)
+        covariance += centred.T @ centred / len(rows)
     branch.input_mean.copy_(mean)
     branch.input_scale.copy_((covariance.trace() / len(covariance)).sqrt().clamp_min(1e-12))
     return torch.linalg.eigh(covariance).eigenvectors.flip(1).T.to(branch.input_mean.dtype)
@@ -111,7 +114,7 @@ def _turn(
 
 
 def _fit_codebooks(
-    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: list[float], generator: torch.Generator
+    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: Sequence[float], generator: torch.Generator
 ) -> None:
     """Sets the code vectors level by level, each by k-means of what the levels before leave."""
     codebook_size, codebook_dim = branch.quantizer.layers[0].codebook.shape
@@ -128,35 +131,38 @@ def _fit_codebooks(
             part -= layer.decode(layer.encode(part))
 
 
-def _latents(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.LongTensor) -> torch.Tensor:
+def _latents(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.Tensor) -> torch.Tensor:
     """Latents `(rows, codebook_dim)` of some items."""
     return torch.cat([branch.latents(batch) for batch in dataset.read(modality, rows, branch.input_mean.device)])
 
 
 def fit_linear_decoder(branch: MMRQVAEBranch, dataset: ItemTables, modality: str) -> None:
     """Sets the decoder to the linear one of the least squared error on the dataset's items that have the modality."""
-    gram = products = 0
     (decoder,) = branch.decoder
     width = decoder.in_features
     vectors = torch.cat([layer.codebook for layer in branch.quantizer.layers]).float()
     # The solution lies in the span of the code vectors, which a wide space is far from filled by.
     basis = torch.linalg.qr(vectors.T).Q if len(vectors) < width else None
+    # One more for the bias.
+    size = 1 + (width if basis is None else basis.shape[1])
+    gram = torch.zeros(size, size, dtype=torch.float64, device=vectors.device)
+    products = torch.zeros(size, decoder.out_features, dtype=torch.float64, device=vectors.device)
     for batch in dataset.read(modality, dataset.rows_with(modality), vectors.device):
         quantized = branch.quantizer.decode(branch.encode(batch))
         if basis is not None:
             quantized = quantized @ basis
         inputs = torch.cat([quantized, torch.ones_like(quantized[:, :1])], 1).double()
-        gram = gram + inputs.T @ inputs
-        products = products + inputs.T @ branch.standardize(batch).double()
+        gram += inputs.T @ inputs
+        products += inputs.T @ branch.standardize(batch).double()
     ridge = RIDGE * gram.trace() / (width + 1)
-    solution = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), products)
+    solution = torch.linalg.solve(gram + ridge * torch.eye(size, dtype=gram.dtype, device=gram.device), products)
     weight = solution[:-1].T
     decoder.weight.copy_(weight if basis is None else weight.to(basis.dtype) @ basis.T)
     decoder.bias.copy_(solution[-1])
 
 
 @torch.no_grad()
-def balance_codes(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: list[float]) -> None:
+def balance_codes(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, epsilons: Sequence[float]) -> None:
     """Sets the offsets of the levels whose epsilon is not 0, from evenly spaced items of the dataset."""
     if not any(epsilons):
         return
@@ -177,7 +183,7 @@ def _balance_level(layer: MMRQVAEVectorQuantization, residual: torch.Tensor, eps
 
 @torch.no_grad()
 def revive_codes(
-    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, dead: torch.BoolTensor, generator: torch.Generator
+    branch: MMRQVAEBranch, dataset: ItemTables, modality: str, dead: torch.Tensor, generator: torch.Generator
 ) -> None:
     """
     Moves code vectors to what random items of the dataset leave to the level.

@@ -19,7 +19,7 @@ MOST_HELD_OUT = 10_000
 
 class ItemTables(Dataset):
     """
-    Rows of embedding tables, read a batch at a time.
+    Rows of embedding tables, read batch by batch.
 
     Args:
         tables (`dict[str, EmbeddingTable]`): The embeddings of each modality and which items have it.
@@ -30,7 +30,7 @@ class ItemTables(Dataset):
         ValueError: If the tables do not have the same number of rows.
     """
 
-    def __init__(self, tables: dict[str, EmbeddingTable], rows: torch.LongTensor | None = None):
+    def __init__(self, tables: dict[str, EmbeddingTable], rows: torch.Tensor | None = None):
         sizes = {modality: len(table.embeddings) for modality, table in tables.items()}
         sizes |= {f"present of {modality}": len(table.present) for modality, table in tables.items()}
         if len(set(sizes.values())) > 1:
@@ -57,7 +57,7 @@ class ItemTables(Dataset):
             "present": {modality: table.present[rows] for modality, table in self.tables.items()},
         }
 
-    def rows_with(self, *modalities: str) -> torch.LongTensor:
+    def rows_with(self, *modalities: str) -> torch.Tensor:
         """The dataset's rows that have all of the modalities."""
         rows = self.rows
         for modality in modalities:
@@ -65,9 +65,9 @@ class ItemTables(Dataset):
         return rows
 
     def read(
-        self, modality: str, rows: torch.LongTensor, device: torch.device, task: str = "pass over"
+        self, modality: str, rows: torch.Tensor, device: torch.device, task: str = "pass over"
     ) -> Iterator[torch.Tensor]:
-        """The embeddings of `rows` in float32 on the device, a batch at a time; a bar names the `task` if it lasts."""
+        """The embeddings of `rows` in float32 on the device, batch by batch; a bar names the `task` if it lasts."""
         embeddings = self.tables[modality].embeddings
         for part in tqdm(rows.split(READ_ITEMS), desc=f"{task} {modality}", unit="batch", delay=2, leave=False):
             yield embeddings[part].to(device, torch.float32)

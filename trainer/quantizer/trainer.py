@@ -59,6 +59,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
 
     stage = "quantize"
     evaluation_name = "held_out"
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,

@@ -12,10 +12,9 @@ perplexity of their frequencies, and the share of items whose whole ID another i
 
 _INPUTS = """
 Args:
-    codes (`list[list[int]]`): The codes of each item, one a level, from 0. To look at the ID that several modalities
-        make together, give
-        their codes one after the other.
-    codebook_size (`int`): Codes a level chooses from.
+    codes (`list[list[int]]`): The codes of each item, one per level, from 0. To look at the ID that several modalities
+        make together, give their codes one after the other.
+    codebook_size (`int`): Codes that a level chooses from.
 Returns:
     `dict[str, float]` with `use@l` (from 0 to 1), `dead@l` (a number of codes) and `perplexity@l` (from 1 to
     `codebook_size`) for every level l from 1, and `collisions` (from 0 to 1): the share of items that are not alone
