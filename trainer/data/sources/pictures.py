@@ -34,7 +34,7 @@ BACKDROPS = {
 
 # Category: (primitive, tone, coordinates on a 100 x 100 sheet), painted in this order. Tones: "fabric" carries the
 # pattern, "dark" and "light" are shades of the colour, "metal" is grey, "backdrop" cuts a hole.
-SHAPES = {
+SHAPES: dict[str, list[tuple[str, str, tuple[float, ...]]]] = {
     "t-shirt": [
         ("polygon", "fabric", (32, 18, 68, 18, 94, 36, 84, 54, 72, 46, 72, 88, 28, 88, 28, 46, 16, 54, 6, 36)),
         ("ellipse", "backdrop", (40, 9, 60, 27)),
@@ -195,16 +195,15 @@ def draw_product(category: str, colour: str, pattern: str, style: str, rng: np.r
     angle, size = rng.uniform(-8, 8), rng.uniform(0.8, 0.95)
     shift = rng.integers(-5, 6, size=2) * SCALE // 2
     placed = int(CANVAS * size)
-    corner = tuple(int(value) for value in (CANVAS - placed) // 2 + shift)
-    turn = {"resample": Image.Resampling.BICUBIC}
-    product = product.resize((placed, placed)).rotate(angle, **turn)
-    outline = outline.resize((placed, placed)).rotate(angle, **turn)
+    left, top = (int(value) for value in (CANVAS - placed) // 2 + shift)
+    product = product.resize((placed, placed)).rotate(angle, Image.Resampling.BICUBIC)
+    outline = outline.resize((placed, placed)).rotate(angle, Image.Resampling.BICUBIC)
 
     picture = Image.new("RGB", (CANVAS, CANVAS), backdrop)
     shadow = Image.new("L", picture.size)
-    shadow.paste(outline.point(lambda alpha: alpha * 2 // 5), (corner[0] + 2 * SCALE, corner[1] + 2 * SCALE))
+    shadow.paste(outline.point(lambda alpha: alpha * 2 // 5), (left + 2 * SCALE, top + 2 * SCALE))
     picture.paste((60, 60, 70), mask=shadow.filter(ImageFilter.GaussianBlur(2 * SCALE)))
-    picture.paste(product, corner, mask=outline)
+    picture.paste(product, (left, top), mask=outline)
 
     file = io.BytesIO()
     picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(file, format="PNG")
@@ -225,6 +224,7 @@ def _light() -> Image.Image:
 def _paint(draw: ImageDraw.ImageDraw, primitive: str, coordinates: tuple[float, ...]) -> None:
     unit = CANVAS / 100
     points = [coordinate * unit for coordinate in coordinates[:4]]
+    angles = coordinates[4:]
     if primitive == "polygon":
         draw.polygon([coordinate * unit for coordinate in coordinates], fill=255)
     elif primitive == "ellipse":
@@ -232,9 +232,9 @@ def _paint(draw: ImageDraw.ImageDraw, primitive: str, coordinates: tuple[float, 
     elif primitive == "rounded":
         draw.rounded_rectangle(points, radius=10 * unit, fill=255)
     elif primitive == "pieslice":
-        draw.pieslice(points, *coordinates[4:], fill=255)
+        draw.pieslice(points, start=angles[0], end=angles[1], fill=255)
     elif primitive == "arc":
-        draw.arc(points, *coordinates[4:], fill=255, width=round(6 * unit))
+        draw.arc(points, start=angles[0], end=angles[1], fill=255, width=round(6 * unit))
     else:
         draw.line(points, fill=255, width=round(5 * unit))
 
