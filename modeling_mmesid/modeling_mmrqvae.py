@@ -24,7 +24,7 @@ class MMRQVAEEncoderOutput(ModelOutput):
     """
     Args:
         codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality):
-            Semantic IDs. Codes of an item that lacks the modality mean nothing.
+            Semantic IDs.
         quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality):
             Sums of the code vectors.
     """
@@ -53,7 +53,7 @@ class MMRQVAEOutput(ModelOutput):
         alignment_loss (`torch.FloatTensor` of shape `()`):
             InfoNCE between the anchor and every other quantized modality, summed.
         codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality):
-            Semantic IDs.
+            Semantic IDs. Codes of an item that lacks the modality mean nothing.
         quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality):
             Sums of the code vectors.
         reconstructions (`dict[str, torch.FloatTensor]` of shape `(batch_size, embedding_dim)` for each modality):
@@ -300,9 +300,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         """
         return torch.stack([layer.codebook for layer in self._branch(modality).quantizer.layers])
 
-    def encode(
-        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
-    ) -> MMRQVAEEncoderOutput:
+    def encode(self, embeddings: dict[str, torch.Tensor]) -> MMRQVAEEncoderOutput:
         """
         Semantic IDs of items. Those of a whole catalogue may differ where `config.resolve_collisions` made them
         unique, for which the other items must be known.
@@ -310,9 +308,6 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         Args:
             embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality):
                 Any of the model's modalities.
-            present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` for each modality, *optional*):
-                Which items have the modality; all of them by default. Rows of items that lack it are not looked at:
-                their codes and quantized vectors are those of the mean embedding.
 
         Returns:
             [`MMRQVAEEncoderOutput`].
@@ -320,8 +315,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         Raises:
             ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
         """
-        checked = self._checked(embeddings, present)
-        codes = {name: self.branches[name].encode(values) for name, values in checked.items()}
+        codes = {name: self.branches[name].encode(values) for name, values in self._checked(embeddings).items()}
         quantized = {name: self.branches[name].quantizer.decode(values) for name, values in codes.items()}
         return MMRQVAEEncoderOutput(codes=codes, quantized=quantized)
 
@@ -389,7 +383,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         return self.branches[modality]
 
     def _checked(
-        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None
+        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """The embeddings in the order of the config, with the rows of items that lack the modality at the mean."""
         for name in embeddings:
