@@ -107,9 +107,6 @@ class MMRQVAEConfig(CheckpointConfig):
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""
-        # Set by now, which their types do not say.
-        embedding_dims, hidden_dims = self.embedding_dims or (), self.encoder_hidden_dims or ()
-        epsilons = self.sinkhorn_epsilons or ()
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
                 f"`modalities` must name at least one modality and none twice, got {list(self.modalities)}."
@@ -120,17 +117,17 @@ class MMRQVAEConfig(CheckpointConfig):
                 raise ValueError(
                     f"`modalities` holds '{modality}', which cannot name a modality; use another identifier."
                 )
-        if len(embedding_dims) != len(self.modalities):
+        if len(self.embedding_dims) != len(self.modalities):
             raise ValueError(
                 f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, "
-                f"got {list(embedding_dims)}."
+                f"got {list(self.embedding_dims)}."
             )
         positive = {
             "num_quantizers": self.num_quantizers,
             "codebook_size": self.codebook_size,
             "codebook_dim": self.codebook_dim,
-            "encoder_hidden_dims": min(hidden_dims, default=1),
-            "embedding_dims": min(embedding_dims),
+            "encoder_hidden_dims": min(self.encoder_hidden_dims, default=1),
+            "embedding_dims": min(self.embedding_dims),
             "alignment_temperature": self.alignment_temperature,
         }
         for name, value in positive.items():
@@ -139,10 +136,10 @@ class MMRQVAEConfig(CheckpointConfig):
         for name in ("distance_focus", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if len(epsilons) != self.num_quantizers or min(epsilons) < 0:
+        if len(self.sinkhorn_epsilons) != self.num_quantizers or min(self.sinkhorn_epsilons) < 0:
             raise ValueError(
                 f"`sinkhorn_epsilons` must give one number, 0 or more, for each of the {self.num_quantizers} levels, "
-                f"got {list(epsilons)}."
+                f"got {list(self.sinkhorn_epsilons)}."
             )
 
 

@@ -127,7 +127,7 @@ class MMRQVAEEncoder(nn.Module):
 
     def __init__(self, config: MMRQVAEConfig, embedding_dim: int):
         super().__init__()
-        hidden_dims = config.encoder_hidden_dims or ()
+        hidden_dims = config.encoder_hidden_dims
         has_network = hidden_dims or not config.encoder_projection
         self.network = _mlp([embedding_dim, *hidden_dims, config.codebook_dim]) if has_network else None
         # A buffer, for `from_pretrained` would make a parameter trainable.
@@ -136,7 +136,9 @@ class MMRQVAEEncoder(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Latents `(batch_size, codebook_dim)` of standardized embeddings `(batch_size, embedding_dim)`."""
-        latents = torch.zeros(()) if self.projection is None else nn.functional.linear(inputs, self.projection)
+        if self.projection is None:
+            return self.network(inputs)
+        latents = nn.functional.linear(inputs, self.projection)
         return latents if self.network is None else latents + self.network(inputs)
 
 
@@ -147,7 +149,7 @@ class MMRQVAEBranch(nn.Module):
         super().__init__()
         self.config = config
         self.quantizer = MMRQVAEResidualVectorQuantizer(config)
-        hidden_dims = () if config.encoder_projection else config.encoder_hidden_dims or ()
+        hidden_dims = () if config.encoder_projection else config.encoder_hidden_dims
         self.decoder = _mlp([config.codebook_dim, *hidden_dims[::-1], embedding_dim])
         self.encoder = MMRQVAEEncoder(config, embedding_dim)
         # Embeddings are shifted and scaled as a whole, which keeps their distances in proportion.
@@ -281,7 +283,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     def __init__(self, config: MMRQVAEConfig):
         super().__init__(config)
         self.branches = nn.ModuleDict(
-            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims or ())}
+            {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims)}
         )
         self.post_init()
 

@@ -57,7 +57,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
             branch.encoder.projection.zero_()
             branch.encoder.projection[: len(kept)] = kept
         generator = torch.Generator().manual_seed(seed)
-        _fit_codebooks(branch, dataset, modality, config.sinkhorn_epsilons or (), generator)
+        _fit_codebooks(branch, dataset, modality, config.sinkhorn_epsilons, generator)
         if config.encoder_projection:
             fit_linear_decoder(branch, dataset, modality)
 
