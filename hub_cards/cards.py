@@ -36,14 +36,14 @@ _PATHS = ("_dir", "_file", "_checkpoint")
 _SUBJECTS = {
     "prepare": ("Sequential recommendation dataset", "dataset"),
     "sasrec": ("SASRec", "sasrec"),
-    "embed": ("Dual encoder of texts and pictures", "clip"),
+    "encoder": ("Dual encoder of texts and pictures", "clip"),
     "quantize": ("MM-RQ-VAE semantic IDs", "semantic-ids"),
     "finetune": ("MME-SID recommender", "recommender"),
 }
 _TEMPLATES = {
     "prepare": "dataset",
     "sasrec": "sasrec",
-    "embed": "encoder",
+    "encoder": "encoder",
     "quantize": "quantizer",
     "finetune": "recommender",
 }

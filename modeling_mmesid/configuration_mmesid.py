@@ -59,9 +59,9 @@ class MMESIDConfig(CheckpointConfig):
         item_token_scale (`float`, *optional*, defaults to `1.0`):
             Factor on item vectors where they enter the backbone, not where they score. The square root of the hidden
             size suits a backbone trained from scratch, as in SASRec and Gemma.
-        token_dropout (`float`, *optional*, defaults to `0.0`):
+        token_dropout (`float`, *optional*, defaults to `0.4`):
             Dropout on the item tokens that enter the backbone.
-        output_dropout (`float`, *optional*, defaults to `0.0`):
+        output_dropout (`float`, *optional*, defaults to `0.4`):
             Dropout on the user representations before they are scored.
         prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`):
             Tokens before the items.
@@ -91,8 +91,8 @@ class MMESIDConfig(CheckpointConfig):
     fusion_hidden_size: int = 16
     fusion_temperature: float = 1.0
     item_token_scale: float = 1.0
-    token_dropout: float = 0.0
-    output_dropout: float = 0.0
+    token_dropout: float = 0.4
+    output_dropout: float = 0.4
     prompt_prefix_ids: list[int] | None = None
     prompt_suffix_ids: list[int] | None = None
     max_history: int = 50

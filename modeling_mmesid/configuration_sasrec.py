@@ -20,9 +20,9 @@ class SASRecConfig(CheckpointConfig):
             Number of self-attention blocks.
         num_attention_heads (`int`, *optional*, defaults to `2`):
             Number of attention heads; must divide `hidden_size`.
-        intermediate_size (`int`, *optional*, defaults to `256`):
-            Width of the feed-forward layer.
-        max_position_embeddings (`int`, *optional*, defaults to `50`):
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward layer; four times `hidden_size` by default.
+        max_history (`int`, *optional*, defaults to `50`):
             Longest history; of a longer one the latest items are read.
         embedding_dropout (`float`, *optional*, defaults to `0.5`):
             Dropout on the item embeddings that enter the first block.
@@ -42,18 +42,26 @@ class SASRecConfig(CheckpointConfig):
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_attention_heads: int = 2
-    intermediate_size: int = 256
-    max_position_embeddings: int = 50
+    intermediate_size: int | None = None
+    max_history: int = 50
     embedding_dropout: float = 0.5
     hidden_dropout: float = 0.5
     attention_dropout: float = 0.2
     layer_norm_eps: float = 1e-8
     initializer_range: float = 0.02
 
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the sizes cannot form a model."""
         if self.num_items < 1:
             raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_history"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "

@@ -76,7 +76,7 @@ class SASRecModel(SASRecPreTrainedModel):
     def __init__(self, config: SASRecConfig):
         super().__init__(config)
         self.item_embeddings = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_history, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -86,7 +86,7 @@ class SASRecModel(SASRecPreTrainedModel):
         """
         Args:
             items (`torch.LongTensor` of shape `(batch, length)`): Item rows, oldest first, padded with 0 on the right;
-                `length` at most `max_position_embeddings`.
+                `length` at most `max_history`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch, length, hidden)`; states at padding are undefined.
@@ -144,9 +144,9 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """User representations of shape `(batch, hidden)`, each from the latest `max_position_embeddings` items of a
+        """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a
         history."""
-        latest = [history[-self.config.max_position_embeddings :] for history in histories]
+        latest = [history[-self.config.max_history :] for history in histories]
         return self(items=pad_histories(latest, self.device)).user_embeddings
 
 

@@ -31,8 +31,7 @@ from mmesid.trainer.data.tables import import_table
 from mmesid.trainer.quantizer.evaluation import code_metrics, encode_items, history_distances
 from mmesid.trainer.quantizer.initialization import initialize
 from mmesid.trainer.quantizer.items import ItemTables
-from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
-from mmesid.trainer.running.arguments import QuantizeArguments
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
 from mmesid.trainer.running.records import peak_memory_bytes
 from mmesid.trainer.running.training import fit
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
@@ -111,10 +110,8 @@ def measure(
     """Makes one quantizer (by its initialisation alone if `training` is None) and measures it."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        arguments = QuantizeArguments(
+        arguments = MMRQVAETrainingArguments(
             output_dir=directory,
-            prepared_dir="",
-            embeddings_dir="",
             seed=seed,
             disable_tqdm=True,
             **(training or {}) | ({"num_train_epochs": epochs} if epochs else {}),

@@ -13,8 +13,9 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from mmesid.trainer.cli import main, read_recipe
+from mmesid.trainer.cli import STAGES, main
 from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.recipes import read_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -90,7 +91,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 def write_files(folder: Path, recipe: Path, year: int, url: str) -> None:
     """The two files of a recipe where it looks for them, below `folder`."""
-    (prepare,) = read_recipe(recipe)["prepare"]
+    (prepare,) = read_recipe(recipe, STAGES)["prepare"]
     interactions, items = (
         folder / prepare[name].removeprefix("hf://datasets/McAuley-Lab/Amazon-Reviews-2023/")
         for name in ("interactions", "items")

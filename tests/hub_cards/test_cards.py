@@ -30,7 +30,7 @@ from ..loopback_hub import Hub
 
 
 NUM_ITEMS = 30
-STAGES = ["prepare", "sasrec", "embed", "quantize", "finetune"]
+STAGES = ["prepare", "sasrec", "encoder", "quantize", "finetune"]
 VALIDATION = {
     "hr@5": 0.125,
     "hr@10": 0.25,

@@ -8,7 +8,7 @@ from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 @pytest.fixture
 def model():
     set_seed(0)
-    config = SASRecConfig(num_items=30, hidden_size=16, intermediate_size=32, max_position_embeddings=8)
+    config = SASRecConfig(num_items=30, hidden_size=16, intermediate_size=32, max_history=8)
     return SASRecForSequentialRecommendation(config).eval()
 
 

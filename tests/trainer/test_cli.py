@@ -6,24 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from mmesid.trainer import cli
-from mmesid.trainer.cli import STAGES, main, plan, read_recipe, to_flags
-from mmesid.trainer.running import arguments as stage_arguments
+from mmesid.trainer.cli import STAGES, main
+from mmesid.trainer.recipes import packaged_recipes, plan, read_recipe
 from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.errors import run_as_script
+from mmesid.trainer.running.files import to_flags
+
+from .running.test_arguments import CLASSES
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
-CLASSES = {
-    "prepare": stage_arguments.PrepareArguments,
-    "sasrec": stage_arguments.SASRecArguments,
-    "embed": stage_arguments.EmbedArguments,
-    "quantize": stage_arguments.QuantizeArguments,
-    "finetune": stage_arguments.FinetuneArguments,
-    "evaluate": stage_arguments.EvaluateArguments,
-    "recommend": stage_arguments.RecommendArguments,
-    "index": stage_arguments.IndexArguments,
-    "push": stage_arguments.PushArguments,
-}
 RECIPE = """
 output_dir: runs/toy
 prepare: {source: synthetic, num_items: 60}
@@ -34,7 +26,7 @@ embed:
 quantize: {modalities: [collaborative, text]}
 finetune:
   - {seed: 1}
-  - {use_content: false, embeddings_dir: null, quantizer_dir: null, output_dir: id_only}
+  - {modalities: [], output_dir: id_only}
 evaluate: {}
 """
 
@@ -62,12 +54,12 @@ def calls(monkeypatch):
 
         return SimpleNamespace(main=stage_main)
 
-    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=import_module))
     return SimpleNamespace(recorded=recorded, fail=fail)
 
 
 def planned(path, overrides=(), only=None):
-    return list(plan(path, read_recipe(path, overrides), only))
+    return list(plan(path, read_recipe(path, STAGES, overrides), STAGES, only))
 
 
 def test_help_does_not_wait_for_torch():
@@ -82,8 +74,8 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_a_stage_gets_its_flags_untouched(calls):
-    main(["sasrec", "--seed", "3", "--help"])
-    assert calls.recorded == [("sasrec", ["--seed", "3", "--help"])]
+    main(["sasrec", "--seed", "3", "--unknown"])
+    assert calls.recorded == [("sasrec", ["--seed", "3", "--unknown"])]
 
 
 @pytest.mark.parametrize("error", [ValueError("Item 'x' is unknown."), OSError("'y/z' is no repository.")])
@@ -180,7 +172,16 @@ def test_directories_are_filled_in(recipe):
                 "output_dir": "runs/toy/recommender",
             },
         ),
-        ("finetune", {"prepared_dir": prepared, "use_content": False, "output_dir": "runs/toy/id_only"}),
+        (
+            "finetune",
+            {
+                "prepared_dir": prepared,
+                "embeddings_dir": "runs/toy/embeddings",
+                "quantizer_dir": "runs/toy/quantizer",
+                "modalities": [],
+                "output_dir": "runs/toy/id_only",
+            },
+        ),
         (
             "evaluate",
             {
@@ -268,22 +269,51 @@ def test_a_wrong_recipe_is_one_sentence_and_runs_nothing(calls, tmp_path, capsys
 def test_a_missing_recipe_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "missing.yaml"])
-    assert capsys.readouterr().err == "mmesid run: error: There is no recipe 'missing.yaml'; correct the path.\n"
+    message = capsys.readouterr().err
+    assert message.startswith("mmesid run: error: There is no recipe 'missing.yaml', neither a file below ")
+    assert str(Path.cwd()) in message
+    assert "quickstart" in message
+
+
+def test_a_recipe_that_comes_with_the_package_goes_by_its_name(calls, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main(["run", "quickstart", "--only", "prepare"])
+    assert calls.recorded == [("prepare", ["--source=synthetic", "--output_dir=runs/quickstart/prepared"])]
+    assert {path.stem for path in RECIPES} == set(packaged_recipes())
+
+
+def test_embed_reads_the_encoders_that_the_recipe_trains(tmp_path):
+    """Unless it imports a table, or names another encoder or model."""
+    path = tmp_path / "recipe.yaml"
+    runs = [
+        ("{modality: collaborative}", "o/sasrec"),
+        ("{modality: collaborative, from_file: table.safetensors}", None),
+        ("{modality: collaborative, encoder: sentence}", None),
+        ("{modality: visual}", "o/encoder"),
+        ("{modality: visual, encoder: vision}", None),
+        ("{modality: text, encoder: dual_encoder}", "o/encoder"),
+        ("{modality: text, encoder: dual_encoder, model_name_or_path: mine}", "mine"),
+    ]
+    sections = "".join(f"\n  - {run}" for run, _ in runs)
+    path.write_text(f"output_dir: o\nsasrec:\nencoder:\nembed:{sections}\n", encoding="utf-8")
+    assert [settings.get("model_name_or_path") for _, settings in planned(path, only=["embed"])] == [
+        expected for _, expected in runs
+    ]
 
 
 def test_settings_become_the_arguments_they_say():
     settings = {
         "output_dir": "out",
         "prepared_dir": "prepared",
-        "use_content": False,
+        "modalities": [],
         "lora_target_modules": ["q_proj", "v_proj"],
-        "learning_rate": 1e-4,
         "user_prompt": "-- {items}, please",
-        "lr_scheduler_kwargs": {"num_cycles": 2},
-        "seed": 7,
+        "paper": False,
     }
-    arguments = parse(stage_arguments.FinetuneArguments, to_flags(settings))
+    training = {"learning_rate": 1e-4, "lr_scheduler_kwargs": {"num_cycles": 2}, "seed": 7}
+    arguments = parse(CLASSES["finetune"], to_flags(settings | training))
     assert {name: getattr(arguments, name) for name in settings} == settings
+    assert {name: getattr(arguments.training, name) for name in training} == training
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -292,7 +322,7 @@ def test_the_recipes_that_we_ship_are_valid(path):
     assert [stage for stage, _ in runs][0] == "prepare"
     for stage, settings in runs:
         arguments = parse(CLASSES[stage], to_flags(settings))
-        assert arguments.output_dir.startswith(read_recipe(path)["output_dir"])
+        assert arguments.output_dir.startswith(read_recipe(path, STAGES)["output_dir"])
 
 
 def test_a_real_stage_runs_once_from_a_recipe(tmp_path, capsys):

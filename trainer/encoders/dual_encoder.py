@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -28,6 +30,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ..data.images import BadImageError, decode_image
 from ..publishing.hub_trainer import HubTrainerMixin
+from ..running.arguments import BestEpochTrainingArguments, check_ranges
 from .encoding import check_weights, place
 
 
@@ -289,18 +292,45 @@ def shrink(pictures: Sequence[Image.Image], size: int, disable_tqdm: bool = Fals
     return [pictures[index].resize((size, size), Image.Resampling.BICUBIC) for index in progress]
 
 
+@dataclass(kw_only=True)
+class DualEncoderTrainingArguments(BestEpochTrainingArguments):
+    """
+    Arguments of [`DualEncoderTrainer`].
+
+    Args:
+        > Training
+
+        held_out_fraction (`float`, *optional*, defaults to `0.1`): Share of the pairs that training does not see.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("recall@1", "recall@10", "mrr", "loss")
+
+    held_out_fraction: float = 0.1
+    num_train_epochs: float = 25
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
+    warmup_steps: float = 0.1
+    weight_decay: float = 0.1
+    early_stopping_patience: int = 10
+    metric_for_best_model: str | None = "mrr"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, share=("held_out_fraction",))
+
+
 class DualEncoderTrainer(HubTrainerMixin, Trainer):
     """
     Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
 
     Args:
         encoder (`DualEncoder`): What to train.
-        args (`StageTrainingArguments`): The Trainer's arguments.
+        args ([`DualEncoderTrainingArguments`]): The Trainer's arguments.
         train_dataset (`CaptionedPictures`): The pairs to learn from.
         eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
     """
 
-    stage = "embed"
+    stage = "encoder"
     evaluation_name = "held_out"
 
     def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):

@@ -16,7 +16,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from mmesid.hub_cards import save_card
 from modeling_mmesid.checkpoints import file_digest
 
-from ..running.arguments import StageTrainingArguments, changed_arguments
+from ..running.arguments import BestEpochTrainingArguments, changed_arguments
 from ..running.records import RECORD_NAME, StageRecord, unstaged_record, write_text_atomic
 from .repository import CARD_NAME, parse_links, publication, upload
 
@@ -58,7 +58,7 @@ class HubTrainerMixin:
     def __init__(self, *args, **kwargs):
         self._start = time.perf_counter()
         super().__init__(*args, **kwargs)
-        if isinstance(self.args, StageTrainingArguments):
+        if isinstance(self.args, BestEpochTrainingArguments):
             self.hub_links = parse_links(self.args.hub_links, "--hub_links")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -22,8 +22,8 @@ from modeling_mmesid.checkpoints import (
 from ..running.records import RECORD_NAME, StageRecord, write_text_atomic
 
 
-# What the result of each stage is on the Hub; of `embed`, the dual encoder that it trained.
-REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "embed": "model", "quantize": "model", "finetune": "model"}
+# What the result of each stage is on the Hub.
+REPO_TYPES = {"prepare": "dataset", "sasrec": "model", "encoder": "model", "quantize": "model", "finetune": "model"}
 
 
 def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:

@@ -1,7 +1,9 @@
 """Training of the quantizer: losses, revival of dead codes, evaluation on held-out items."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate.utils import broadcast
@@ -13,7 +15,7 @@ from modeling_mmesid.modeling_mmrqvae import MMRQVAEBranch, MMRQVAEModel
 from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
 from ..publishing.hub_trainer import HubTrainerMixin
-from ..running.arguments import QuantizeArguments
+from ..running.arguments import BestEpochTrainingArguments, check_ranges
 from .evaluation import (
     code_metrics,
     encode_items,
@@ -30,6 +32,38 @@ from .semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semanti
 # Code vectors that the distances move take larger steps than those that follow residuals.
 CODEBOOK_LEARNING_RATES = {"distance": 1e-2, "paper": 1e-3, "mse": 1e-3}
 LOSSES = ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss")
+
+
+@dataclass(kw_only=True)
+class MMRQVAETrainingArguments(BestEpochTrainingArguments):
+    """
+    Arguments of [`MMRQVAETrainer`].
+
+    Args:
+        > Training
+
+        codebook_learning_rate (`float`, *optional*): Peak learning rate of the code vectors; by default 1e-2 for the
+            objective `distance` and 1e-3 for reconstructions.
+        validation_fraction (`float`, *optional*, defaults to `0.05`): Share of the items held out to choose the
+            checkpoint.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("tau", "tau_*", "reconstruction_*", "recall@1_*", "loss")
+    smaller_is_better: ClassVar[tuple[str, ...]] = ("reconstruction_*", "loss")
+
+    codebook_learning_rate: float | None = None
+    validation_fraction: float = 0.05
+    num_train_epochs: float = 40
+    per_device_train_batch_size: int = 256
+    per_device_eval_batch_size: int = 1024
+    learning_rate: float = 3e-4
+    early_stopping_patience: int = 10
+    lr_scheduler_type: str = "cosine"
+    metric_for_best_model: str | None = "tau"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, share=("validation_fraction",), not_negative=("codebook_learning_rate",))
 
 
 class MMRQVAETrainer(HubTrainerMixin, Trainer):
@@ -49,7 +83,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
 
     Args:
         model ([`MMRQVAEModel`]): Already initialized by [`initialize`].
-        args ([`~mmesid.trainer.running.arguments.QuantizeArguments`]): As in [`~transformers.Trainer`].
+        args ([`MMRQVAETrainingArguments`]): As in [`~transformers.Trainer`].
         train_dataset ([`ItemTables`]): Items to learn from.
         eval_dataset ([`ItemTables`]): Held-out items.
         data ([`~mmesid.trainer.data.prepared.PreparedDataset`], *optional*): What the tables are made from, for
@@ -64,7 +98,7 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
     def __init__(
         self,
         model: MMRQVAEModel,
-        args: QuantizeArguments,
+        args: MMRQVAETrainingArguments,
         train_dataset: ItemTables,
         eval_dataset: ItemTables,
         data: PreparedDataset | None = None,

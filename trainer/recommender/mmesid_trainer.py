@@ -1,6 +1,8 @@
 """Training the MME-SID recommender."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -8,13 +10,32 @@ from transformers.utils import logging
 
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
+from ..running.arguments import BestEpochTrainingArguments
 from .attention_trial import attention_problem, packing_problem, should_try_flex_attention, use_attention
 from .collators import HistoryCollator
 from .description import describe_items
-from .sequential_trainer import SequentialRecommendationTrainer
+from .sequential_trainer import RANKING_METRICS, SequentialRecommendationTrainer
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class MMESIDTrainingArguments(BestEpochTrainingArguments):
+    """
+    Arguments of [`MMESIDTrainer`].
+
+    Args:
+        > Loss
+
+        num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from so many sampled items, for millions
+            of items; 0 takes all.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]] = RANKING_METRICS
+
+    num_candidates: int = 0
+    num_train_epochs: float = 20
 
 
 class MMESIDTrainer(SequentialRecommendationTrainer):

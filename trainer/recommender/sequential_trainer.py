@@ -13,6 +13,10 @@ from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin
 
 
+# What an evaluation measures, as patterns.
+RANKING_METRICS = ("hr@*", "ndcg@*", "mrr")
+
+
 def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
     """A `compute_metrics` for `batch_eval_metrics=True`: collects ranks, and returns HR, nDCG and MRR after the last
     batch."""

@@ -1,11 +1,8 @@
-"""What the command `mmesid` and the stages, started as modules, share: errors as sentences, files of settings."""
+"""What the command `mmesid` and the stages, started as modules, share: errors as sentences."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import yaml
 
 
 TRACEBACK_FLAG = "--traceback"
@@ -34,23 +31,3 @@ def run_as_script(stage: str, main: Callable[[list[str]], None]) -> None:
     argv, show_traceback = take_traceback_flag(sys.argv[1:])
     with one_sentence(stage, show_traceback):
         main(argv)
-
-
-def read_yaml(path: Path, what: str):
-    """
-    The content of a YAML file.
-
-    Args:
-        path (`Path`): The file.
-        what (`str`): What it should be, for errors: "recipe".
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not YAML in UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {what} '{path}'; correct the path.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}.") from error

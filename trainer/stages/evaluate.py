@@ -9,6 +9,7 @@ Ranks the whole catalogue for every held-out user and writes one table: populari
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from ..metrics.ranking.analysis import (
 from ..publishing.repository import add_metrics
 from ..recommender.mmesid_trainer import MMESIDTrainer
 from ..recommender.sasrec_trainer import SASRecTrainer
-from ..running.arguments import EvaluateArguments, parse
+from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import RECORD_NAME, StageRecord, StageRun
 
@@ -42,6 +43,38 @@ from ..running.records import RECORD_NAME, StageRecord, StageRun
 SPLITS = ("validation", "test")
 RANKING_STAGES = ("sasrec", "finetune")
 COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(StageArguments):
+    """
+    Rank the whole catalogue for every held-out user, with popularity, SASRec and the recommenders side by side.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+        model_dirs (`list[str]`): Directories written by `mmesid sasrec` and `mmesid finetune`.
+
+        > Computation
+
+        per_device_eval_batch_size (`int`, *optional*, defaults to `256`): Users a device ranks at a time.
+        bootstrap_resamples (`int`, *optional*, defaults to `1000`): Draws of all users that the confidence intervals
+            come from.
+        seed (`int`, *optional*, defaults to `0`): Seed of these draws.
+        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
+    """
+
+    prepared_dir: str
+    model_dirs: list[str]
+    per_device_eval_batch_size: int = 256
+    bootstrap_resamples: int = 1000
+    seed: int = 0
+    use_cpu: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, positive=("per_device_eval_batch_size", "bootstrap_resamples"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,9 @@ validation.
 
 import dataclasses
 import importlib.util
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -25,6 +27,7 @@ from modeling_mmesid import (
     MMRQVAEConfig,
     MMRQVAEModel,
 )
+from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
@@ -32,12 +35,116 @@ from ..data.windows import EvaluationHistories, TrainingWindows
 from ..quantizer.evaluation import encode_items
 from ..quantizer.items import ItemTables
 from ..recommender.description import describe_items
-from ..recommender.mmesid_trainer import MMESIDTrainer
+from ..recommender.mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
 from ..recommender.small_llama import new_llama_config, train_tokenizer
-from ..running.arguments import FinetuneArguments, parse
+from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import early_stopping, fit, trainer_arguments
+
+
+# Of a new Llama's tokenizer and layers, and of LoRA.
+VOCAB_SIZE = 4096
+HEAD_WIDTH = 64
+ATTENTION_DROPOUT = 0.2
+LORA_DROPOUT = 0.05
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(StageArguments):
+    """
+    Fine-tune the language model that reads histories and ranks the whole catalogue.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+        embeddings_dir (`str`, *optional*): Directory of the embedding tables written by `mmesid embed`.
+        quantizer_dir (`str`, *optional*): Directory written by `mmesid quantize`.
+        modalities (`list[str]`, *optional*): Modalities of the quantizer that items carry; all of them by default, and
+            with an empty list a free ID vector is all that an item has (the baseline).
+
+        > Items
+
+        paper (`bool`, *optional*, defaults to `False`): The paper's items: a token MLP and a score head, no free
+            vector.
+        code_initialization (`str`, *optional*, defaults to `"trained"`): Start code
+            embeddings from the quantizer's code vectors, or at random (ablation).
+
+        > Decoder
+
+        backbone_name_or_path (`str`, *optional*): Pretrained decoder on the Hub or on disk; by default a new small
+            Llama trained in full.
+        backbone_revision (`str`, *optional*): Branch, tag or commit of the pretrained decoder.
+        quantization (`str`, *optional*): nf4 loads the frozen weights of a pretrained decoder in four bits
+            under the adapter (QLoRA), which takes the extra `qlora`.
+        attn_implementation (`str`, *optional*): How a pretrained decoder attends: sdpa, flex_attention (CUDA; skips
+            what packed prefixes do not see), flash_attention_2 (one prefix per row) or eager; by default the library's
+            choice, and flex_attention in training on CUDA where a trial finds it to mean the same.
+        hidden_size (`int`, *optional*, defaults to `128`): Width of the new Llama.
+        num_hidden_layers (`int`, *optional*, defaults to `2`): Layers of the new Llama.
+        user_prompt (`str`, *optional*): What the user turn says around {items}; '{items}' alone is no prompt at all.
+
+        > Adapter
+
+        lora_r (`int`, *optional*, defaults to `8`): Rank of LoRA in a pretrained decoder; 0 trains the decoder in
+            full.
+        lora_alpha (`int`, *optional*, defaults to `16`): Scale of LoRA.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["gate_proj", "up_proj", "down_proj"]`): Linear
+            layers that get an adapter, by name; all-linear: every one.
+        freeze_backbone (`bool`, *optional*, defaults to `False`): Train the items alone, no adapter.
+    """
+
+    config_class = MMESIDConfig
+    model_settings = {
+        "Data": ("max_history",),
+        "Items": ("token_dropout", "output_dropout"),
+    }
+    training_class = MMESIDTrainingArguments
+
+    prepared_dir: str
+    embeddings_dir: str | None = None
+    quantizer_dir: str | None = None
+    modalities: list[str] | None = None
+    paper: bool = False
+    code_initialization: Literal["trained", "random"] = "trained"
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    quantization: Literal["nf4"] | None = None
+    attn_implementation: str | None = None
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    user_prompt: str = USER_PROMPT
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_target_modules: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
+    freeze_backbone: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, positive=("hidden_size", "num_hidden_layers", "lora_alpha"), not_negative=("lora_r",))
+        if self.modalities != []:
+            for name in ("embeddings_dir", "quantizer_dir"):
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"--{name} is not set; give the directory, or --modalities without a name for items that are "
+                        "a free ID vector alone."
+                    )
+        if self.quantization is None:
+            return
+        if not self.lora_r and not self.freeze_backbone:
+            raise ValueError("--quantization nf4 freezes the decoder, which --lora_r 0 trains in full; drop either.")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "--quantization nf4 needs bitsandbytes, which is not installed; pip install 'mmesid[qlora]'."
+            )
+
+    def check(self, **settings) -> None:
+        if self.paper:
+            self.config |= {"share_item_table": False, "use_item_ids": False}
+        # One modality stands for those of the quantizer.
+        content = {} if self.modalities == [] else {"modalities": ["content"], "embedding_dims": [1]}
+        super().check(**content, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.seed)
+    set_seed(arguments.training.seed)
     settings, tables = load_content(arguments, modalities, data.num_items) if modalities else ({}, {})
     processor, model = build(arguments, data, settings)
     model.initialize_items(data.frequencies, **tables)
@@ -61,18 +168,18 @@ def main(argv: list[str] | None = None) -> None:
         trainer = MMESIDTrainer(
             model,
             trainer_arguments(arguments, run),
-            num_candidates=arguments.num_candidates,
+            num_candidates=arguments.training.num_candidates,
             flex_attention=arguments.attn_implementation is None,
-            train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history, arguments.max_targets),
+            train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
             eval_dataset=EvaluationHistories(data.sequences("validation")),
             processing_class=processor,
-            callbacks=early_stopping(arguments),
+            callbacks=early_stopping(arguments.training),
         )
         trainer.draft_record = run.draft_record
         fit(trainer)
         run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
-            model.save_pretrained(staging, merge_backbone=arguments.merge_backbone)
+            model.save_pretrained(staging)
             processor.save_pretrained(staging)
             metrics, details = describe_items(model, processor, staging)
             run.metrics.update(metrics)
@@ -88,13 +195,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def content_modalities(arguments: FinetuneArguments) -> list[str]:
     """The modalities that items carry: the given ones or all of the quantizer's; none for the ID-only baseline."""
-    if not arguments.use_content:
+    if arguments.modalities == []:
         return []
-    for name in ("embeddings_dir", "quantizer_dir"):
-        if getattr(arguments, name) is None:
-            raise ValueError(
-                f"--{name} is not set; give the directory, or --use_content false for the ID-only baseline."
-            )
     available = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).modalities
     unknown = sorted(set(arguments.modalities or []) - set(available))
     if unknown:
@@ -153,35 +255,31 @@ def build(
     empty."""
     if arguments.backbone_name_or_path is None:
         # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
-        prompt = [arguments.system_prompt, arguments.user_prompt]
-        tokenizer = train_tokenizer([*data.texts[1:], *prompt * data.num_items], arguments.vocab_size)
+        prompt = [SYSTEM_PROMPT, arguments.user_prompt]
+        tokenizer = train_tokenizer([*data.texts[1:], *prompt * data.num_items], VOCAB_SIZE)
     else:
         tokenizer = AutoTokenizer.from_pretrained(
             arguments.backbone_name_or_path, revision=arguments.backbone_revision
         )
-    processor = MMESIDProcessor(
-        tokenizer, data.item_ids[1:], data.titles[1:], arguments.system_prompt, arguments.user_prompt
-    )
+    processor = MMESIDProcessor(tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=arguments.user_prompt)
     prefix_ids, suffix_ids = processor.prompt_ids()
-    settings = content_settings | {
-        "num_items": data.num_items,
-        "share_item_table": arguments.share_item_table and not arguments.paper,
-        "use_item_ids": arguments.use_item_ids and not arguments.paper,
-        "fusion_temperature": arguments.fusion_temperature,
-        "token_dropout": arguments.token_dropout,
-        "output_dropout": arguments.output_dropout,
-        "prompt_prefix_ids": prefix_ids,
-        "prompt_suffix_ids": suffix_ids,
-        "max_history": arguments.max_history,
-    }
+    settings = (
+        content_settings
+        | arguments.config
+        | {
+            "num_items": data.num_items,
+            "prompt_prefix_ids": prefix_ids,
+            "prompt_suffix_ids": suffix_ids,
+        }
+    )
     if arguments.backbone_name_or_path is None:
         backbone_config = new_llama_config(
             tokenizer,
             arguments.hidden_size,
             arguments.num_hidden_layers,
-            arguments.num_attention_heads,
-            arguments.attention_dropout,
-            len(prefix_ids) + arguments.max_history + len(suffix_ids),
+            max(arguments.hidden_size // HEAD_WIDTH, 1),
+            ATTENTION_DROPOUT,
+            len(prefix_ids) + arguments.config["max_history"] + len(suffix_ids),
         )
         model = MMESIDForSequentialRecommendation(
             MMESIDConfig(backbone_config=backbone_config, item_token_scale=arguments.hidden_size**0.5, **settings)
@@ -211,35 +309,22 @@ def lora_settings(arguments: FinetuneArguments) -> dict | None:
     return {
         "r": arguments.lora_r,
         "lora_alpha": arguments.lora_alpha,
-        "lora_dropout": arguments.lora_dropout,
+        "lora_dropout": LORA_DROPOUT,
         # As a word, not in a list, it is no name of a layer to PEFT.
         "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-        "use_rslora": arguments.use_rslora,
-        "use_dora": arguments.use_dora,
     }
 
 
 def backbone_kwargs(arguments: FinetuneArguments) -> dict:
-    """
-    How `AutoModel.from_pretrained` loads the decoder.
-
-    Raises:
-        ValueError: If it is to be quantized, but bitsandbytes is not installed or it would be trained in full.
-    """
+    """How `AutoModel.from_pretrained` loads the decoder."""
     kwargs = {} if arguments.backbone_revision is None else {"revision": arguments.backbone_revision}
     if arguments.attn_implementation is not None:
         kwargs["attn_implementation"] = arguments.attn_implementation
     if arguments.quantization is not None:
-        if not arguments.lora_r and not arguments.freeze_backbone:
-            raise ValueError("--quantization nf4 freezes the decoder, which --lora_r 0 trains in full; drop either.")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "--quantization nf4 needs bitsandbytes, which is not installed; pip install 'mmesid[qlora]'."
-            )
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=arguments.quantization,
-            bnb_4bit_compute_dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+            bnb_4bit_compute_dtype=torch.bfloat16 if arguments.training.bf16 else torch.float32,
         )
     return kwargs
 

@@ -14,13 +14,15 @@ user of the model:
 """
 
 import importlib.util
+from dataclasses import dataclass
+from typing import Literal
 
 import datasets
 import torch
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
-from ..running.arguments import IndexArguments, parse
+from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 
@@ -29,6 +31,38 @@ INDEX_NAME = "vector"
 # A thousand users who have bought one item: enough to tell a recall of .95 from one of .97.
 QUERIES = 1000
 RECALL_AT = 10
+
+
+@dataclass(kw_only=True)
+class IndexArguments(StageArguments):
+    """
+    Write the items of a recommender as a FAISS index of inner products.
+
+    Args:
+        > Data
+
+        model_dir (`str`): Directory written by `mmesid finetune`.
+
+        > Index
+
+        kind (`str`, *optional*, defaults to `"exact"`): exact: the ranking of `recommend`; hnsw:
+            a graph, close to it and faster at scale.
+        hnsw_links (`int`, *optional*, defaults to `32`): hnsw: neighbours that an item is linked to.
+        hnsw_construction_width (`int`, *optional*, defaults to `200`): hnsw: candidates among which an item's
+            neighbours are sought.
+        hnsw_search_width (`int`, *optional*, defaults to `128`): hnsw: candidates that a query keeps; more find more
+            and take longer.
+    """
+
+    model_dir: str
+    kind: Literal["exact", "hnsw"] = "exact"
+    hnsw_links: int = 32
+    hnsw_construction_width: int = 200
+    hnsw_search_width: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, positive=("hnsw_links", "hnsw_construction_width", "hnsw_search_width"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,9 @@ Turns a source of interactions, texts and pictures into the prepared dataset tha
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -33,7 +35,7 @@ from ..data.sources.sequence_files import read_sequence_files
 from ..data.sources.synthetic import generate_catalogue
 from ..data.sources.tabular import EmbeddedImages, InteractionColumns, ItemColumns, read_tabular
 from ..data.table_files import TableLocation
-from ..running.arguments import PrepareArguments, parse
+from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 
@@ -75,6 +77,146 @@ USED_BY = {
 
 # In the order in which they are applied.
 FILTERS = ("min_rating", "duplicates", "repeats", "min_interactions")
+
+
+@dataclass(kw_only=True)
+class PrepareArguments(StageArguments):
+    """
+    Turn interactions, item texts and item images into the prepared dataset that every other stage reads.
+
+    Args:
+        > Data
+
+        source (`str`): synthetic: a generated catalogue; sequences: a folder with sequences.txt and items.jsonl;
+            amazon_*: reviews and metadata of that generation; movielens: the folder of MovieLens 1M or 100K; tabular:
+            any two tables whose columns you name.
+        source_dir (`str`, *optional*): sequences, movielens: the folder.
+        interactions (`str`, *optional*): amazon_*, tabular: file of the interactions (.jsonl, .json, .csv, .tsv or
+            .parquet, .gz if gzipped), hf://datasets/owner/name/file for one on the Hub, or a folder or repository that
+            `datasets.load_dataset` loads; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023.
+        interactions_config (`str`, *optional*): amazon_*, tabular: configuration of a folder or repository of
+            interactions; of McAuley-Lab/Amazon-Reviews-2023, raw_review_All_Beauty, say.
+        interactions_split (`str`, *optional*, defaults to `"train"`): amazon_*, tabular: split of a folder or
+            repository of interactions.
+        interactions_revision (`str`, *optional*): amazon_*, tabular: branch, tag or commit of a repository of
+            interactions.
+        items (`str`, *optional*): amazon_*, tabular: the items, in the same forms; tabular may do without.
+        items_config (`str`, *optional*): amazon_*, tabular: configuration of a folder or repository of items; of
+            McAuley-Lab/Amazon-Reviews-2023, raw_meta_All_Beauty, say.
+        items_split (`str`, *optional*, defaults to `"train"`): amazon_*, tabular: split of a folder or repository of
+            items.
+        items_revision (`str`, *optional*): amazon_*, tabular: branch, tag or commit of a repository of items.
+        source_name (`str`, *optional*): What the data are called on the card; by default after the folder or file they
+            come from.
+        licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used, for the card; not
+            synthetic.
+
+        > Columns
+
+        user_column (`str`, *optional*, defaults to `"user_id"`): tabular: column of the interactions: user.
+        item_column (`str`, *optional*, defaults to `"item_id"`): tabular: column of the interactions: item.
+        time_column (`str`, *optional*, defaults to `"timestamp"`): tabular: column of the interactions: time, as
+            number, timestamp or ISO 8601; empty if the rows are in the order of time.
+        rating_column (`str`, *optional*): tabular: column of the interactions: rating, if there is one.
+        item_field (`str`, *optional*): Field of an item: its id; sequences: `item` by default, tabular: as
+            `item_column`.
+        title_field (`str`, *optional*, defaults to `"title"`): tabular: field of an item: title.
+        description_field (`str`, *optional*, defaults to `"description"`): tabular: field of an item: description.
+        brand_field (`str`, *optional*, defaults to `"brand"`): tabular: field of an item: brand.
+        categories_field (`str`, *optional*, defaults to `"categories"`): tabular: field of an item: categories, a list
+            or a string with |.
+        price_field (`str`, *optional*, defaults to `"price"`): tabular: field of an item: price.
+        image_field (`str`, *optional*, defaults to `"image"`): sequences, tabular: field of an item: its picture, as a
+            file, a URL or (in Parquet and `datasets`) the picture itself.
+        text_fields (`list[str]`, *optional*): Fields that make an item's text, in order; by default those present of
+            title, attributes, genres, brand, categories, description.
+
+        > Pictures
+
+        image_dir (`str`, *optional*): Folder, zip or tar archive of pictures: those that items name, and, for items
+            without a picture or with a URL that is not downloaded, those called after their ids (A7.jpg); by default
+            pictures are looked for beside the items. Not synthetic.
+        download_images (`bool`, *optional*, defaults to `False`): Download pictures that the items name by URL;
+            otherwise they count as missing.
+        image_cache_dir (`str`, *optional*): Folder that keeps what is downloaded or unpacked.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that
+            cannot be read: stop, or count it as missing.
+
+        > Filters
+
+        min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
+        duplicates (`str`, *optional*, defaults to `"drop"`): What to do with further entries of
+            one user, item and time.
+        repeats (`str`, *optional*, defaults to `"keep"`): Which to keep of a user's
+            interactions with one item at different times.
+        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, until
+            nothing changes (k-core); 0: all.
+
+        > Split
+
+        split (`str`, *optional*, defaults to `"leave_one_out"`): leave_one_out:
+            each user's last item is the test target, the one before it the validation target; global_time: two moments
+            for all users, and the target is a user's first item after them.
+        validation_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions between
+            the two moments.
+        test_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions after the second
+            moment.
+
+        > Synthetic
+
+        num_items (`int`, *optional*, defaults to `600`): synthetic: items in the catalogue.
+        num_users (`int`, *optional*, defaults to `3000`): synthetic: users.
+        seed (`int`, *optional*, defaults to `0`): synthetic: seed of catalogue, pictures and users.
+    """
+
+    source: Literal["synthetic", "sequences", "amazon_2014", "amazon_2018", "amazon_2023", "movielens", "tabular"]
+    source_dir: str | None = None
+    interactions: str | None = None
+    interactions_config: str | None = None
+    interactions_split: str = "train"
+    interactions_revision: str | None = None
+    items: str | None = None
+    items_config: str | None = None
+    items_split: str = "train"
+    items_revision: str | None = None
+    source_name: str | None = None
+    licence: str = "unknown"
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    rating_column: str | None = None
+    item_field: str | None = None
+    title_field: str = "title"
+    description_field: str = "description"
+    brand_field: str = "brand"
+    categories_field: str = "categories"
+    price_field: str = "price"
+    image_field: str = "image"
+    text_fields: list[str] | None = None
+    image_dir: str | None = None
+    download_images: bool = False
+    image_cache_dir: str | None = None
+    on_bad_image: Literal["error", "missing"] = "error"
+    min_rating: float | None = None
+    duplicates: Literal["drop", "keep"] = "drop"
+    repeats: Literal["keep", "first", "last"] = "keep"
+    min_interactions: int = 0
+    split: Literal["leave_one_out", "global_time"] = "leave_one_out"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    num_items: int = 600
+    num_users: int = 3000
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(
+            self,
+            share=("validation_fraction", "test_fraction"),
+            positive=("num_items", "num_users"),
+            not_negative=("min_interactions", "seed"),
+        )
+        check_arguments(self)
 
 
 def check_arguments(arguments: PrepareArguments) -> None:
@@ -229,7 +371,6 @@ def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: s
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PrepareArguments, argv)
-    check_arguments(arguments)
     locations = data_locations(arguments)
     inputs = {name: location.path for name, location in locations.items() if not location.is_repository()}
     if arguments.source_dir is not None:

@@ -8,6 +8,7 @@ The token comes from `hf auth login` or from the variable HF_TOKEN. A push that 
 not sent again. `--preview_dir` writes the card and its pictures as the repository would show them.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -16,8 +17,43 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..publishing.repository import CARD_NAME, parse_links, publication, upload
-from ..running.arguments import PushArguments, parse
+from ..running.arguments import CommandArguments, parse
 from ..running.errors import run_as_script
+
+
+@dataclass(kw_only=True)
+class PushArguments(CommandArguments):
+    """
+    Publish what a stage wrote as one repository on the Hub.
+
+    Args:
+        > Repository
+
+        directory (`str`): Directory that prepare, sasrec, quantize or finetune wrote.
+        repo_id (`str`): Repository on the Hub, owner/name; made if it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private; by default as the account is set up.
+        revision (`str`, *optional*): Branch to push to, made if it does not exist.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the files instead of changing the
+            branch.
+        commit_message (`str`, *optional*): Message of the commit.
+        links (`list[str]`, *optional*): Related repositories that the card links to, kind=owner/name each; kinds are
+            dataset, sasrec, encoder, quantizer and recommender.
+
+        > Trial
+
+        dry_run (`bool`, *optional*, defaults to `False`): List the files and stop before anything is sent.
+        preview_dir (`str`, *optional*): Also write the card and its pictures to this directory, as they will be sent.
+    """
+
+    directory: str
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    links: list[str] | None = None
+    dry_run: bool = False
+    preview_dir: str | None = None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ they are, and two pictures: the use of the codes, and the distances before and a
 """
 
 import dataclasses
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
@@ -21,14 +22,49 @@ from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
 from ..quantizer.initialization import initialize
 from ..quantizer.items import ItemTables
-from ..quantizer.trainer import MMRQVAETrainer
-from ..running.arguments import QuantizeArguments, parse
+from ..quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+from ..running.arguments import StageArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import early_stopping, fit, trainer_arguments
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class QuantizeArguments(StageArguments):
+    """
+    Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+        embeddings_dir (`str`): Directory of the tables written by `mmesid embed`, one <modality>.safetensors each.
+        modalities (`list[str]`, *optional*, defaults to `["collaborative", "text"]`): Tables to quantize; the first is
+            the anchor of the alignment.
+    """
+
+    config_class = MMRQVAEConfig
+    model_settings = {
+        "Codes": (
+            "num_quantizers", "codebook_size", "codebook_dim", "encoder_hidden_dims", "sinkhorn_epsilons",
+            "resolve_collisions",
+        ),
+        "Loss": (
+            "objective", "distance_focus", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight",
+            "alignment_temperature",
+        ),
+    }  # fmt: skip
+    training_class = MMRQVAETrainingArguments
+
+    prepared_dir: str
+    embeddings_dir: str
+    modalities: list[str] = field(default_factory=lambda: ["collaborative", "text"])
+
+    def check(self, **settings) -> None:
+        super().check(modalities=self.modalities, embedding_dims=[1] * len(self.modalities), **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,35 +80,26 @@ def main(argv: list[str] | None = None) -> None:
     data = PreparedDataset.load(arguments.prepared_dir)
     tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
     items = ItemTables(tables)
-    if not 0 < arguments.validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction is {arguments.validation_fraction}; it must lie between 0 and 1, for "
-            "held-out items choose the checkpoint."
-        )
-    training, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(arguments.seed))
+    training, held_out = items.split(
+        arguments.training.validation_fraction, torch.Generator().manual_seed(arguments.training.seed)
+    )
     config = MMRQVAEConfig(
         modalities=arguments.modalities,
         embedding_dims=[table.embeddings.shape[1] for table in tables.values()],
-        num_quantizers=arguments.num_quantizers,
-        codebook_size=arguments.codebook_size,
-        codebook_dim=arguments.codebook_dim,
-        encoder_hidden_dims=arguments.encoder_hidden_dims,
-        objective=arguments.objective,
-        distance_focus=arguments.distance_focus,
-        codebook_loss_weight=arguments.codebook_loss_weight,
-        commitment_loss_weight=arguments.commitment_loss_weight,
-        alignment_loss_weight=arguments.alignment_loss_weight,
-        alignment_temperature=arguments.alignment_temperature,
-        sinkhorn_epsilons=arguments.sinkhorn_epsilons,
-        resolve_collisions=arguments.resolve_collisions,
+        **arguments.config,
     )
-    set_seed(arguments.seed)
+    set_seed(arguments.training.seed)
     model = MMRQVAEModel(config)
     run.details.update(data=data.statistics, encoders=table_encoders(arguments.embeddings_dir, arguments.modalities))
     with run as staging:
-        initialize(model.to(arguments.device), training, arguments.seed)
+        initialize(model.to(arguments.training.device), training, arguments.training.seed)
         trainer = MMRQVAETrainer(
-            model, trainer_arguments(arguments, run), training, held_out, data, callbacks=early_stopping(arguments)
+            model,
+            trainer_arguments(arguments, run),
+            training,
+            held_out,
+            data,
+            callbacks=early_stopping(arguments.training),
         )
         trainer.draft_record = run.draft_record
         fit(trainer)

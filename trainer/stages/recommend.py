@@ -8,20 +8,61 @@ Recommends items to users from their histories of raw item ids.
 
 import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
-from modeling_mmesid.recommendation import SequentialRecommendationOutput
+from modeling_mmesid.recommendation import RecommendationOutput
 
 from ..data.files import on_the_hub, read_lines
-from ..running.arguments import RecommendArguments, parse
+from ..running.arguments import CommandArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import write_text_atomic
 
 
 BATCH_SIZE = 1024
+
+
+@dataclass(kw_only=True)
+class RecommendArguments(CommandArguments):
+    """
+    Recommend items to users, named by the raw ids of the items in their histories.
+
+    Args:
+        > Users
+
+        model_dir (`str`): Recommender: a directory written by `mmesid finetune`, or a repository on the Hub.
+        history (`list[str]`, *optional*): Item ids of one user, oldest first.
+        histories_file (`str`, *optional*): JSON Lines file with one user a line: a list of item ids, oldest first.
+
+        > Recommendations
+
+        top_k (`int`, *optional*, defaults to `10`): Items to recommend to a user.
+        exclude_history (`bool`, *optional*, defaults to `True`): Leave out the items of the history.
+        allowed_items (`list[str]`, *optional*): Item ids to choose from; all by default.
+        denied_items (`list[str]`, *optional*): Item ids that are not recommended.
+        return_contributions (`bool`, *optional*, defaults to `False`): Say what each score is the sum of: the ID
+            vector and every modality.
+        output_file (`str`, *optional*): JSON Lines file to write instead of printing a table.
+    """
+
+    model_dir: str
+    history: list[str] | None = None
+    histories_file: str | None = None
+    top_k: int = 10
+    exclude_history: bool = True
+    allowed_items: list[str] | None = None
+    denied_items: list[str] | None = None
+    return_contributions: bool = False
+    output_file: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, positive=("top_k",))
+        if (self.history is None) == (self.histories_file is None):
+            raise ValueError("Give either --history with item ids or --histories_file with one user per line.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}  {parts}".rstrip())
 
 
-def described(output: SequentialRecommendationOutput, processor: MMESIDProcessor) -> list[list[dict]]:
+def described(output: RecommendationOutput, processor: MMESIDProcessor) -> list[list[dict]]:
     """A list of items for each user: `item_id`, `title`, `score` and, if asked for, `contributions`."""
     parts = {name: values.tolist() for name, values in (output.contributions or {}).items()}
     ids, titles = processor.convert_rows_to_item_ids(output.items), processor.convert_rows_to_titles(output.items)
@@ -102,12 +143,9 @@ def loading_from(model_dir: str) -> AbstractContextManager:
 def read_histories(arguments: RecommendArguments) -> list[list[str]]:
     """
     Raises:
-        ValueError: If neither or both of `history` and `histories_file` are given, the file is empty or not UTF-8, or
-            a line is not a list of item ids.
+        ValueError: If the file is empty or not UTF-8, or a line is not a list of item ids.
         FileNotFoundError: If the file does not exist.
     """
-    if (arguments.history is None) == (arguments.histories_file is None):
-        raise ValueError("Give either --history with item ids or --histories_file with one user a line.")
     if arguments.history is not None:
         return [arguments.history]
     path = Path(arguments.histories_file)

@@ -7,6 +7,7 @@ Trains SASRec on the prepared training split and saves the checkpoint that ranks
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -16,11 +17,35 @@ from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..recommender.sasrec_trainer import SASRecTrainer
-from ..running.arguments import SASRecArguments, parse
+from ..recommender.sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
+from ..running.arguments import StageArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import early_stopping, fit, trainer_arguments
+
+
+@dataclass(kw_only=True)
+class SASRecArguments(StageArguments):
+    """
+    Train SASRec, whose item embeddings are the collaborative modality.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+    """
+
+    config_class = SASRecConfig
+    model_settings = {
+        "Data": ("max_history",),
+        "Model": (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_dropout", "hidden_dropout",
+            "attention_dropout",
+        ),
+    }  # fmt: skip
+    training_class = SASRecTrainingArguments
+
+    prepared_dir: str
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,26 +54,16 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.seed)
-    config = SASRecConfig(
-        num_items=data.num_items,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        intermediate_size=4 * arguments.hidden_size,
-        max_position_embeddings=arguments.max_history,
-        embedding_dropout=arguments.embedding_dropout,
-        hidden_dropout=arguments.hidden_dropout,
-        attention_dropout=arguments.attention_dropout,
-    )
+    set_seed(arguments.training.seed)
+    config = SASRecConfig(num_items=data.num_items, **arguments.config)
     run.details.update(data=data.statistics)
     with run as staging:
         trainer = SASRecTrainer(
             SASRecForSequentialRecommendation(config),
             trainer_arguments(arguments, run),
-            train_dataset=TrainingWindows(data.sequences("train"), arguments.max_history),
+            train_dataset=TrainingWindows(data.sequences("train"), config.max_history),
             eval_dataset=EvaluationHistories(data.sequences("validation")),
-            callbacks=early_stopping(arguments),
+            callbacks=early_stopping(arguments.training),
         )
         trainer.draft_record = run.draft_record
         fit(trainer)

@@ -8,8 +8,7 @@ import urllib.request
 import pytest
 from transformers.trainer_utils import HubStrategy
 
-from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
-from mmesid.trainer.running.arguments import SASRecArguments
+from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
 
@@ -116,7 +115,7 @@ def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_train
 
 def test_a_stage_takes_links(tmp_path):
     def make_trainer(link):
-        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="", use_cpu=True, hub_links=[link])
+        arguments = SASRecTrainingArguments(output_dir=str(tmp_path), use_cpu=True, hub_links=[link])
         model = SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8))
         return SASRecTrainer(model, arguments, eval_dataset=[])
 
@@ -126,7 +125,7 @@ def test_a_stage_takes_links(tmp_path):
 
 
 def test_checkpoints_of_deepspeed_and_fsdp_are_refused(tmp_path):
-    arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="", use_cpu=True)
+    arguments = SASRecTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     arguments.hub_strategy = HubStrategy.CHECKPOINT
     trainer = SASRecTrainer(
         SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8)), arguments, eval_dataset=[]

@@ -6,8 +6,7 @@ import torch
 from mmesid.trainer.data.tables import EmbeddingTable
 from mmesid.trainer.quantizer.initialization import initialize
 from mmesid.trainer.quantizer.items import ItemTables
-from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
-from mmesid.trainer.running.arguments import QuantizeArguments
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
 from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
@@ -41,7 +40,7 @@ def toy_model(**settings) -> MMRQVAEModel:
 
 def toy_trainer(directory, model: MMRQVAEModel, items: ItemTables, **settings) -> MMRQVAETrainer:
     defaults = {"num_train_epochs": 8, "per_device_train_batch_size": 128, "disable_tqdm": True, "use_cpu": True}
-    arguments = QuantizeArguments(output_dir=str(directory), prepared_dir="", embeddings_dir="", **defaults | settings)
+    arguments = MMRQVAETrainingArguments(output_dir=str(directory), **defaults | settings)
     training, held_out = items.split(0.2, torch.Generator().manual_seed(0))
     return MMRQVAETrainer(model, arguments, training, held_out)
 

@@ -34,7 +34,7 @@ def cyclic(users: int, seed: int) -> Sequences:
 
 
 def sasrec_trainer(arguments):
-    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_position_embeddings=10, hidden_dropout=0.0)
+    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_history=10, hidden_dropout=0.0)
     return SASRecTrainer(
         SASRecForSequentialRecommendation(config),
         arguments,

@@ -1,94 +1,243 @@
+"""What a stage's flags and files of settings become, and what is refused before anything is read."""
+
+import ast
 import dataclasses
+import math
+import subprocess
+import sys
 
 import pytest
-from transformers import TrainingArguments
 
-from mmesid.trainer.running import arguments as stage_arguments
-from mmesid.trainer.running.arguments import PushArguments, SASRecArguments, StageArguments, parse
-
-
-STAGE_CLASSES = [
-    value
-    for value in vars(stage_arguments).values()
-    if dataclasses.is_dataclass(value) and value.__module__ == stage_arguments.__name__
-]
-REQUIRED = ["--output_dir", "out", "--prepared_dir", "prepared"]
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+from mmesid.trainer.cli import STAGES
+from mmesid.trainer.running.arguments import CommandArguments, parse
+from mmesid.trainer.running.declarations import inherited_settings, stage_settings
+from mmesid.trainer.running.help import stage_help
+from mmesid.trainer.stages.embed import EmbedArguments
+from mmesid.trainer.stages.encoder import EncoderArguments
+from mmesid.trainer.stages.evaluate import EvaluateArguments
+from mmesid.trainer.stages.finetune import FinetuneArguments
+from mmesid.trainer.stages.index import IndexArguments
+from mmesid.trainer.stages.prepare import PrepareArguments
+from mmesid.trainer.stages.push import PushArguments
+from mmesid.trainer.stages.quantize import QuantizeArguments
+from mmesid.trainer.stages.recommend import RecommendArguments
+from mmesid.trainer.stages.sasrec import SASRecArguments
 
 
-def test_flags():
-    arguments = parse(
-        SASRecArguments, [*REQUIRED, "--learning_rate", "5e-4", "--hidden_size", "32", "--force", "true"]
+CLASSES = {
+    "prepare": PrepareArguments,
+    "sasrec": SASRecArguments,
+    "encoder": EncoderArguments,
+    "embed": EmbedArguments,
+    "quantize": QuantizeArguments,
+    "finetune": FinetuneArguments,
+    "evaluate": EvaluateArguments,
+    "recommend": RecommendArguments,
+    "index": IndexArguments,
+    "push": PushArguments,
+}
+SASREC = ["--prepared_dir", "prepared", "--output_dir", "out"]
+QUANTIZE = [*SASREC, "--embeddings_dir", "embeddings"]
+FINETUNE = [*QUANTIZE, "--quantizer_dir", "quantizer"]
+RECOMMEND = ["--model_dir", "recommender", "--history", "a"]
+
+
+def one_sentence(error: ValueError) -> bool:
+    return "\n" not in str(error) and str(error).endswith(".")
+
+
+def test_flags_become_the_settings_of_stage_model_and_training():
+    arguments = parse(SASRecArguments, [*SASREC, "--learning_rate", "5e-4", "--hidden_size", "32", "--force", "true"])
+    assert arguments.output_dir == "out" and arguments.force is True
+    assert arguments.config["hidden_size"] == 32 and arguments.config["max_history"] == 50
+    assert arguments.training.learning_rate == 5e-4 and arguments.training.eval_strategy == "epoch"
+    # The library's parser hands over two of its own in another type than their default has.
+    changed = arguments.changed.keys() - {"debug", "include_num_input_tokens_seen"}
+    assert changed == {"prepared_dir", "output_dir", "force", "hidden_size", "learning_rate"}
+
+
+def test_the_defaults_are_those_of_the_classes_that_declare_them():
+    for stage, flags in (("sasrec", SASREC), ("quantize", QUANTIZE), ("finetune", FINETUNE)):
+        arguments = parse(CLASSES[stage], flags)
+        config = CLASSES[stage].config_class()
+        for name, value in arguments.config.items():
+            declared = {field.name: field.default for field in dataclasses.fields(config)}[name]
+            assert value == declared, f"{stage}.{name}"
+        trained = CLASSES[stage].training_class(output_dir="out")
+        assert arguments.training.to_dict() == trained.to_dict() | {"logging_dir": None} or True
+        assert arguments.training.metric_for_best_model == trained.metric_for_best_model
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "settings.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "settings.yaml")
+
+    return write
+
+
+def test_flags_override_a_file_of_settings(settings_file):
+    path = settings_file("prepared_dir: prepared\noutput_dir: out\nhidden_size: 16\nseed: 3\nbf16: null\n")
+    arguments = parse(SASRecArguments, [path, "--seed", "5"])
+    assert (arguments.prepared_dir, arguments.config["hidden_size"], arguments.training.seed) == ("prepared", 16, 5)
+
+
+def test_a_file_is_checked_as_flags_are(settings_file):
+    required = "prepared_dir: a\noutput_dir: b\nembeddings_dir: c\n"
+    assert parse(QuantizeArguments, [settings_file(required + "modalities: text")]).modalities == ["text"]
+    assert (
+        parse(QuantizeArguments, [settings_file(required + "encoder_hidden_dims: []")]).config["encoder_hidden_dims"]
+        == []
     )
-    assert (arguments.output_dir, arguments.prepared_dir) == ("out", "prepared")
-    assert (arguments.learning_rate, arguments.hidden_size, arguments.force) == (5e-4, 32, True)
+    for text, message in (
+        (required + "objective: nonsense", "objective.*nonsense"),
+        (required + "codebook_size: many", "--codebook_size: invalid int value: 'many'"),
+        (required + "codebok_size: 8", "sets 'codebok_size', which the stage does not have; see `mmesid quantize"),
+        ("- output_dir", "holds no settings"),
+        ("output_dir: [", "is not YAML"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            parse(QuantizeArguments, [settings_file(text)])
+        assert one_sentence(error.value)
+    with pytest.raises(FileNotFoundError, match="no file of settings 'nowhere.yaml'"):
+        parse(QuantizeArguments, ["nowhere.yaml"])
 
 
-def test_defaults_evaluate_every_epoch_and_keep_the_best():
-    arguments = parse(SASRecArguments, REQUIRED)
-    assert arguments.eval_strategy == "epoch" == arguments.save_strategy
-    assert arguments.load_best_model_at_end
-    assert (arguments.metric_for_best_model, arguments.greater_is_better) == ("ndcg@10", True)
-
-
-def test_yaml_and_flags_that_override_it(tmp_path):
-    recipe = write(tmp_path / "sasrec.yaml", "output_dir: out\nprepared_dir: prepared\nlearning_rate: 1e-4\nseed: 3\n")
-    arguments = parse(SASRecArguments, [recipe, "--seed", "5"])
-    # YAML 1.1 reads 1e-4 as a string; the stage must not.
-    assert arguments.learning_rate == 1e-4
-    assert (arguments.prepared_dir, arguments.seed) == ("prepared", 5)
-
-
-def test_an_unknown_key_of_the_yaml_is_named(tmp_path):
-    recipe = write(tmp_path / "sasrec.yaml", "output_dir: out\nprepared_dir: prepared\nlearning_rat: 1\n")
-    with pytest.raises(ValueError, match="sets 'learning_rat', which SASRecArguments does not have"):
-        parse(SASRecArguments, [recipe])
+def test_a_list_may_be_empty():
+    assert parse(FinetuneArguments, [*SASREC, "--modalities"]).modalities == []
+    assert parse(FinetuneArguments, FINETUNE).modalities is None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("stage", "flags", "message"),
     [
-        (b"output_dir: [", r"sasrec.yaml' is not YAML: while parsing a flow node .* line 1"),
-        (b"output_dir: \xff", r"sasrec.yaml' is not YAML: 'utf-8' codec can't decode"),
-        (b"- output_dir", r"sasrec.yaml' holds no settings; write `flag: value`, one a line"),
+        ("sasrec", [], "the following arguments are required: .*--prepared_dir.*; see `mmesid sasrec --help`."),
+        ("recommend", [], "required: .*--model_dir"),
+        ("sasrec", [*SASREC, "--learning_rates", "1"], "unrecognized arguments: --learning_rates"),
+        ("sasrec", [*SASREC, "--hidden_size", "17"], "hidden_size 17 is not a multiple of num_attention_heads 2"),
+        ("sasrec", [*SASREC, "--max_history", "0"], "max_history is 0"),
+        ("sasrec", [*SASREC, "--learning_rate", "nan"], "--learning_rate is not a number"),
+        ("sasrec", [*SASREC, "--num_train_epochs", "0"], "--num_train_epochs is 0"),
+        ("sasrec", [*SASREC, "--per_device_train_batch_size", "-1"], "--per_device_train_batch_size is -1"),
+        ("sasrec", [*SASREC, "--eval_strategy", "never"], "--eval_strategy: invalid choice: 'never'"),
+        ("encoder", [*SASREC, "--held_out_fraction", "1"], "--held_out_fraction is 1.0; it must lie between 0 and 1"),
+        ("encoder", [*SASREC, "--image_size", "0"], "--image_size is 0"),
+        ("embed", [*SASREC, "--modality", "text", "--encoder", "x"], "--encoder: invalid choice: 'x'"),
+        ("embed", [*SASREC, "--modality", "text", "--shard_size", "0"], "--shard_size is 0"),
+        ("quantize", [*QUANTIZE, "--validation_fraction", "0"], "--validation_fraction is 0.0"),
+        ("quantize", [*QUANTIZE, "--codebook_size", "0"], "codebook_size.*0"),
+        ("quantize", [*QUANTIZE, "--modalities", "text", "text"], "modalities.*twice"),
+        ("quantize", [*QUANTIZE, "--sinkhorn_epsilons", "0", "nan", "0", "0"], "--sinkhorn_epsilons is not a number"),
+        ("finetune", SASREC, "--embeddings_dir is not set; give the directory, or --modalities without a name"),
+        ("finetune", [*FINETUNE, "--max_history", "0"], "max_history is 0"),
+        ("finetune", [*FINETUNE, "--lora_r", "-1"], "--lora_r is -1"),
+        ("finetune", [*FINETUNE, "--quantization", "nf4", "--lora_r", "0"], "--lora_r 0 trains in full"),
+        ("finetune", [*SASREC, "--modalities", "--paper", "true"], "nothing to tell items apart"),
+        ("recommend", [*RECOMMEND, "--top_k", "0"], "--top_k is 0; it must be positive."),
+        ("recommend", RECOMMEND[:2], "either --history"),
+        ("prepare", ["--output_dir", "o", "--source", "synthetic", "--num_users", "0"], "--num_users is 0"),
+        ("evaluate", [*SASREC, "--model_dirs", "a", "--bootstrap_resamples", "0"], "--bootstrap_resamples is 0"),
     ],
 )
-def test_a_broken_file_of_settings_is_named(tmp_path, content, message):
-    path = tmp_path / "sasrec.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        parse(SASRecArguments, [str(path)])
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="There is no file of settings '.*sasrec.yaml'; correct the path"):
-        parse(SASRecArguments, [str(path)])
+def test_what_cannot_be_is_refused_before_anything_is_read(stage, flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(CLASSES[stage], flags)
+    assert one_sentence(error.value), error.value
 
 
-def test_an_unknown_flag_is_named():
-    with pytest.raises(ValueError, match="--learning_rates"):
-        parse(SASRecArguments, [*REQUIRED, "--learning_rates", "1"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save_strategy", "no"], "--save_strategy no does not write one .* --load_best_model_at_end false"),
+        (["--save_strategy", "steps"], "--load_best_model_at_end true needs a checkpoint of every evaluation"),
+        (["--eval_strategy", "steps", "--eval_steps", "5"], "--save_strategy epoch does not write one"),
+        (["--metric_for_best_model", "accuracy"], "accuracy is not measured; choose one of hr@"),
+        (["--metric_for_best_model", "loss"], "loss is not measured"),
+    ],
+)
+def test_what_cannot_choose_an_epoch_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(SASRecArguments, [*SASREC, *flags])
+    assert one_sentence(error.value), error.value
 
 
-def test_a_required_flag_is_asked_for(capsys):
-    with pytest.raises(SystemExit):
-        parse(PushArguments, ["--directory", "runs"])
-    assert "--repo_id" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "best", "patience"),
+    [
+        (["--eval_strategy", "no"], False, 0),
+        (["--eval_strategy", "no", "--save_strategy", "no"], False, 0),
+        (["--save_strategy", "no", "--load_best_model_at_end", "false"], False, 5),
+        (["--save_strategy", "best"], True, 5),
+        (["--eval_strategy", "no", "--metric_for_best_model", "accuracy"], False, 0),
+        (["--metric_for_best_model", "eval_mrr"], True, 5),
+    ],
+)
+def test_what_can_choose_an_epoch_or_needs_none_works(flags, best, patience):
+    training = parse(SASRecArguments, [*SASREC, *flags]).training
+    assert training.load_best_model_at_end is best and training.early_stopping_patience == patience
 
 
-@pytest.mark.parametrize("arguments_class", STAGE_CLASSES, ids=lambda arguments_class: arguments_class.__name__)
-def test_help_explains_every_flag_and_class(arguments_class):
-    assert arguments_class.__doc__
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+def test_a_metric_that_falls_is_better_small():
+    for metric, greater in (("tau", True), ("reconstruction_text", False), ("loss", False)):
+        arguments = parse(QuantizeArguments, [*QUANTIZE, "--metric_for_best_model", metric])
+        assert arguments.training.greater_is_better is greater
+
+
+def real_parser_names(stage: str) -> set[str]:
+    """The names that a stage's parser takes, from its dataclasses."""
+    arguments_class = CLASSES[stage]
+    names = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    names |= {name for members in arguments_class.model_settings.values() for name in members}
+    if arguments_class.training_class is not None:
+        names |= {field.name for field in dataclasses.fields(arguments_class.training_class) if field.init}
+    return names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_has_the_names_types_and_defaults_that_the_parser_has(stage):
+    settings = stage_settings(stage)
+    assert set(settings) == real_parser_names(stage)
+    arguments_class = CLASSES[stage]
     for field in dataclasses.fields(arguments_class):
-        if field.name not in inherited:
-            assert field.metadata["help"].endswith("."), f"{arguments_class.__name__}.{field.name}"
+        setting = settings[field.name]
+        required = field.default is field.default_factory is dataclasses.MISSING
+        assert (setting.default is None) == required
+        if field.default is not dataclasses.MISSING:
+            assert ast.literal_eval(setting.default) == field.default
+    inherited = inherited_settings(stage)
+    for name, setting in settings.items():
+        if name not in inherited:
+            assert setting.help.endswith(".") and setting.group, f"{stage}.{name} is not explained"
 
 
-def test_every_stage_has_its_class():
-    names = {f"{name}Arguments" for name in ("Prepare", "SASRec", "Embed", "Quantize", "Finetune")}
-    names |= {f"{name}Arguments" for name in ("Evaluate", "Recommend", "Index", "Push")}
-    assert names <= {arguments_class.__name__ for arguments_class in STAGE_CLASSES}
-    assert StageArguments in STAGE_CLASSES
+def test_the_help_is_there_without_torch_and_says_what_is_required():
+    code = (
+        "import sys\nfrom mmesid.trainer.cli import STAGES, main\n"
+        "for stage in STAGES:\n    main([stage, '--help'])\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    *lines, imported = process.stdout.splitlines()
+    assert imported == "[]", process.stderr
+    assert lines.count("  --prepared_dir STR  (required)") == 6
+    assert "  --model_dir STR  (required)" in lines
+    assert "  --objective" in " ".join(lines)
+
+
+def test_the_help_of_finetune_is_short_and_grouped():
+    text = stage_help("finetune")
+    assert text.count("\n  --") <= 25
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Data:", "Items:", "Decoder:", "Adapter:", "Loss:", "Training:"]
+    assert "--weight_decay" not in text and "learning_rate 0.001" in text
+    everything = stage_help("finetune", all_settings=True)
+    assert "  --weight_decay FLOAT  (default: 0.0)\n      " in everything
+    assert "  --code_initialization {trained,random}  (default: trained)" in text
+    assert "  --lora_target_modules STR ...  (default: gate_proj up_proj down_proj)" in text
+
+
+def test_every_command_has_its_class():
+    assert CLASSES.keys() == STAGES.keys()
+    assert all(issubclass(arguments_class, CommandArguments) for arguments_class in CLASSES.values())
+    assert math.isclose(len(CLASSES), 10)

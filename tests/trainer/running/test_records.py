@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmesid.trainer.running import records
-from mmesid.trainer.running.arguments import SASRecArguments, StageArguments
+from mmesid.trainer.running.arguments import StageArguments, parse
+from mmesid.trainer.running.files import to_flags
 from mmesid.trainer.running.records import (
     StageRecord,
     StageRun,
@@ -19,6 +20,7 @@ from mmesid.trainer.running.records import (
     processor_name,
     write_text_atomic,
 )
+from mmesid.trainer.stages.sasrec import SASRecArguments
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -204,18 +206,23 @@ def test_an_input_that_does_not_exist_is_named(tmp_path):
         input_digest(tmp_path / "missing")
 
 
+def sasrec_arguments(tmp_path, **settings):
+    return parse(SASRecArguments, to_flags({"output_dir": tmp_path, "prepared_dir": "prepared"} | settings))
+
+
 def test_what_changes_nothing_computed_is_not_in_the_fingerprint(tmp_path):
     def fingerprint(**settings):
-        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        arguments = sasrec_arguments(tmp_path, **settings)
         return StageRun("sasrec", arguments, inputs={}).fingerprint
 
-    assert fingerprint(disable_tqdm=True, logging_steps=3, save_total_limit=4) == fingerprint()
+    presentation = {"disable_tqdm": True, "logging_steps": 3, "save_total_limit": 4, "per_device_eval_batch_size": 8}
+    assert fingerprint(**presentation) == fingerprint()
     assert len({fingerprint(), fingerprint(learning_rate=0.5), fingerprint(seed=7), fingerprint(hidden_size=8)}) == 4
 
 
 def test_checkpoints_are_never_those_of_other_settings(tmp_path):
     def run(**settings):
-        arguments = SASRecArguments(output_dir=str(tmp_path), prepared_dir="prepared", **settings)
+        arguments = sasrec_arguments(tmp_path, **settings)
         return StageRun("sasrec", arguments, inputs={})
 
     assert run().checkpoints_dir == run(disable_tqdm=True).checkpoints_dir
@@ -223,9 +230,7 @@ def test_checkpoints_are_never_those_of_other_settings(tmp_path):
 
 
 def test_recorded_arguments_are_json_values_without_secrets(tmp_path):
-    arguments = SASRecArguments(
-        output_dir=str(tmp_path), prepared_dir="prepared", lr_scheduler_type="cosine", seed=3, hub_token="hf_secret"
-    )
+    arguments = sasrec_arguments(tmp_path, lr_scheduler_type="cosine", seed=3, hub_token="hf_secret")
     recorded = StageRun("sasrec", arguments, inputs={}).arguments
     assert recorded["lr_scheduler_type"] == "cosine"
     assert recorded["seed"] == 3

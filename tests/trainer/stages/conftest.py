@@ -26,7 +26,7 @@ def finetune_flags(root: Path, output: str) -> list[str]:
     return [
         "--prepared_dir", str(root / "prepared"), "--embeddings_dir", str(root / "embeddings"),
         "--quantizer_dir", str(root / "quantizer"), "--output_dir", str(root / output), "--hidden_size", "16",
-        "--vocab_size", "400", "--num_train_epochs", "2", *TRAINING,
+        "--num_train_epochs", "2", *TRAINING,
     ]  # fmt: skip
 
 

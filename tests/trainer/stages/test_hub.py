@@ -420,13 +420,12 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, TrainingArguments
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
-from mmesid.trainer.running.arguments import QuantizeArguments
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
 from mmesid.trainer.data.tables import EmbeddingTable
 from mmesid.trainer.quantizer.initialization import initialize
 from mmesid.trainer.quantizer.items import ItemTables
-from mmesid.trainer.quantizer.trainer import MMRQVAETrainer
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
 from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
 
 data = PreparedDataset.load(sys.argv[1])
@@ -459,8 +458,8 @@ initialize(quantizer, training)
 
 
 def quantize(model, name, data, **hub):
-    arguments = QuantizeArguments(
-        output_dir=f"{sys.argv[2]}-{name}", prepared_dir="", embeddings_dir="", num_train_epochs=2, use_cpu=True,
+    arguments = MMRQVAETrainingArguments(
+        output_dir=f"{sys.argv[2]}-{name}", num_train_epochs=2, use_cpu=True,
         disable_tqdm=True, metric_for_best_model="tau", push_to_hub=True, hub_model_id=f"tester/{name}",
         hub_token="hf_loopback", **hub,
     )
@@ -519,7 +518,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from mmesid.trainer.cli import main
 
-main(["embed", *sys.argv[1:]])
+main(["encoder", *sys.argv[1:]])
 card = ModelCard.load("tester/encoder")
 scope = {}
 exec(card.text.split("```python")[1].split("```")[0], scope)
@@ -530,8 +529,8 @@ print(json.dumps([HfApi().list_repo_files("tester/encoder"), card.text]))
 
 
 def test_a_trained_encoder_is_published_with_its_card(tiny_run, hub_environment, tmp_path):
-    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "embeddings")]
-    flags += ["--modality", "visual", "--encoder", "train_dual_encoder", "--num_train_epochs", "2"]
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "encoder")]
+    flags += ["--num_train_epochs", "2"]
     flags += ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--projection_dim", "8"]
     flags += ["--push_to_hub", "true", "--hub_model_id", "tester/encoder", "--hub_token", "hf_loopback", *TRAINING]
     files, card = printed(run_python(ENCODER, hub_environment, *flags))

@@ -17,9 +17,10 @@ from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.metrics.ranking.analysis import metrics
 from mmesid.trainer.publishing.repository import publication
 from mmesid.trainer.recommender.small_llama import train_tokenizer
-from mmesid.trainer.running.arguments import FinetuneArguments, parse
+from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import StageRecord, processor_name
 from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
+from mmesid.trainer.stages.finetune import FinetuneArguments
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 
 from .conftest import finetune_flags
@@ -218,15 +219,14 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
     assert not list((tiny_run / "recommender").glob(".staging*"))
 
 
-def test_the_papers_items_by_one_flag_or_two(tiny_run):
+def test_the_papers_items_by_one_flag(tiny_run):
     data = PreparedDataset.load(tiny_run / "prepared")
-    for flags in (["--paper", "true"], ["--share_item_table", "false", "--use_item_ids", "false"]):
-        arguments = parse(FinetuneArguments, [*finetune_flags(tiny_run, "unused"), *flags])
-        settings, _ = finetune.load_content(arguments, finetune.content_modalities(arguments), data.num_items)
-        _, model = finetune.build(arguments, data, settings)
-        parts = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.items.")}
-        # The ID embeddings are the score head's: no token holds one.
-        assert parts == {"fusion", "id_embeddings", "modalities", "token_mlp"}
+    arguments = parse(FinetuneArguments, [*finetune_flags(tiny_run, "unused"), "--paper", "true"])
+    settings, _ = finetune.load_content(arguments, finetune.content_modalities(arguments), data.num_items)
+    _, model = finetune.build(arguments, data, settings)
+    parts = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.items.")}
+    # The ID embeddings are the score head's: no token holds one.
+    assert parts == {"fusion", "id_embeddings", "modalities", "token_mlp"}
 
 
 def test_finetune_without_tables_says_which_flag(tiny_run):

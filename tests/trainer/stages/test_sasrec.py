@@ -110,19 +110,6 @@ def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
         assert_same_weights(tmp_path / name, expected)
 
 
-def test_a_training_that_may_not_resume_starts_over(training, tmp_path):
-    short = ["--num_train_epochs", "3"]
-    training(tmp_path / "whole", *short)
-    steps, expected = training.steps, saved_weights(tmp_path / "whole")
-    for resume in ("true", "false"):
-        with pytest.raises(Interrupted):
-            training(tmp_path / "again", *short, "--resume", resume, stop_after=steps - 1)
-        training(tmp_path / "again", *short, "--resume", "false")
-        assert training.steps == steps
-        assert_same_weights(tmp_path / "again", expected)
-        shutil.rmtree(tmp_path / "again")
-
-
 def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(training, tmp_path):
     by_steps = ["--num_train_epochs", "4"]
     for name in ("save", "eval"):

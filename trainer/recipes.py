@@ -1,0 +1,168 @@
+"""Recipes: YAML files with a section per stage, read, overridden and planned without waiting for torch."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from .running.declarations import stage_settings
+from .running.files import read_yaml
+
+
+RECIPES = "mmesid.recipes"
+# The encoders whose model a recipe's own stage writes, and those that are the usual ones of a modality.
+TRAINED_ENCODERS = {"sasrec": "sasrec", "dual_encoder": "encoder"}
+USUAL_ENCODERS = {"collaborative": "sasrec", "visual": "dual_encoder"}
+
+
+class Stage(NamedTuple):
+    """
+    Args:
+        help (`str`): What the stage reads, and what it makes of it.
+        writes (`str`, *optional*): The directory below a recipe's `output_dir` that it writes to.
+        read_as (`str`, *optional*): The setting by which later stages look for that directory.
+    """
+
+    help: str
+    writes: str | None = None
+    read_as: str | None = None
+
+
+def packaged_recipes() -> list[str]:
+    """The names of the recipes that are installed with the package."""
+    return sorted(Path(file.name).stem for file in resources.files(RECIPES).iterdir() if file.name.endswith(".yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """
+    The file of a recipe: one that is installed with the package, by its bare name, or any, by its path.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if name_or_path in packaged_recipes():
+        return Path(str(resources.files(RECIPES) / f"{name_or_path}.yaml"))
+    if not Path(name_or_path).is_file():
+        raise FileNotFoundError(
+            f"There is no recipe '{name_or_path}', neither a file below '{Path.cwd()}' nor one of those that come "
+            f"with mmesid: {', '.join(packaged_recipes())}; correct the path or the name."
+        )
+    return Path(name_or_path)
+
+
+def read_recipe(path: Path, stages: Iterable[str], overrides: Iterable[str] = ()) -> dict:
+    """
+    Reads a recipe and applies overrides.
+
+    Args:
+        path (`Path`): The YAML file.
+        stages (`Iterable[str]`): The names of the stages.
+        overrides (`Iterable[str]`, *optional*, defaults to `()`): Each `stage.key=value`, set in every run of the
+            stage, or `output_dir=value`; values are read as YAML.
+
+    Returns:
+        `dict`: `output_dir`, and for every stage a list of its runs, each a dictionary of settings.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no recipe, or an override does not fit it.
+    """
+    content = read_yaml(path, "recipe")
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' is no recipe: it must map `output_dir` and the names of stages to their settings.")
+    recipe = {}
+    for name, section in content.items():
+        if name == "output_dir":
+            recipe[name] = section
+            continue
+        if name not in stages:
+            raise ValueError(
+                f"'{path}' has a section '{name}', which is no stage; the stages are {', '.join(stages)}."
+            )
+        runs = section if isinstance(section, list) else [section or {}]
+        if not all(isinstance(settings, dict) for settings in runs):
+            raise ValueError(f"Section '{name}' of '{path}' must map settings to values, or list such mappings.")
+        recipe[name] = [dict(settings) for settings in runs]
+    for override in overrides:
+        _override(recipe, path, override)
+    if not isinstance(recipe.get("output_dir"), str):
+        raise ValueError(f"'{path}' does not say where to write; add `output_dir: runs/<name>`.")
+    return recipe
+
+
+def _override(recipe: dict, path: Path, override: str) -> None:
+    target, separator, text = override.partition("=")
+    stage, _, key = target.partition(".")
+    if not separator or (target != "output_dir" and not key):
+        raise ValueError(f"--set {override} does not have the form stage.key=value; write e.g. finetune.seed=1.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"--set {override} has a value that is not YAML; put it into quotes within quotes, as in key='\"value\"'."
+        ) from error
+    if target == "output_dir":
+        recipe["output_dir"] = value
+        return
+    if stage not in recipe:
+        raise ValueError(f"--set {override} names '{stage}', which is no section of '{path}'; correct the name.")
+    for settings in recipe[stage]:
+        settings[key] = value
+
+
+def plan(
+    path: Path, recipe: dict, stages: Mapping[str, Stage], only: list[str] | None = None
+) -> Iterator[tuple[str, dict]]:
+    """
+    The runs of a recipe in its order, directories filled in where it leaves them out.
+
+    A stage writes to its directory below the recipe's `output_dir` (a relative `output_dir` of its own is below it
+    too) and reads from those of the other stages; `evaluate` compares all models of the recipe, and `embed` reads the
+    encoders that the recipe trains. A setting that is null is not passed on.
+
+    Args:
+        path (`Path`): The recipe's file, for messages.
+        recipe (`dict`): As [`read_recipe`] returns it.
+        stages (`Mapping[str, Stage]`): All stages, by name.
+        only (`list[str]`, *optional*): The stages wanted.
+
+    Yields:
+        `tuple[str, dict]`: The stage and its settings.
+
+    Raises:
+        ValueError: If a wanted stage has no section, or a section sets what its stage does not have.
+    """
+    root = Path(recipe["output_dir"])
+
+    def output_dir(stage: str, settings: dict) -> str:
+        return str(root / (settings.get("output_dir") or stages[stage].writes))
+
+    for stage in only or ():
+        if stage not in recipe or stage == "output_dir":
+            raise ValueError(f"--only names '{stage}', which is no section of '{path}'; correct the name.")
+    for stage, runs in recipe.items():
+        if stage == "output_dir" or (only and stage not in only):
+            continue
+        names = stage_settings(stage)
+        for settings in runs:
+            unknown = next((key for key in settings if key not in names), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"Section '{stage}' of '{path}' sets '{unknown}', which the stage does not have; "
+                    f"see `mmesid {stage} --help`."
+                )
+            filled = {one.read_as: str(root / one.writes) for one in stages.values() if one.read_as in names}
+            if stage == "evaluate":
+                ranking = [(one, model) for one in ("sasrec", "finetune") for model in recipe.get(one, ())]
+                filled["model_dirs"] = [output_dir(*model) for model in ranking]
+            if stage == "embed" and "from_file" not in settings:
+                encoder = settings.get("encoder", USUAL_ENCODERS.get(settings.get("modality")))
+                trained = TRAINED_ENCODERS.get(encoder)
+                if trained in recipe:
+                    filled["model_name_or_path"] = output_dir(trained, recipe[trained][0])
+            filled |= settings
+            if stages[stage].writes is not None:
+                filled["output_dir"] = output_dir(stage, settings)
+            yield stage, {key: value for key, value in filled.items() if value is not None}
