@@ -23,18 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import set_seed
 from transformers.utils import logging
 
 from mmesid.trainer.data.prepared import Sequences
 from mmesid.trainer.data.tables import import_table
 from mmesid.trainer.quantizer.evaluation import code_metrics, encode_items, history_distances
-from mmesid.trainer.quantizer.initialization import initialize
 from mmesid.trainer.quantizer.items import ItemTables
-from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainingArguments
+from mmesid.trainer.quantizer.training import quantizer_trainer
 from mmesid.trainer.running.records import peak_memory_bytes
 from mmesid.trainer.running.training import fit
-from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
+from modeling_mmesid import MMRQVAEConfig
 
 
 logging.set_verbosity_error()
@@ -116,22 +115,13 @@ def measure(
             disable_tqdm=True,
             **(training or {}) | ({"num_train_epochs": epochs} if epochs else {}),
         )
-        set_seed(seed)
-        learnt, held_out = items.split(arguments.validation_fraction, torch.Generator().manual_seed(seed))
-        model = MMRQVAEModel(
-            MMRQVAEConfig(
-                modalities=list(items.tables),
-                embedding_dims=[table.embeddings.shape[1] for table in items.tables.values()],
-                **config,
-            )
-        )
-        initialize(model, learnt, seed)
-        trainer = MMRQVAETrainer(model, arguments, learnt, held_out)
+        trainer = quantizer_trainer(items.tables, MMRQVAEConfig(**config), arguments)
         # The trainer prints its metrics; standard output is for the result.
         with contextlib.redirect_stdout(sys.stderr):
             if training is not None:
                 fit(trainer)
-            evaluated = trainer.evaluate()
+            measured = trainer.measure()
+    model = trainer.model
     codes = encode_items(model, items)
     seconds = time.perf_counter() - start
     health = code_metrics(codes, model.config.codebook_size)
@@ -144,7 +134,7 @@ def measure(
     row["least use"] = min(value for name, value in health.items() if name.startswith("use@"))
     row[f"collisions_{anchor}"] = health[f"collisions_{anchor}"]
     row["collisions"] = health["collisions"]
-    row |= {name.removeprefix("eval_"): value for name, value in evaluated.items() if name.startswith("eval_recall@1")}
+    row |= {name: value for name, value in measured.items() if name.startswith("recall@1")}
     row["seconds"] = seconds
     return row
 

@@ -40,7 +40,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
         seed (`int`, *optional*, defaults to 0): Seed of the k-means.
 
     Raises:
-        ValueError: If fewer items than `config.codebook_size` have some modality.
+        ValueError: If fewer items than `config.codebook_size` have some modality, or an embedding is not finite.
     """
     config = model.config
     model.eval()
@@ -84,6 +84,8 @@ def _fit_inputs(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows:
     for batch in dataset.read(modality, rows, device):
         mean += batch.double().sum(0)
     mean /= len(rows)
+    if not mean.isfinite().all():
+        raise ValueError(f"The embeddings of '{modality}' hold NaN or infinity; encode these items again.")
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
     for batch in dataset.read(modality, rows, device):
         centred = batch.double() - mean

@@ -27,20 +27,21 @@ class ItemTables(Dataset):
             The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
 
     Raises:
-        ValueError: If the tables do not have the same number of rows.
+        ValueError: If there is no table, or they do not have the same number of rows.
     """
 
     def __init__(self, tables: dict[str, EmbeddingTable], rows: torch.Tensor | None = None):
         sizes = {modality: len(table.embeddings) for modality, table in tables.items()}
         sizes |= {f"present of {modality}": len(table.present) for modality, table in tables.items()}
-        if len(set(sizes.values())) > 1:
+        if len(set(sizes.values())) != 1:
             raise ValueError(
                 f"All tables must have one row per item and the padding row 0, got {sizes} rows; "
                 "embed the same prepared dataset."
             )
-        self.tables = tables
+        # As a mask: integers would be row numbers.
+        self.tables = {name: EmbeddingTable(table.embeddings, table.present.bool()) for name, table in tables.items()}
         if rows is None:
-            rows = torch.stack([table.present for table in tables.values()]).any(0).nonzero()[:, 0]
+            rows = torch.stack([table.present for table in self.tables.values()]).any(0).nonzero()[:, 0]
         self.rows = rows[rows > 0]
 
     def __len__(self) -> int:

@@ -1,6 +1,9 @@
 """What the training stages share: where checkpoints go, early stopping, resuming."""
 
 import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -17,6 +20,19 @@ def trainer_arguments(arguments: StageArguments, run: StageRun) -> BestEpochTrai
     training.hub_model_id = training.hub_model_id or Path(arguments.output_dir).absolute().name
     training.output_dir = str(run.checkpoints_dir)
     return training
+
+
+@contextmanager
+def temporary_arguments(
+    args: BestEpochTrainingArguments | None, args_class: type[BestEpochTrainingArguments]
+) -> Iterator[BestEpochTrainingArguments]:
+    """The arguments of a training, by default those of `args_class` with checkpoints in a directory that is removed
+    afterwards."""
+    if args is not None:
+        yield args
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield args_class(output_dir=directory)
 
 
 def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallback]:

@@ -10,23 +10,20 @@ they are, and two pictures: the use of the codes, and the distances before and a
 import dataclasses
 from dataclasses import dataclass, field
 
-import torch
 from accelerate import PartialState
-from transformers import set_seed
 from transformers.utils import logging
 
 from mmesid.hub_cards import save_card
-from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
+from modeling_mmesid import MMRQVAEConfig
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
-from ..quantizer.initialization import initialize
-from ..quantizer.items import ItemTables
-from ..quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+from ..quantizer.trainer import MMRQVAETrainingArguments
+from ..quantizer.training import quantizer_trainer
 from ..running.arguments import StageArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
-from ..running.training import early_stopping, fit, trainer_arguments
+from ..running.training import fit, trainer_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +61,7 @@ class QuantizeArguments(StageArguments):
     modalities: list[str] = field(default_factory=lambda: ["collaborative", "text"])
 
     def check(self, **settings) -> None:
-        super().check(modalities=self.modalities, embedding_dims=[1] * len(self.modalities), **settings)
+        super().check(modalities=self.modalities, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,42 +76,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = PreparedDataset.load(arguments.prepared_dir)
     tables = {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()}
-    items = ItemTables(tables)
-    training, held_out = items.split(
-        arguments.training.validation_fraction, torch.Generator().manual_seed(arguments.training.seed)
-    )
-    config = MMRQVAEConfig(
-        modalities=arguments.modalities,
-        embedding_dims=[table.embeddings.shape[1] for table in tables.values()],
-        **arguments.config,
-    )
-    set_seed(arguments.training.seed)
-    model = MMRQVAEModel(config)
     run.details.update(data=data.statistics, encoders=table_encoders(arguments.embeddings_dir, arguments.modalities))
     with run as staging:
-        initialize(model.to(arguments.training.device), training, arguments.training.seed)
-        trainer = MMRQVAETrainer(
-            model,
-            trainer_arguments(arguments, run),
-            training,
-            held_out,
-            data,
-            callbacks=early_stopping(arguments.training),
-        )
+        trainer = quantizer_trainer(tables, MMRQVAEConfig(**arguments.config), trainer_arguments(arguments, run), data)
         trainer.draft_record = run.draft_record
         fit(trainer)
-        evaluated = trainer.evaluate()
-        run.metrics["held_out"] = {
-            name.removeprefix("eval_"): value
-            for name, value in evaluated.items()
-            if name.startswith(("eval_tau", "eval_reconstruction", "eval_recall", "eval_loss"))
-        }
+        run.metrics["held_out"] = trainer.measure()
         if PartialState().is_main_process:
-            model.save_pretrained(staging)
+            trainer.model.save_pretrained(staging)
             metrics, details = trainer.describe(staging)
             logger.warning("Semantic IDs: %s", metrics)
             run.metrics.update(metrics)
-            run.details.update(details, parameters=model.num_parameters())
+            run.details.update(details, parameters=trainer.model.num_parameters())
             save_card(staging, dataclasses.asdict(run.draft_record()))
     trainer.publish(arguments.output_dir)
 

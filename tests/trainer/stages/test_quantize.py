@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmesid.trainer.data.tables import save_table
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.tables import EmbeddingTable, load_table, save_table
+from mmesid.trainer.quantizer import training
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainingArguments
 from mmesid.trainer.running.records import StageRecord, file_digest
 from mmesid.trainer.stages.quantize import main
-from modeling_mmesid import MMRQVAEModel
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 
 ITEMS = 80
@@ -89,6 +92,17 @@ def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current
     assert {"figures/code_use.png", "figures/distances.png"} <= set(record.outputs)
     assert "toy" in (output / "README.md").read_text(encoding="utf-8")
 
+    # The Python call makes the same of the same settings.
+    data = PreparedDataset.load(inputs / "prepared")
+    tables = {
+        name: load_table(inputs / f"embeddings/{name}.safetensors", name, ITEMS) for name in ("collaborative", "text")
+    }
+    args = MMRQVAETrainingArguments(str(tmp_path / "checkpoints"), num_train_epochs=2, disable_tqdm=True)
+    quantizer, codes = training.quantize(data, tables, MMRQVAEConfig.from_pretrained(output), args)
+    assert all(map(torch.equal, quantizer.state_dict().values(), model.state_dict().values()))
+    for modality, values in codes.items():
+        assert [None if -1 in row else row for row in values[1:].tolist()] == table[modality].to_pylist()
+
     digest = file_digest(output / "model.safetensors")
     capsys.readouterr()
     quantize(inputs, output, *flags)
@@ -108,6 +122,21 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(inputs, tmp_path, flags,
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         quantize(inputs, tmp_path / "quantizer", *flags)
     assert not list((tmp_path / "quantizer").glob("*.safetensors"))
+
+
+def test_tables_that_do_not_fit_the_data_are_refused(inputs):
+    data = PreparedDataset.load(inputs / "prepared")
+    table = load_table(inputs / "embeddings/text.safetensors", "text", ITEMS)
+    shorter = EmbeddingTable(table.embeddings[:-1], table.present[:-1])
+    broken = EmbeddingTable(table.embeddings.clone().fill_(torch.nan), table.present)
+    for tables, named in [
+        ({"text": shorter}, "'text' has 80 rows and the data have 80 items"),
+        ({"text": EmbeddingTable(table.embeddings[:-1], table.present)}, "one row per item"),
+        ({"text": broken}, "'text' hold NaN or infinity"),
+        ({}, "one row per item"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            training.quantize(data, tables, MMRQVAEConfig(codebook_size=8))
 
 
 def test_tables_of_another_catalogue_are_refused(inputs, tmp_path):

@@ -1,0 +1,73 @@
+"""Training the quantizer: what the stage does, as Python calls."""
+
+import copy
+
+import torch
+from transformers import set_seed
+
+from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
+from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
+
+from ..data.prepared import PreparedDataset
+from ..data.tables import EmbeddingTable
+from ..running.training import early_stopping, fit, temporary_arguments
+from .evaluation import encode_items
+from .initialization import initialize
+from .items import ItemTables
+from .trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+
+
+def quantize(
+    data: PreparedDataset,
+    tables: dict[str, EmbeddingTable],
+    config: MMRQVAEConfig | None = None,
+    args: MMRQVAETrainingArguments | None = None,
+) -> tuple[MMRQVAEModel, dict[str, torch.Tensor]]:
+    """
+    Trains the quantizer on the embeddings of the items, keeps the epoch that is best on held-out ones, and gives every
+    item its semantic IDs.
+
+    Args:
+        data ([`PreparedDataset`]): The dataset that the tables are made from.
+        tables (`dict[str, EmbeddingTable]`): Embeddings of each modality; the first is the anchor of the alignment.
+        config ([`MMRQVAEConfig`], *optional*): Codes, encoders and loss; `modalities` and `embedding_dims` are taken
+            from the tables.
+        args ([`MMRQVAETrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
+            temporary directory.
+
+    Returns:
+        `tuple[MMRQVAEModel, dict[str, torch.Tensor]]`: The quantizer in evaluation mode, and for each modality the
+        codes of all items, `(items + 1, num_quantizers)`, -1 where an item lacks it.
+
+    Raises:
+        ValueError: If the tables do not fit the data, hold NaN or infinity, or have fewer items of a modality than
+            there are codes.
+    """
+    for modality, table in tables.items():
+        if len(table.present) != data.num_items + 1:
+            raise ValueError(
+                f"The table of '{modality}' has {len(table.present)} rows and the data have {data.num_items} items, "
+                "which take one row each and the padding row 0; embed these data."
+            )
+    with temporary_arguments(args, MMRQVAETrainingArguments) as args:
+        trainer = quantizer_trainer(tables, config or MMRQVAEConfig(), args, data)
+        fit(trainer)
+    return trainer.model.eval(), encode_items(trainer.model, trainer.train_dataset)
+
+
+def quantizer_trainer(
+    tables: dict[str, EmbeddingTable],
+    config: MMRQVAEConfig,
+    args: MMRQVAETrainingArguments,
+    data: PreparedDataset | None = None,
+) -> MMRQVAETrainer:
+    """The trainer of [`quantize`], its model initialized, for whoever wants more of it than model and codes."""
+    training, held_out = ItemTables(tables).split(args.validation_fraction, torch.Generator().manual_seed(args.seed))
+    config = copy.deepcopy(config)
+    config.modalities = list(tables)
+    config.embedding_dims = [table.embeddings.shape[1] for table in tables.values()]
+    config.validate()
+    set_seed(args.seed)
+    model = MMRQVAEModel(config).to(args.device)
+    initialize(model, training, args.seed)
+    return MMRQVAETrainer(model, args, training, held_out, data, callbacks=early_stopping(args))
