@@ -51,7 +51,7 @@ class MMESIDConfig(CheckpointConfig):
             Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the
             token is an MLP over projections and codes, and the table fuses a score head with the projections.
         use_item_ids (`bool`, *optional*, defaults to `True`):
-            Whether a token holds a free vector an item besides its content.
+            Whether each item has a free vector besides its content.
         fusion_hidden_size (`int`, *optional*, defaults to `16`):
             Width of the hidden layer that turns an item's frequency into fusion weights.
         fusion_temperature (`float`, *optional*, defaults to `1.0`):
@@ -68,7 +68,7 @@ class MMESIDConfig(CheckpointConfig):
         prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`):
             Tokens after the items; without any the last item's state represents the user.
         max_history (`int`, *optional*, defaults to `50`):
-            Longest history that is read; of a longer one the latest items.
+            Longest history that is read: only the latest items of a longer one.
         initializer_range (`float`, *optional*, defaults to `0.02`):
             Standard deviation of the initial weights.
     """
@@ -121,8 +121,17 @@ class MMESIDConfig(CheckpointConfig):
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""
-        if self.num_items < 1:
-            raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
+        for name in ("num_items", "max_history", "codebook_size", "codebook_dim", "fusion_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("token_dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        for name in ("fusion_temperature", "item_token_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if self.num_quantizers < 0:
+            raise ValueError(f"num_quantizers is {self.num_quantizers}; it must be 0 or more.")
         if len(self.modalities) != len(self.embedding_dims):
             raise ValueError(
                 f"modalities are {self.modalities} but embedding_dims are {self.embedding_dims}; give one width each."
@@ -131,10 +140,11 @@ class MMESIDConfig(CheckpointConfig):
             raise ValueError(
                 "modalities is empty and use_item_ids is false, which leaves nothing to tell items apart; set either."
             )
-        if self.fusion_temperature <= 0:
-            raise ValueError(f"fusion_temperature is {self.fusion_temperature}; it must be positive.")
-        if self.max_history < 1:
-            raise ValueError(f"max_history is {self.max_history}; a history has at least one item.")
+        if len(set(self.modalities)) < len(self.modalities) or min(self.embedding_dims, default=1) < 1:
+            raise ValueError(
+                f"modalities are {self.modalities} of widths {self.embedding_dims}; name none twice, and give "
+                "positive widths."
+            )
 
 
 __all__ = ["MMESIDConfig"]

@@ -318,7 +318,7 @@ class MMESIDItems(nn.Module):
                 f"The model's items have {shape[0]} codes of {shape[1]}; give the quantizer that made them as "
                 "`quantizer`."
             )
-        self._check_quantizer(quantizer, embeddings)
+        self.check_quantizer(quantizer, embeddings)
         codes = {name: torch.zeros(count, config.num_quantizers, dtype=torch.long) for name in config.modalities}
         for name, has in present.items():
             if has.any():
@@ -326,9 +326,15 @@ class MMESIDItems(nn.Module):
                 codes[name][has.cpu()] = found.long().cpu()
         return codes
 
-    def _check_quantizer(self, quantizer: MMRQVAEModel, modalities: Iterable[str]) -> None:
-        """Codes of another training mean other things. Those of known items tell: the quantizer that made them gives
-        most again (an ID that was moved to be unique differs, or one that rounded embeddings no longer decide)."""
+    @torch.no_grad()
+    def check_quantizer(self, quantizer: MMRQVAEModel, modalities: Iterable[str]) -> None:
+        """
+        Codes of another training mean other things. Those of known items tell: the quantizer that made them gives most
+        again (an ID that was moved to be unique differs, or one that rounded embeddings no longer decide).
+
+        Raises:
+            ValueError: If the quantizer is not the one that made the items' codes.
+        """
         for name in modalities:
             known = self.modalities[name]
             rows = known.present.nonzero()[:QUANTIZER_PROBES, 0]
@@ -355,7 +361,7 @@ class MMESIDItems(nn.Module):
 
     def sources(self, items: torch.Tensor) -> torch.Tensor:
         """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then
-        every modality."""
+        each modality."""
         sources = [self.id_embeddings(items)[:, None]] if self.has_id_source else []
         return torch.cat(sources + [self.modality_sources(items)] if self.modalities else sources, dim=1)
 

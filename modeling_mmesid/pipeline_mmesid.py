@@ -25,14 +25,15 @@ class SequentialRecommendationPipeline(Pipeline):
     ```
 
     Calls take a history, a list of item ids (oldest first), and return a list of items, best first; or a list of
-    histories, and return a list a user. An item is a dictionary of `item_id`, `title` (`None` if the processor has no
-    titles), `score` and `contributions`, which split the score by what the item is made of.
+    histories, and return one list per user. An item is a dictionary of `item_id`, `title` (`None` if the processor has
+    no titles), `score` and `contributions`, which split the score by what the item is made of.
 
     Args:
-        top_k (`int`, *optional*, defaults to `10`): Items to return a user.
+        top_k (`int`, *optional*, defaults to `10`): Items to return for each user.
         exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
         allowed_items (`list[str]`, *optional*): Ids of the items to choose from; the whole catalogue by default.
         denied_items (`list[str]`, *optional*): Ids of items never to return.
+        return_contributions (`bool`, *optional*, defaults to `True`): Whether items have `contributions`.
         batch_size (`int`, *optional*, defaults to `256`): Users at a time.
 
     Raises:
@@ -62,12 +63,14 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude_history: bool | None = None,
         allowed_items: Sequence[str] | None = None,
         denied_items: Sequence[str] | None = None,
+        return_contributions: bool | None = None,
     ) -> tuple[dict, dict, dict]:
         settings = {
             "top_k": top_k,
             "exclude_history": exclude_history,
             "allowed_items": allowed_items,
             "denied_items": denied_items,
+            "return_contributions": return_contributions,
         }
         return {}, {name: value for name, value in settings.items() if value is not None}, {}
 
@@ -78,9 +81,8 @@ class SequentialRecommendationPipeline(Pipeline):
         for name in ("allowed_items", "denied_items"):
             if name in settings:
                 settings[name] = self.processor.convert_item_ids_to_rows(settings[name])
-        best = self.model.recommend(
-            model_inputs["rows"], batch_size=model_inputs["batch_size"], return_contributions=True, **settings
-        )
+        settings = {"return_contributions": True} | settings
+        best = self.model.recommend(model_inputs["rows"], batch_size=model_inputs["batch_size"], **settings)
         return {"rows": best.items, "scores": best.scores, "contributions": best.contributions}
 
     def postprocess(self, model_outputs: dict) -> list[list[dict]]:
@@ -88,19 +90,19 @@ class SequentialRecommendationPipeline(Pipeline):
         item_ids = self.processor.convert_rows_to_item_ids(rows)
         titles = self.processor.convert_rows_to_titles(rows) if self.processor.titles is not None else None
         scores = model_outputs["scores"].tolist()
-        contributions = {name: values.tolist() for name, values in model_outputs["contributions"].items()}
-        return [
-            [
-                {
-                    "item_id": item_id,
-                    "title": None if titles is None else titles[user][place],
-                    "score": scores[user][place],
-                    "contributions": {name: values[user][place] for name, values in contributions.items()},
-                }
-                for place, item_id in enumerate(ranking)
-            ]
-            for user, ranking in enumerate(item_ids)
-        ]
+        parts = {name: values.tolist() for name, values in (model_outputs["contributions"] or {}).items()}
+
+        def described(user: int, place: int) -> dict:
+            item = {
+                "item_id": item_ids[user][place],
+                "title": None if titles is None else titles[user][place],
+                "score": scores[user][place],
+            }
+            if parts:
+                item["contributions"] = {name: values[user][place] for name, values in parts.items()}
+            return item
+
+        return [[described(user, place) for place in range(rows.shape[1])] for user in range(rows.shape[0])]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves model, processor and code, from which [`~transformers.pipeline`] makes the same pipeline."""

@@ -60,7 +60,6 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--hidden_size", type=int, default=256, help="Width of the Llama.")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="Layers of the Llama.")
-    parser.add_argument("--num_attention_heads", type=int, default=4, help="Attention heads of the Llama.")
     # Collaborative and text as in the data folder of Amazon Beauty, visual as wide as text.
     parser.add_argument(
         "--embedding_dims",
@@ -132,14 +131,9 @@ class Workload:
         frequencies = self.frequencies if frequencies is None else frequencies
         rows = len(frequencies)
         prefix_ids, suffix_ids = self.prompt_ids
-        backbone_config = new_llama_config(
-            self.tokenizer,
-            arguments.hidden_size,
-            arguments.num_hidden_layers,
-            arguments.num_attention_heads,
-            attention_dropout=0.0,
-            max_position_embeddings=len(prefix_ids) + arguments.max_history + len(suffix_ids),
-        )
+        longest = len(prefix_ids) + arguments.max_history + len(suffix_ids)
+        backbone_config = new_llama_config(self.tokenizer, arguments.hidden_size, arguments.num_hidden_layers, longest)
+        backbone_config.attention_dropout = 0.0
         config = MMESIDConfig(
             backbone_config=backbone_config,
             num_items=rows - 1,

@@ -20,7 +20,7 @@ from mmesid.trainer.data.sources.synthetic import generate_catalogue
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
-SMALL = ["--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--max_history", "12"]
+SMALL = ["--hidden_size", "32", "--num_hidden_layers", "1", "--max_history", "12"]
 FLAGS = {
     "finetune_speed": ["--users", "12", "--batch_users", "5", "--rounds", "2"],
     "evaluation_speed": ["--users", "40", "--reference_users", "7", "--batch_users", "16", "--rounds", "2"],

@@ -46,15 +46,16 @@ PREFIX = [5, 6, 9]
 
 def model_of(backbone_config, **kwargs) -> MMESIDForSequentialRecommendation:
     set_seed(0)
-    config = MMESIDConfig(
-        backbone_config=backbone_config,
-        num_items=NUM_ITEMS,
-        max_history=20,
-        prompt_prefix_ids=PREFIX,
-        prompt_suffix_ids=[7, 8],
-        item_token_scale=4.0,
-        **kwargs,
-    )
+    own_settings = {
+        "num_items": NUM_ITEMS,
+        "max_history": 20,
+        "prompt_prefix_ids": PREFIX,
+        "prompt_suffix_ids": [7, 8],
+        "item_token_scale": 4.0,
+        "token_dropout": 0.0,
+        "output_dropout": 0.0,
+    }
+    config = MMESIDConfig(backbone_config=backbone_config, **own_settings | kwargs)
     model = MMESIDForSequentialRecommendation(config)
     model.initialize_items(torch.arange(NUM_ITEMS + 1))
     return model.eval()

@@ -49,6 +49,8 @@ def settings(**kwargs) -> dict:
         "prompt_prefix_ids": [5, 6],
         "prompt_suffix_ids": [7, 8],
         "max_history": 20,
+        "token_dropout": 0.0,
+        "output_dropout": 0.0,
         **kwargs,
     }
 

@@ -352,8 +352,13 @@ def test_initialize_items_names_what_is_wrong(change, words):
         ({"num_items": 0}, "num_items is 0"),
         ({"modalities": [], "embedding_dims": [], "use_item_ids": False}, "nothing to tell items apart"),
         ({"modalities": ["text"], "embedding_dims": [3, 4]}, "one width each"),
-        ({"fusion_temperature": 0.0}, "fusion_temperature"),
-        ({"max_history": 0}, "max_history"),
+        ({"modalities": ["text", "text"], "embedding_dims": [3, 4]}, "name none twice"),
+        ({"modalities": ["text"], "embedding_dims": [0]}, "give positive widths"),
+        ({"fusion_temperature": 0.0}, "fusion_temperature is 0.0"),
+        ({"item_token_scale": float("nan")}, "item_token_scale is nan"),
+        ({"max_history": 0}, "max_history is 0"),
+        ({"output_dropout": 1.0}, "output_dropout is 1.0"),
+        ({"num_quantizers": -1}, "num_quantizers is -1"),
     ],
 )
 def test_configuration_validates_itself(kwargs, words):

@@ -1,6 +1,8 @@
-"""Semantic IDs for readers: the file of all of them, and some of them with titles."""
+"""The file of all semantic IDs, and some of them with titles for readers."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +15,8 @@ EXAMPLE_PAIRS = 4
 
 def write_semantic_ids(path: str | os.PathLike, item_ids: list[str], codes: dict[str, torch.Tensor]) -> None:
     """
-    Writes a Parquet file of one row an item: `item_id`, and a list of codes a modality, null where the item lacks it.
+    Writes a Parquet file with one row per item: `item_id`, and a list of codes for each modality, null where the item
+    lacks it.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -29,6 +32,46 @@ def write_semantic_ids(path: str | os.PathLike, item_ids: list[str], codes: dict
             pa.array(range(0, levels * len(values), levels), pa.int32()), flat, mask=missing
         )
     pq.write_table(pa.table(columns), path)
+
+
+def read_semantic_ids(
+    path: str | os.PathLike, item_ids: list[str], modalities: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """
+    Reads what [`write_semantic_ids`] wrote.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        item_ids (`list[str]`): Raw ids by row, which the file must hold in this order; row 0 is padding.
+        modalities (`Sequence[str]`): The modalities wanted.
+
+    Returns:
+        `dict[str, torch.LongTensor]`: For each modality codes by row, `(items + 1, levels)`, -1 where missing.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is damaged, belongs to other items, or lacks a modality.
+    """
+    path = Path(path)
+    remedy = "write it again with `mmesid quantize` on this prepared dataset"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist; {remedy}.")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}); {remedy}.") from error
+    missing = [name for name in ("item_id", *modalities) if name not in table.column_names]
+    if missing:
+        raise ValueError(f"'{path}' has no column '{missing[0]}', only {', '.join(table.column_names)}; {remedy}.")
+    if table["item_id"].to_pylist() != item_ids[1:]:
+        raise ValueError(f"'{path}' holds the semantic IDs of other items, or in another order; {remedy}.")
+    codes = {}
+    for name in modalities:
+        rows = table[name].to_pylist()
+        levels = len(next((row for row in rows if row is not None), ()))
+        empty = [-1] * levels
+        codes[name] = torch.tensor([empty, *(empty if row is None else row for row in rows)], dtype=torch.long)
+    return codes
 
 
 def semantic_id_examples(

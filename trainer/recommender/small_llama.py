@@ -9,6 +9,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<system>", "</system>", "<user>", "</user>", "<assistant>")
 
+ATTENTION_DROPOUT = 0.2
+
 # The frame of the prompt in the paper: a system turn, a user turn, and the opening of the assistant's.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>{% endfor %}"
@@ -47,18 +49,16 @@ def new_llama_config(
     tokenizer: PreTrainedTokenizerFast,
     hidden_size: int,
     num_hidden_layers: int,
-    num_attention_heads: int,
-    attention_dropout: float,
     max_position_embeddings: int,
 ) -> LlamaConfig:
-    """The configuration of a Llama that fits `tokenizer`."""
+    """The configuration of a Llama that fits `tokenizer`, with one attention head per 64 of its width."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        attention_dropout=attention_dropout,
+        num_attention_heads=max(hidden_size // 64, 1),
+        attention_dropout=ATTENTION_DROPOUT,
         max_position_embeddings=max_position_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -16,38 +16,22 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from peft.utils.error import NoMatchingPeftModuleError
-from transformers import AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import BitsAndBytesConfig
 
 from mmesid.hub_cards import model_licence, save_card
-from modeling_mmesid import (
-    MMESIDConfig,
-    MMESIDForSequentialRecommendation,
-    MMESIDProcessor,
-    MMRQVAEConfig,
-    MMRQVAEModel,
-)
-from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
+from modeling_mmesid import MMESIDConfig, MMRQVAEConfig, MMRQVAEModel
+from modeling_mmesid.processing_mmesid import USER_PROMPT
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
-from ..data.windows import EvaluationHistories, TrainingWindows
-from ..quantizer.evaluation import encode_items
-from ..quantizer.items import ItemTables
+from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
 from ..recommender.description import describe_items
-from ..recommender.mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
-from ..recommender.small_llama import new_llama_config, train_tokenizer
+from ..recommender.mmesid_trainer import MMESIDTrainingArguments
+from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
-from ..running.training import early_stopping, fit, trainer_arguments
-
-
-# Of a new Llama's tokenizer and layers, and of LoRA.
-VOCAB_SIZE = 4096
-HEAD_WIDTH = 64
-ATTENTION_DROPOUT = 0.2
-LORA_DROPOUT = 0.05
+from ..running.training import fit, trainer_arguments
 
 
 @dataclass(kw_only=True)
@@ -117,7 +101,7 @@ class FinetuneArguments(StageArguments):
     user_prompt: str = USER_PROMPT
     lora_r: int = 8
     lora_alpha: int = 16
-    lora_target_modules: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
+    lora_target_modules: list[str] = field(default_factory=lambda: list(LORA_TARGET_MODULES))
     freeze_backbone: bool = False
 
     def __post_init__(self):
@@ -154,10 +138,26 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.training.seed)
-    settings, tables = load_content(arguments, modalities, data.num_items) if modalities else ({}, {})
-    processor, model = build(arguments, data, settings)
-    model.initialize_items(data.frequencies, **tables)
+    model, processor = build_recommender(
+        data,
+        {name: load_table(table_path(arguments.embeddings_dir, name), name, data.num_items) for name in modalities},
+        MMRQVAEModel.from_pretrained(arguments.quantizer_dir) if modalities else None,
+        read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
+        if modalities
+        else None,
+        backbone=arguments.backbone_name_or_path,
+        backbone_kwargs=backbone_kwargs(arguments),
+        freeze_backbone=arguments.freeze_backbone,
+        lora_r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_target_modules=arguments.lora_target_modules,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        user_prompt=arguments.user_prompt,
+        code_initialization=arguments.code_initialization,
+        seed=arguments.training.seed,
+        **arguments.config,
+    )
     run.details.update(
         data=data.statistics,
         encoders=table_encoders(arguments.embeddings_dir, modalities),
@@ -165,15 +165,12 @@ def main(argv: list[str] | None = None) -> None:
         base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
     )
     with run as staging:
-        trainer = MMESIDTrainer(
+        trainer = finetune_trainer(
             model,
+            processor,
+            data,
             trainer_arguments(arguments, run),
-            num_candidates=arguments.training.num_candidates,
             flex_attention=arguments.attn_implementation is None,
-            train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
-            eval_dataset=EvaluationHistories(data.sequences("validation")),
-            processing_class=processor,
-            callbacks=early_stopping(arguments.training),
         )
         trainer.draft_record = run.draft_record
         fit(trainer)
@@ -219,100 +216,6 @@ def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, st
         inputs["quantizer_dir"] = arguments.quantizer_dir
         inputs["embeddings_dir"] = [table_path(arguments.embeddings_dir, modality) for modality in modalities]
     return inputs
-
-
-def load_content(
-    arguments: FinetuneArguments, modalities: list[str], num_items: int
-) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """What items are made of: settings of [`MMESIDConfig`], and the tables of `initialize_items` by kind and
-    modality."""
-    quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
-    loaded = {
-        modality: load_table(table_path(arguments.embeddings_dir, modality), modality, num_items)
-        for modality in modalities
-    }
-    tables = {
-        "embeddings": {modality: table.embeddings for modality, table in loaded.items()},
-        "present": {modality: table.present for modality, table in loaded.items()},
-        "codes": encode_items(quantizer, ItemTables(loaded)),
-    }
-    if arguments.code_initialization == "trained":
-        tables["code_vectors"] = {modality: quantizer.code_vectors(modality) for modality in modalities}
-    settings = {
-        "modalities": modalities,
-        "embedding_dims": [table.embeddings.shape[1] for table in loaded.values()],
-        "num_quantizers": quantizer.config.num_quantizers,
-        "codebook_size": quantizer.config.codebook_size,
-        "codebook_dim": quantizer.config.codebook_dim,
-    }
-    return settings, tables
-
-
-def build(
-    arguments: FinetuneArguments, data: PreparedDataset, content_settings: dict
-) -> tuple[MMESIDProcessor, MMESIDForSequentialRecommendation]:
-    """The processor and the untrained recommender around a pretrained decoder, or a new one; its items are still
-    empty."""
-    if arguments.backbone_name_or_path is None:
-        # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
-        prompt = [SYSTEM_PROMPT, arguments.user_prompt]
-        tokenizer = train_tokenizer([*data.texts[1:], *prompt * data.num_items], VOCAB_SIZE)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(
-            arguments.backbone_name_or_path, revision=arguments.backbone_revision
-        )
-    processor = MMESIDProcessor(tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=arguments.user_prompt)
-    prefix_ids, suffix_ids = processor.prompt_ids()
-    settings = (
-        content_settings
-        | arguments.config
-        | {
-            "num_items": data.num_items,
-            "prompt_prefix_ids": prefix_ids,
-            "prompt_suffix_ids": suffix_ids,
-        }
-    )
-    if arguments.backbone_name_or_path is None:
-        backbone_config = new_llama_config(
-            tokenizer,
-            arguments.hidden_size,
-            arguments.num_hidden_layers,
-            max(arguments.hidden_size // HEAD_WIDTH, 1),
-            ATTENTION_DROPOUT,
-            len(prefix_ids) + arguments.config["max_history"] + len(suffix_ids),
-        )
-        model = MMESIDForSequentialRecommendation(
-            MMESIDConfig(backbone_config=backbone_config, item_token_scale=arguments.hidden_size**0.5, **settings)
-        )
-    else:
-        try:
-            model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
-                arguments.backbone_name_or_path,
-                lora=lora_settings(arguments),
-                freeze_backbone=arguments.freeze_backbone,
-                backbone_kwargs=backbone_kwargs(arguments),
-                **settings,
-            )
-        except NoMatchingPeftModuleError as error:
-            raise ValueError(
-                f"'{arguments.backbone_name_or_path}' has no layer called {', '.join(arguments.lora_target_modules)}; "
-                "name some of its own as --lora_target_modules, or give all-linear for every linear layer."
-            ) from error
-    return processor, model
-
-
-def lora_settings(arguments: FinetuneArguments) -> dict | None:
-    """Arguments of [`peft.LoraConfig`]; `None` for no adapter."""
-    if not arguments.lora_r or arguments.freeze_backbone:
-        return None
-    targets = arguments.lora_target_modules
-    return {
-        "r": arguments.lora_r,
-        "lora_alpha": arguments.lora_alpha,
-        "lora_dropout": LORA_DROPOUT,
-        # As a word, not in a list, it is no name of a layer to PEFT.
-        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-    }
 
 
 def backbone_kwargs(arguments: FinetuneArguments) -> dict:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import datasets
 import torch
+from accelerate import PartialState
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
@@ -52,6 +53,7 @@ class IndexArguments(StageArguments):
             neighbours are sought.
         hnsw_search_width (`int`, *optional*, defaults to `128`): hnsw: candidates that a query keeps; more find more
             and take longer.
+        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
     model_dir: str
@@ -59,6 +61,7 @@ class IndexArguments(StageArguments):
     hnsw_links: int = 32
     hnsw_construction_width: int = 200
     hnsw_search_width: int = 128
+    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,10 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(IndexArguments, argv)
     if importlib.util.find_spec("faiss") is None:
         raise ValueError("The stage index needs FAISS, which is not installed; pip install 'mmesid[index]'.")
+    # Before anything else asks for the state of this process.
+    device = PartialState(cpu=arguments.use_cpu).device
     run = StageRun("index", arguments, inputs={"model_dir": arguments.model_dir})
     if run.is_up_to_date():
         return
-    model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
+    model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir).to(device)
     processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
     with run as staging:
         items, rows = indexed_items(model, processor, arguments)

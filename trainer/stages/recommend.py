@@ -2,8 +2,8 @@
 Recommends items to users from their histories of raw item ids.
 
     mmesid recommend --model_dir runs/quickstart/recommender --history sku000007 sku000031 --top_k 5
-    mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl --output_file
-    recommended.jsonl
+    mmesid recommend --model_dir runs/quickstart/recommender --histories_file users.jsonl \
+        --output_file recommended.jsonl
 """
 
 import json
@@ -11,10 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
-from modeling_mmesid.recommendation import RecommendationOutput
+from modeling_mmesid import (
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    SequentialRecommendationPipeline,
+)
 
 from ..data.files import on_the_hub, read_lines
 from ..running.arguments import CommandArguments, check_ranges, parse
@@ -35,17 +39,18 @@ class RecommendArguments(CommandArguments):
 
         model_dir (`str`): Recommender: a directory written by `mmesid finetune`, or a repository on the Hub.
         history (`list[str]`, *optional*): Item ids of one user, oldest first.
-        histories_file (`str`, *optional*): JSON Lines file with one user a line: a list of item ids, oldest first.
+        histories_file (`str`, *optional*): JSON Lines file with one user per line: a list of item ids, oldest first.
 
         > Recommendations
 
-        top_k (`int`, *optional*, defaults to `10`): Items to recommend to a user.
+        top_k (`int`, *optional*, defaults to `10`): Items to recommend to each user.
         exclude_history (`bool`, *optional*, defaults to `True`): Leave out the items of the history.
         allowed_items (`list[str]`, *optional*): Item ids to choose from; all by default.
         denied_items (`list[str]`, *optional*): Item ids that are not recommended.
         return_contributions (`bool`, *optional*, defaults to `False`): Say what each score is the sum of: the ID
-            vector and every modality.
+            vector and each modality.
         output_file (`str`, *optional*): JSON Lines file to write instead of printing a table.
+        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
     model_dir: str
@@ -57,6 +62,7 @@ class RecommendArguments(CommandArguments):
     denied_items: list[str] | None = None
     return_contributions: bool = False
     output_file: str | None = None
+    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,58 +73,45 @@ class RecommendArguments(CommandArguments):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(RecommendArguments, argv)
+    # Before anything else asks for the state of this process.
+    device = PartialState(cpu=arguments.use_cpu).device
     histories = read_histories(arguments)
     with loading_from(arguments.model_dir):
         processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
-    rows = processor(histories)
+    # Before the weights are loaded: an unknown item ends it.
+    processor(histories)
     with loading_from(arguments.model_dir):
         model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
-    allowed, denied = (
-        processor.convert_item_ids_to_rows(items) if items is not None else None
-        for items in (arguments.allowed_items, arguments.denied_items)
-    )
+    recommender = SequentialRecommendationPipeline(model=model, processor=processor, device=device)
+    settings = {
+        "top_k": arguments.top_k,
+        "exclude_history": arguments.exclude_history,
+        "allowed_items": arguments.allowed_items,
+        "denied_items": arguments.denied_items,
+        "return_contributions": arguments.return_contributions,
+    }
     users = []
-    for start in tqdm(
-        range(0, len(rows), BATCH_SIZE), desc="Recommending", unit="batch", disable=len(rows) <= BATCH_SIZE
-    ):
-        output = model.recommend(
-            rows[start : start + BATCH_SIZE],
-            arguments.top_k,
-            arguments.exclude_history,
-            allowed_items=allowed,
-            denied_items=denied,
-            return_contributions=arguments.return_contributions,
-            batch_size=BATCH_SIZE,
-        )
-        users += described(output, processor)
-    if arguments.output_file is not None:
-        write_text_atomic(
-            arguments.output_file, "".join(json.dumps(user, ensure_ascii=False) + "\n" for user in users)
-        )
-        print(f"recommend: wrote {len(users)} users to '{arguments.output_file}'")
+    for start in tqdm(range(0, len(histories), BATCH_SIZE), desc="Recommending", unit="batch", delay=2):
+        users += recommender(histories[start : start + BATCH_SIZE], batch_size=BATCH_SIZE, **settings)
+    if arguments.output_file is None:
+        for history, items in zip(histories, users, strict=True):
+            print_user(history, items, processor)
         return
-    for history, user in zip(histories, users, strict=True):
-        print(
-            f"\nAfter {', '.join(processor.convert_rows_to_titles(processor.convert_item_ids_to_rows(history))[-3:])}:"
-        )
-        width = max(len(item["item_id"]) for item in user)
-        for place, item in enumerate(user, start=1):
-            parts = ", ".join(f"{name} {part:.4f}" for name, part in item.get("contributions", {}).items())
-            print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {item['title']}  {parts}".rstrip())
+    write_text_atomic(arguments.output_file, "".join(json.dumps(user, ensure_ascii=False) + "\n" for user in users))
+    print(f"recommend: wrote {len(users)} users to '{arguments.output_file}'")
 
 
-def described(output: RecommendationOutput, processor: MMESIDProcessor) -> list[list[dict]]:
-    """A list of items for each user: `item_id`, `title`, `score` and, if asked for, `contributions`."""
-    parts = {name: values.tolist() for name, values in (output.contributions or {}).items()}
-    ids, titles = processor.convert_rows_to_item_ids(output.items), processor.convert_rows_to_titles(output.items)
-    users = [
-        [{"item_id": item_id, "title": title, "score": round(score, 6)} for item_id, title, score in zip(*user)]
-        for user in zip(ids, titles, output.scores.tolist(), strict=True)
-    ]
-    for row, user in enumerate(users):
-        for place, item in enumerate(user if parts else ()):
-            item["contributions"] = {name: round(values[row][place], 6) for name, values in parts.items()}
-    return users
+def print_user(history: list[str], items: list[dict], processor: MMESIDProcessor) -> None:
+    """One user's recommendations as a table, below the latest items of the history."""
+    latest = history[-3:]
+    if processor.titles is not None:
+        latest = processor.convert_rows_to_titles(processor.convert_item_ids_to_rows(latest))
+    print(f"\nAfter {', '.join(latest)}:")
+    width = max(len(item["item_id"]) for item in items)
+    for place, item in enumerate(items, start=1):
+        parts = ", ".join(f"{name} {part:.4f}" for name, part in item.get("contributions", {}).items())
+        title = item["title"] or ""
+        print(f"{place:>3}  {item['item_id']:<{width}}  {item['score']:8.4f}  {title}  {parts}".rstrip())
 
 
 def loading_from(model_dir: str) -> AbstractContextManager:
@@ -150,7 +143,7 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
         return [arguments.history]
     path = Path(arguments.histories_file)
     if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist; give a JSON Lines file with a list of item ids a line.")
+        raise FileNotFoundError(f"'{path}' does not exist; give a JSON Lines file with a list of item ids per line.")
     histories = []
     for number, line in read_lines(path):
         try:
@@ -163,7 +156,7 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
             )
         histories.append(history)
     if not histories:
-        raise ValueError(f"'{path}' is empty; write one user a line, as a list of item ids.")
+        raise ValueError(f"'{path}' is empty; write one user per line, as a list of item ids.")
     return histories
 
 

@@ -10,18 +10,17 @@ import dataclasses
 from dataclasses import dataclass
 
 from accelerate import PartialState
-from transformers import set_seed
 
 from mmesid.hub_cards import save_card
-from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+from modeling_mmesid import SASRecConfig
 
 from ..data.prepared import PreparedDataset
-from ..data.windows import EvaluationHistories, TrainingWindows
-from ..recommender.sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
+from ..recommender.sasrec_trainer import SASRecTrainingArguments
+from ..recommender.training import sasrec_trainer
 from ..running.arguments import StageArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
-from ..running.training import early_stopping, fit, trainer_arguments
+from ..running.training import fit, trainer_arguments
 
 
 @dataclass(kw_only=True)
@@ -54,17 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.training.seed)
-    config = SASRecConfig(num_items=data.num_items, **arguments.config)
     run.details.update(data=data.statistics)
     with run as staging:
-        trainer = SASRecTrainer(
-            SASRecForSequentialRecommendation(config),
-            trainer_arguments(arguments, run),
-            train_dataset=TrainingWindows(data.sequences("train"), config.max_history),
-            eval_dataset=EvaluationHistories(data.sequences("validation")),
-            callbacks=early_stopping(arguments.training),
-        )
+        trainer = sasrec_trainer(data, SASRecConfig(**arguments.config), trainer_arguments(arguments, run))
         trainer.draft_record = run.draft_record
         fit(trainer)
         run.metrics["validation"] = trainer.rank()

@@ -49,6 +49,8 @@ def mmesid_trainer(arguments, backbone_class=LlamaConfig, backbone_kwargs=None, 
         backbone_config=backbone_class(vocab_size=10, **sizes, **(backbone_kwargs or {})),
         num_items=NUM_ITEMS,
         item_token_scale=5.0,
+        token_dropout=0.0,
+        output_dropout=0.0,
         prompt_prefix_ids=[1, 2],
         prompt_suffix_ids=[3],
     )

@@ -14,9 +14,13 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, TrainingArguments
 
 from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.tables import load_table
 from mmesid.trainer.metrics.ranking.analysis import metrics
 from mmesid.trainer.publishing.repository import publication
+from mmesid.trainer.quantizer.semantic_ids import read_semantic_ids
+from mmesid.trainer.recommender.evaluation import model_ranks, popularity_ranks
 from mmesid.trainer.recommender.small_llama import train_tokenizer
+from mmesid.trainer.recommender.training import build_recommender
 from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import StageRecord, processor_name
 from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
@@ -37,14 +41,47 @@ def test_every_directory_holds_a_record_and_a_card(tiny_run):
     assert (tiny_run / "quantizer" / "semantic_ids.parquet").is_file()
 
 
-def test_code_embeddings_start_from_the_trained_code_vectors(tiny_run):
-    arguments = finetune.parse(finetune.FinetuneArguments, finetune_flags(tiny_run, "unused"))
-    settings, tables = finetune.load_content(arguments, finetune.content_modalities(arguments), 80)
-    quantizer = MMRQVAEModel.from_pretrained(tiny_run / "quantizer")
-    assert torch.equal(tables["code_vectors"]["text"], quantizer.code_vectors("text"))
-    assert settings["num_quantizers"] == 3
-    # Item 5 has no text: its code must never be read as a code.
-    assert not tables["present"]["text"][5]
+@pytest.fixture(scope="module")
+def content(tiny_run) -> tuple:
+    """Data, tables, quantizer and semantic IDs as `finetune` reads them, of the modality text."""
+    data = PreparedDataset.load(tiny_run / "prepared")
+    tables = {"text": load_table(tiny_run / "embeddings" / "text.safetensors", "text", data.num_items)}
+    codes = read_semantic_ids(tiny_run / "quantizer" / "semantic_ids.parquet", data.item_ids, ["text"])
+    return data, tables, MMRQVAEModel.from_pretrained(tiny_run / "quantizer"), codes
+
+
+def test_published_semantic_ids_are_the_quantizers(content):
+    data, tables, quantizer, codes = content
+    present = tables["text"].present
+    found = quantizer.encode({"text": tables["text"].embeddings[present]}).codes["text"]
+    assert torch.equal(codes["text"][present], found) and (codes["text"][~present] == -1).all()
+    # Item 5 has no text.
+    assert not present[5]
+
+
+def test_code_embeddings_start_from_the_trained_code_vectors(content):
+    data, tables, quantizer, codes = content
+    for start in ("trained", "random"):
+        model, _ = build_recommender(*content, hidden_size=16, code_initialization=start)
+        factors = (model.model.items.modalities["text"].code_vectors / quantizer.code_vectors("text")).detach()
+        assert torch.allclose(factors, factors[0, 0, 0], rtol=1e-4) == (start == "trained")
+
+
+def test_semantic_ids_that_do_not_fit_are_refused(content, tiny_run, tmp_path):
+    data, tables, quantizer, codes = content
+    path = tiny_run / "quantizer" / "semantic_ids.parquet"
+    with pytest.raises(ValueError, match="holds the semantic IDs of other items, or in another order; write it again"):
+        read_semantic_ids(path, ["", *reversed(data.item_ids[1:])], ["text"])
+    with pytest.raises(ValueError, match="has no column 'visual', only item_id, collaborative, text"):
+        read_semantic_ids(path, data.item_ids, ["visual"])
+    (tmp_path / "damaged").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged' cannot be read"):
+        read_semantic_ids(tmp_path / "damaged", data.item_ids, ["text"])
+    moved = {"text": codes["text"].roll(1, 1).where(tables["text"].present[:, None], -1)}
+    with pytest.raises(ValueError, match="other codes of 'text' than they have"):
+        build_recommender(data, tables, quantizer, moved, hidden_size=16)
+    with pytest.raises(ValueError, match="give both for the same modalities, and the quantizer"):
+        build_recommender(data, tables, None, codes)
 
 
 def test_results_agree_with_ranking_by_hand(tiny_run):
@@ -121,7 +158,7 @@ def test_popularity_by_hand(tiny_run):
             else 999
         )
         hits += rank <= 10
-    assert (evaluate.popularity_ranks(data, "test", batch_size=64) <= 10).sum() == hits
+    assert (popularity_ranks(data, "test", batch_size=64) <= 10).sum() == hits
 
 
 def test_checkpoint_recommends_the_same_in_a_new_process(tiny_run):
@@ -181,7 +218,7 @@ def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
         (b"[]\n", "line 1"),
         (b'["a"]\n{oops\n', "line 2"),
         (b'["a"]\n["\xff"]\n', "users.jsonl', line 2 is not UTF-8"),
-        (b"", "users.jsonl' is empty; write one user a line"),
+        (b"", "users.jsonl' is empty; write one user per line"),
     ],
 )
 def test_recommend_names_the_bad_line_or_id(tiny_run, tmp_path, content, words):
@@ -219,11 +256,9 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
     assert not list((tiny_run / "recommender").glob(".staging*"))
 
 
-def test_the_papers_items_by_one_flag(tiny_run):
-    data = PreparedDataset.load(tiny_run / "prepared")
+def test_the_papers_items_by_one_flag(tiny_run, content):
     arguments = parse(FinetuneArguments, [*finetune_flags(tiny_run, "unused"), "--paper", "true"])
-    settings, _ = finetune.load_content(arguments, finetune.content_modalities(arguments), data.num_items)
-    _, model = finetune.build(arguments, data, settings)
+    model, _ = build_recommender(*content, hidden_size=16, **arguments.config)
     parts = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.items.")}
     # The ID embeddings are the score head's: no token holds one.
     assert parts == {"fusion", "id_embeddings", "modalities", "token_mlp"}
@@ -307,18 +342,16 @@ def test_a_backbone_that_is_trained_in_full_cannot_be_quantized(tiny_run, base):
         finetune.main([*flags, "--lora_r", "0"])
 
 
-def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(tiny_run, base):
+def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(content, base):
     GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
-    data = PreparedDataset.load(tiny_run / "prepared")
-    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", "unused", "--backbone_name_or_path", str(base)]
-    with pytest.raises(ValueError, match="no layer called gate_proj, up_proj, down_proj; .* --lora_target_modules"):
-        finetune.build(parse(FinetuneArguments, flags), data, {})
+    data = content[0]
+    with pytest.raises(ValueError, match="no layer called gate_proj, up_proj, down_proj; .* lora_target_modules"):
+        build_recommender(data, backbone=base)
     for given, expected in ((["all-linear"], {"c_attn", "c_fc", "c_proj"}), (["c_attn", "c_fc"], {"c_attn", "c_fc"})):
-        arguments = parse(FinetuneArguments, [*flags, "--lora_target_modules", *given])
-        _, model = finetune.build(arguments, data, {})
+        model, _ = build_recommender(data, backbone=base, lora_target_modules=given)
         adapted = {name.split(".")[-4] for name, _ in model.model.backbone.named_parameters() if "lora_A" in name}
         assert adapted == expected
-    _, frozen = finetune.build(parse(FinetuneArguments, [*flags, "--freeze_backbone", "true"]), data, {})
+    frozen, _ = build_recommender(data, backbone=base, freeze_backbone=True)
     assert not any(parameter.requires_grad for parameter in frozen.model.backbone.parameters())
 
 
@@ -413,7 +446,7 @@ def test_two_processes_train_and_validate_as_one_does(tiny_run, tmp_path):
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     data = PreparedDataset.load(tmp_path / "odd")
-    expected = metrics(evaluate.model_ranks(tmp_path / "two", data, arguments)["validation"])
+    expected = metrics(model_ranks(AutoModel.from_pretrained(tmp_path / "two"), data, "validation", arguments))
     assert record.metrics["validation"] == pytest.approx(expected, abs=1e-12)
     in_training = [entry for entry in json.loads((tmp_path / "history.json").read_text()) if "eval_mrr" in entry]
     best = max(in_training, key=lambda entry: entry["eval_ndcg@10"])

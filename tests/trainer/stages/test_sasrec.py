@@ -9,9 +9,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.metrics.ranking.analysis import metrics
+from mmesid.trainer.recommender.evaluation import model_ranks
 from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.running.training import fit
-from mmesid.trainer.stages import evaluate, sasrec
+from mmesid.trainer.stages import sasrec
 
 from .conftest import TRAINING
 
@@ -80,7 +81,7 @@ def test_training_stops_early_and_saves_the_best_epoch(tiny_run, training, tmp_p
     # The saved weights themselves, ranked anew.
     data = PreparedDataset.load(tiny_run / "prepared")
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
-    ranks = evaluate.model_ranks(tmp_path / "out", data, arguments)["validation"]
+    ranks = model_ranks(AutoModel.from_pretrained(tmp_path / "out"), data, "validation", arguments)
     assert metrics(ranks)["ndcg@10"] == pytest.approx(improving[-1])
 
 

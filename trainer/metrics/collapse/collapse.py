@@ -38,7 +38,7 @@ COLLAPSED = 0.01
 
 def singular_values(embeddings: np.ndarray) -> np.ndarray:
     """
-    Singular values of an `(items, dimensions)` table, one a dimension, largest first.
+    Singular values of an `(items, dimensions)` table, one per dimension, largest first.
 
     From the Gram matrix, in double precision: time and memory grow with the square of the dimensions, whatever the
     number of items. What is under a ten-millionth of the largest is rounding.

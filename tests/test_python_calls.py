@@ -1,0 +1,67 @@
+"""What the stages do, as a notebook does it: from two tables to a saved recommender, without directories or flags."""
+
+import pandas as pd
+import pytest
+import torch
+
+import mmesid
+from mmesid.trainer.data.sources.synthetic import generate_catalogue
+
+
+@pytest.fixture(scope="module")
+def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Interactions and items of the synthetic shop, as two tables."""
+    source = generate_catalogue(num_items=60, num_users=150, seed=0)
+    catalogue, events = source.catalogue, source.interactions
+    items = pd.DataFrame({"item_id": catalogue.item_ids, "title": catalogue.titles(), "brand": "Veldt"})
+    interactions = pd.DataFrame(
+        {
+            "user_id": [events.user_ids[user] for user in events.users],
+            "item_id": [catalogue.item_ids[item] for item in events.items],
+            "timestamp": events.times,
+        }
+    )
+    return interactions, items
+
+
+class Letters:
+    """An encoder of one's own: how often each letter occurs."""
+
+    pooling, model = "counts", torch.nn.Identity()
+
+    def prepare(self, texts: list[str]) -> list[str]:
+        return texts
+
+    def embed(self, batch: list[str]) -> torch.Tensor:
+        alphabet = "abcdefghijklmnopqrstuvwxyz"
+        return torch.tensor([[float(text.lower().count(letter)) for letter in alphabet] for text in batch])
+
+
+def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
+    interactions, items = shop
+
+    data = mmesid.prepare(interactions, items)
+    sasrec = mmesid.train_sasrec(
+        data, mmesid.SASRecConfig(hidden_size=16), mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4)
+    )
+    tables = {"collaborative": mmesid.embed(data, sasrec), "text": mmesid.embed(data, Letters(), column="text")}
+    quantizer, codes = mmesid.quantize(
+        data,
+        tables,
+        mmesid.MMRQVAEConfig(num_quantizers=2, codebook_size=8, codebook_dim=16),
+        mmesid.MMRQVAETrainingArguments(tmp_path / "quantizer", num_train_epochs=1),
+    )
+    model, processor = mmesid.build_recommender(
+        data, {"text": tables["text"]}, quantizer, {"text": codes["text"]}, hidden_size=16, user_prompt="{items}"
+    )
+    mmesid.finetune(model, processor, data, mmesid.MMESIDTrainingArguments(tmp_path / "recommender", max_steps=4))
+    results = mmesid.evaluate(data, {"sasrec": sasrec, "mme-sid": model}, bootstrap_resamples=10)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+
+    assert list(results) == ["popularity", "sasrec", "mme-sid"]
+    assert all(0 <= result["test"]["ndcg@10"] <= 1 for result in results.values())
+    loaded = mmesid.MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "saved")
+    history = processor([data.item_ids[1:4]])
+    assert torch.equal(loaded.recommend(history).scores, model.recommend(history).scores)
+    assert sorted(codes) == ["collaborative", "text"] and codes["text"].shape == (data.num_items + 1, 2)

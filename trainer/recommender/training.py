@@ -1,0 +1,232 @@
+"""Training SASRec, building a recommender around a decoder and fine-tuning it: what the stages do, as Python calls."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from peft.utils.error import NoMatchingPeftModuleError
+from transformers import AutoTokenizer, set_seed
+
+from modeling_mmesid import (
+    MMESIDConfig,
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    MMRQVAEModel,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
+from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
+
+from ..data.prepared import PreparedDataset
+from ..data.tables import EmbeddingTable
+from ..data.windows import EvaluationHistories, TrainingWindows
+from ..running.training import early_stopping, fit, temporary_arguments
+from .mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
+from .sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
+from .small_llama import new_llama_config, train_tokenizer
+
+
+LORA_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
+LORA_DROPOUT = 0.05
+VOCAB_SIZE = 4096
+
+
+def train_sasrec(
+    data: PreparedDataset, config: SASRecConfig | None = None, args: SASRecTrainingArguments | None = None
+) -> SASRecForSequentialRecommendation:
+    """
+    Trains SASRec, whose item embeddings are the collaborative modality, and keeps the epoch that ranks best on
+    validation.
+
+    Args:
+        data ([`PreparedDataset`]): Users and items.
+        config ([`SASRecConfig`], *optional*): Sizes and dropouts; `num_items` is taken from the data.
+        args ([`SASRecTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
+            temporary directory.
+
+    Returns:
+        [`SASRecForSequentialRecommendation`] in evaluation mode.
+    """
+    with temporary_arguments(args, SASRecTrainingArguments) as args:
+        trainer = sasrec_trainer(data, config or SASRecConfig(), args)
+        fit(trainer)
+    return trainer.model.eval()
+
+
+def sasrec_trainer(data: PreparedDataset, config: SASRecConfig, args: SASRecTrainingArguments) -> SASRecTrainer:
+    """The trainer of [`train_sasrec`], for whoever wants more of it than the model."""
+    set_seed(args.seed)
+    config.num_items = data.num_items
+    return SASRecTrainer(
+        SASRecForSequentialRecommendation(config),
+        args,
+        train_dataset=TrainingWindows(data.sequences("train"), config.max_history),
+        eval_dataset=EvaluationHistories(data.sequences("validation")),
+        callbacks=early_stopping(args),
+    )
+
+
+def build_recommender(
+    data: PreparedDataset,
+    tables: Mapping[str, EmbeddingTable] | None = None,
+    quantizer: MMRQVAEModel | None = None,
+    codes: Mapping[str, torch.Tensor] | None = None,
+    *,
+    backbone: str | os.PathLike | None = None,
+    backbone_kwargs: dict | None = None,
+    freeze_backbone: bool = False,
+    lora_r: int = 8,
+    lora_alpha: int = 16,
+    lora_target_modules: Sequence[str] = LORA_TARGET_MODULES,
+    hidden_size: int = 128,
+    num_hidden_layers: int = 2,
+    user_prompt: str = USER_PROMPT,
+    code_initialization: Literal["trained", "random"] = "trained",
+    seed: int = 42,
+    **config_kwargs,
+) -> tuple[MMESIDForSequentialRecommendation, MMESIDProcessor]:
+    """
+    A recommender with its catalogue, ready to be fine-tuned, and its processor.
+
+    Args:
+        data ([`PreparedDataset`]): Users and items.
+        tables (`Mapping[str, EmbeddingTable]`, *optional*): Embeddings of the modalities that items carry. Without any
+            a free ID vector is all that an item has.
+        quantizer ([`MMRQVAEModel`], *optional*): The quantizer that gave the codes; needed with `codes`.
+        codes (`Mapping[str, torch.Tensor]`, *optional*): Semantic IDs of these modalities, `(items + 1, levels)`, -1
+            where missing. Without them items have no semantic IDs.
+        backbone (`str` or `os.PathLike`, *optional*): Pretrained decoder on the Hub or on disk. By default a new small
+            Llama, trained in full.
+        backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained` for the backbone.
+        freeze_backbone (`bool`, *optional*, defaults to `False`): Pretrained decoder: train the items alone.
+        lora_r (`int`, *optional*, defaults to 8): Pretrained decoder: rank of LoRA; 0 trains the decoder in full.
+        lora_alpha (`int`, *optional*, defaults to 16): Pretrained decoder: scale of LoRA.
+        lora_target_modules (`Sequence[str]`, *optional*): Pretrained decoder: names of the linear layers that get an
+            adapter; `["all-linear"]` stands for all of them. By default the feed-forward layers of a Llama.
+        hidden_size (`int`, *optional*, defaults to 128): New Llama: width; one attention head per 64.
+        num_hidden_layers (`int`, *optional*, defaults to 2): New Llama: layers.
+        user_prompt (`str`, *optional*): What the user turn says around `{items}`; the paper's sentence by default.
+        code_initialization (`str`, *optional*, defaults to `"trained"`): Start code embeddings from the quantizer's
+            code vectors, or at `"random"`.
+        seed (`int`, *optional*, defaults to 42): Seed of the new weights.
+        **config_kwargs: Further settings of [`MMESIDConfig`], such as `token_dropout` or `max_history`.
+
+    Returns:
+        `tuple[MMESIDForSequentialRecommendation, MMESIDProcessor]`.
+
+    Raises:
+        ValueError: If tables, codes and quantizer do not fit each other or the data, or the backbone has none of the
+            layers that are to get an adapter.
+    """
+    tables, codes = tables or {}, codes or {}
+    if codes and (quantizer is None or sorted(codes) != sorted(tables)):
+        raise ValueError(
+            f"codes are given for {sorted(codes)} and tables for {sorted(tables)}; give both for the same modalities, "
+            "and the quantizer that made the codes."
+        )
+    if backbone is None:
+        # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
+        tokenizer = train_tokenizer([*data.texts[1:], *[SYSTEM_PROMPT, user_prompt] * data.num_items], VOCAB_SIZE)
+    else:
+        revision = (backbone_kwargs or {}).get("revision")
+        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
+    processor = MMESIDProcessor(tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=user_prompt)
+    prefix_ids, suffix_ids = processor.prompt_ids()
+    settings = {
+        "num_items": data.num_items,
+        "modalities": list(tables),
+        "embedding_dims": [table.embeddings.shape[1] for table in tables.values()],
+        "num_quantizers": quantizer.config.num_quantizers if codes else 0,
+        "prompt_prefix_ids": prefix_ids,
+        "prompt_suffix_ids": suffix_ids,
+    } | config_kwargs
+    if codes:
+        settings |= {name: getattr(quantizer.config, name) for name in ("codebook_size", "codebook_dim")}
+    set_seed(seed)
+    if backbone is None:
+        longest = len(prefix_ids) + MMESIDConfig(**settings).max_history + len(suffix_ids)
+        backbone_config = new_llama_config(tokenizer, hidden_size, num_hidden_layers, longest)
+        config = MMESIDConfig(backbone_config=backbone_config, item_token_scale=hidden_size**0.5, **settings)
+        model = MMESIDForSequentialRecommendation(config)
+    else:
+        try:
+            model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+                backbone,
+                lora=None if freeze_backbone else lora_settings(lora_r, lora_alpha, lora_target_modules),
+                freeze_backbone=freeze_backbone,
+                backbone_kwargs=backbone_kwargs,
+                **settings,
+            )
+        except NoMatchingPeftModuleError as error:
+            raise ValueError(
+                f"'{backbone}' has no layer called {', '.join(lora_target_modules)}; name some of its own as "
+                "lora_target_modules, or give all-linear for every linear layer."
+            ) from error
+    model.initialize_items(
+        data.frequencies,
+        embeddings={name: table.embeddings for name, table in tables.items()},
+        present={name: table.present for name, table in tables.items()},
+        codes=dict(codes),
+        code_vectors={name: quantizer.code_vectors(name) for name in tables}
+        if codes and code_initialization == "trained"
+        else None,
+    )
+    if codes:
+        model.model.items.check_quantizer(quantizer, tables)
+    return model, processor
+
+
+def lora_settings(r: int, alpha: int, target_modules: Sequence[str]) -> dict | None:
+    """Arguments of [`peft.LoraConfig`]; `None` for no adapter."""
+    if r == 0:
+        return None
+    # As a word, not in a list, it is no name of a layer to PEFT.
+    targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
+    return {"r": r, "lora_alpha": alpha, "lora_dropout": LORA_DROPOUT, "target_modules": targets}
+
+
+def finetune(
+    model: MMESIDForSequentialRecommendation,
+    processor: MMESIDProcessor,
+    data: PreparedDataset,
+    args: MMESIDTrainingArguments | None = None,
+) -> MMESIDForSequentialRecommendation:
+    """
+    Fine-tunes a recommender on all prefixes of the training sequences and keeps the epoch that ranks best on
+    validation.
+
+    Args:
+        model ([`MMESIDForSequentialRecommendation`]): From [`build_recommender`]; trained in place.
+        processor ([`MMESIDProcessor`]): Its processor, which checkpoints bring along.
+        data ([`PreparedDataset`]): Users and items.
+        args ([`MMESIDTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
+            temporary directory.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    with temporary_arguments(args, MMESIDTrainingArguments) as args:
+        fit(finetune_trainer(model, processor, data, args))
+    return model.eval()
+
+
+def finetune_trainer(
+    model: MMESIDForSequentialRecommendation,
+    processor: MMESIDProcessor,
+    data: PreparedDataset,
+    args: MMESIDTrainingArguments,
+    flex_attention: bool = True,
+) -> MMESIDTrainer:
+    """The trainer of [`finetune`], for whoever wants more of it than the model; `flex_attention` as in
+    [`MMESIDTrainer`]."""
+    return MMESIDTrainer(
+        model,
+        args,
+        train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
+        eval_dataset=EvaluationHistories(data.sequences("validation")),
+        processing_class=processor,
+        callbacks=early_stopping(args),
+        num_candidates=args.num_candidates,
+        flex_attention=flex_attention,
+    )
