@@ -1,4 +1,4 @@
-"""The Amazon recipes' preparation, on small files under the names, and in the format, of the published ones."""
+"""The preparation of the Amazon recipe, on small files under the names, and in the format, of the published ones."""
 
 import gzip
 import io
@@ -19,7 +19,6 @@ from mmesid.trainer.recipes import read_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-CATEGORIES = ("beauty", "toys", "sports")
 USERS, ITEMS = 6, 5
 # What the 5-core drops: a user with two reviews, and the item that nobody else reviewed.
 REVIEWS = [
@@ -89,12 +88,34 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def write_files(folder: Path, recipe: Path, year: int, url: str) -> None:
-    """The two files of a recipe where it looks for them, below `folder`."""
-    (prepare,) = read_recipe(recipe, STAGES)["prepare"]
+HUB = "McAuley-Lab/Amazon-Reviews-2023"
+# What the head of the recipe says to set, by generation.
+OVERRIDES = {
+    2014: [],
+    2018: [
+        "prepare.source=amazon_2018",
+        "prepare.interactions=data/amazon/Sports_and_Outdoors_5.json.gz",
+        "prepare.items=data/amazon/meta_Sports_and_Outdoors.json.gz",
+    ],
+    2023: [
+        "prepare.source=amazon_2023",
+        f"prepare.interactions=hf://datasets/{HUB}/raw/review_categories/Toys_and_Games.jsonl",
+        f"prepare.items=hf://datasets/{HUB}/raw/meta_categories/meta_Toys_and_Games.jsonl",
+    ],
+}
+
+
+def test_the_head_of_the_recipe_says_these_settings():
+    head = (RECIPES / "amazon.yaml").read_text(encoding="utf-8").split("output_dir: runs/amazon")[0]
+    for overrides in OVERRIDES.values():
+        assert all(override in head for override in overrides)
+
+
+def write_files(folder: Path, year: int, url: str) -> None:
+    """The two files where the recipe looks for them, below `folder`."""
+    (prepare,) = read_recipe(RECIPES / "amazon.yaml", STAGES, OVERRIDES[year])["prepare"]
     interactions, items = (
-        folder / prepare[name].removeprefix("hf://datasets/McAuley-Lab/Amazon-Reviews-2023/")
-        for name in ("interactions", "items")
+        folder / prepare[name].removeprefix(f"hf://datasets/{HUB}/") for name in ("interactions", "items")
     )
     reviews = REVIEWS if year == 2014 else REVIEWS + AGAIN
     write_lines(interactions, [json.dumps(review(year, *entry)) for entry in reviews])
@@ -125,15 +146,13 @@ def check(prepared: Path, year: int) -> None:
         assert examples[0]["history"].tolist() == list(range(1, target))
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("year", [2014, 2018])
-def test_the_recipes_of_downloaded_files_prepare_them(year, category, shop_url, tmp_path, monkeypatch):
-    recipe = RECIPES / f"amazon_{category}_{year}.yaml"
-    write_files(tmp_path, recipe, year, shop_url)
+def test_the_recipe_prepares_downloaded_files(year, shop_url, tmp_path, monkeypatch):
+    write_files(tmp_path, year, shop_url)
     # A recipe looks for the files, and writes, below the directory it is run in.
     monkeypatch.chdir(tmp_path)
-    main(["run", str(recipe), "--only", "prepare"])
-    prepared = tmp_path / "runs" / recipe.stem / "prepared"
+    main(["run", "amazon", "--only", "prepare", *(["--set", *OVERRIDES[year]] if OVERRIDES[year] else [])])
+    prepared = tmp_path / "runs" / "amazon" / "prepared"
     check(prepared, year)
     assert len(load_dataset(str(prepared), cache_dir=str(tmp_path / "cache"))["test"]) == USERS
 
@@ -143,24 +162,20 @@ import sys
 from huggingface_hub import HfApi
 from mmesid.trainer.cli import main
 
-folder, *recipes = sys.argv[1:]
+folder, *overrides = sys.argv[1:]
 api, dataset = HfApi(), {"repo_id": "McAuley-Lab/Amazon-Reviews-2023", "repo_type": "dataset"}
 api.create_repo(**dataset)
 api.upload_folder(folder_path=folder, **dataset)
 # The published repository has a loading script, which `datasets` refuses; its files are read as they are.
 script = b"raise SystemExit('a loading script ran')"
 api.upload_file(path_or_fileobj=script, path_in_repo="Amazon-Reviews-2023.py", **dataset)
-for recipe in recipes:
-    main(["run", recipe, "--only", "prepare"])
+main(["run", "amazon", "--only", "prepare", "--set", *overrides])
 """
 
 
-def test_the_recipes_of_the_hub_prepare_its_files(shop_url, tmp_path, hub_environment):
-    recipes = [RECIPES / f"amazon_{category}_2023.yaml" for category in CATEGORIES]
-    for recipe in recipes:
-        write_files(tmp_path / "repository", recipe, 2023, f"{shop_url}/{recipe.stem}")
-    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "repository"), *map(str, recipes)]
+def test_the_recipe_prepares_the_files_of_the_hub(shop_url, tmp_path, hub_environment):
+    write_files(tmp_path / "repository", 2023, shop_url)
+    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "repository"), *OVERRIDES[2023]]
     result = subprocess.run(command, env=hub_environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for recipe in recipes:
-        check(tmp_path / "runs" / recipe.stem / "prepared", 2023)
+    check(tmp_path / "runs" / "amazon" / "prepared", 2023)
