@@ -1,6 +1,52 @@
 """Sequential recommendation with a language model, multimodal embeddings and semantic IDs."""
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from modeling_mmesid import (
+        MMESIDConfig,
+        MMESIDForSequentialRecommendation,
+        MMESIDProcessor,
+        MMRQVAEConfig,
+        MMRQVAEModel,
+        SASRecConfig,
+        SASRecForSequentialRecommendation,
+    )
 
 
 __version__ = version("mmesid")
+
+# Imported when they are asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
+_MODULES = {
+    "MMESIDConfig": "modeling_mmesid",
+    "MMESIDForSequentialRecommendation": "modeling_mmesid",
+    "MMESIDProcessor": "modeling_mmesid",
+    "MMRQVAEConfig": "modeling_mmesid",
+    "MMRQVAEModel": "modeling_mmesid",
+    "SASRecConfig": "modeling_mmesid",
+    "SASRecForSequentialRecommendation": "modeling_mmesid",
+}
+
+__all__ = [
+    "MMESIDConfig",
+    "MMESIDForSequentialRecommendation",
+    "MMESIDProcessor",
+    "MMRQVAEConfig",
+    "MMRQVAEModel",
+    "SASRecConfig",
+    "SASRecForSequentialRecommendation",
+    "__version__",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mmesid' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
