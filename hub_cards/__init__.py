@@ -1,7 +1,8 @@
 """Model and dataset cards, written from the records of the stages."""
 
-from .cards import render_card, save_card
+from .cards import CARD_NAME, REPOSITORY, render_card, save_card
 from .licences import model_licence
+from .subjects import SUBJECTS, require_links
 
 
-__all__ = ["model_licence", "render_card", "save_card"]
+__all__ = ["CARD_NAME", "REPOSITORY", "SUBJECTS", "model_licence", "render_card", "require_links", "save_card"]

@@ -7,11 +7,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from modeling_mmesid.checkpoints import CARD_NAME, UNKNOWN_REPOSITORY, related_repositories
+from .licences import licence_metadata
+from .names import name_or, printable, slug
+from .subjects import KINDS, require_links, subject_of
 
-from .licences import licence_metadata, slug
 
-
+CARD_NAME = "README.md"
+# Stands on a card for the name of its repository until that is known.
+REPOSITORY = "this/repository"
 PAPER = "arXiv:2509.02017"
 SPLITS = ("validation", "test")
 RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
@@ -23,30 +26,19 @@ _RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_len
 _CODE_HEALTH = ("items", "semantic_ids")
 
 _PICTURE_NOTES = {
-    "figures/code_use.png": " How many items chose each code: what a line leaves at 0 are codes that nothing uses.",
-    "figures/distances.png": " A point is an item that a user chose and one of that user's history: the more closely "
-    "the points follow one rising line, the better the codes keep what is alike.",
+    "figures/code_use.png": " How many items chose each code. Where a line is at 0, no item uses the code.",
+    "figures/distances.png": " Every point is a pair of an item that a user chose and an item of that user's "
+    "history: the more closely the points follow one rising line, the better the codes keep what is alike.",
     "figures/singular_spectrum.png": " The fewer dimensions lie under the line, the fewer collapsed.",
-    "figures/fusion_weights.png": " Items that lack a source are not shown: the others share its part.",
+    "figures/fusion_weights.png": " Items that lack a source are not shown: there the other sources share its weight.",
 }
 
 # Arguments whose values are paths whatever they look like.
 _PATHS = ("_dir", "_file", "_checkpoint")
-# What a stage makes, as a title and as the tag that finds it on the Hub.
-_SUBJECTS = {
-    "prepare": ("Sequential recommendation dataset", "dataset"),
-    "sasrec": ("SASRec", "sasrec"),
-    "encoder": ("Dual encoder of texts and pictures", "clip"),
-    "quantize": ("MM-RQ-VAE semantic IDs", "semantic-ids"),
-    "finetune": ("MME-SID recommender", "recommender"),
-}
-_TEMPLATES = {
-    "prepare": "dataset",
-    "sasrec": "sasrec",
-    "encoder": "encoder",
-    "quantize": "quantizer",
-    "finetune": "recommender",
-}
+# Statistics of the data that a card shows elsewhere.
+_TOLD_ELSEWHERE = ("source", "licence", "synthetic", "split", "validation_starts", "test_starts")
+# Statistics of the items, for what is trained on items alone.
+_OF_ITEMS = ("items", "missing_", "bad_")
 
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
@@ -84,70 +76,96 @@ def save_card(directory: str | os.PathLike, record: dict) -> Path:
     return path
 
 
-def render_card(record: dict, repo_id: str = UNKNOWN_REPOSITORY, links: dict[str, str] | None = None) -> str:
+def render_card(record: dict) -> str:
     """
-    The text of a card.
+    The text of a card. Its code calls the repository `this/repository`, to be replaced by the name once that is known.
 
     Args:
         record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`).
-            `details["data"]` holds the statistics of the prepared dataset; `metrics["validation"]` and
-            `metrics["test"]` hold HR, nDCG and MRR of a model that ranks, `metrics["test_confidence"]` their 95%
-            intervals, `metrics["test_by_frequency"]` and `metrics["test_by_history_length"]` the same by groups of
-            users; pictures are the PNG files under `figures/` among the record's outputs. What is missing reads "not
-            measured".
-        repo_id (`str`, *optional*, defaults to `"this/repository"`): Where the card will be, for the code in it.
-        links (`dict[str, str]`, *optional*): Related repositories by kind, see
-            [`~modeling_mmesid.checkpoints.related_repositories`].
+            `details["data"]` holds the statistics of the prepared dataset, `details["links"]` names of related
+            repositories by kind; `metrics["validation"]` and `metrics["test"]` hold HR, nDCG and MRR of a model that
+            ranks, `metrics["test_confidence"]` their 95% intervals, `metrics["test_by_frequency"]` and
+            `metrics["test_by_history_length"]` the same by groups of users; pictures are the PNG files under
+            `figures/` among the record's outputs.
 
     Raises:
-        ValueError: If there is no card for the record's stage, or no such kind of link.
+        ValueError: If there is no card for the record's stage, or a link is none.
     """
-    stage = record["stage"]
-    if stage not in _TEMPLATES:
-        raise ValueError(f"There is no card for the stage '{stage}'; the stages with one are {', '.join(_TEMPLATES)}.")
-    links = links or {}
-    title, _ = _SUBJECTS[stage]
-    public = record | {"arguments": _public(record["arguments"]), "details": _public(record["details"])}
+    subject = subject_of(record["stage"])
+    details = _public(record["details"])
+    data = _data(details)
     metrics = record["metrics"]
     shown_apart = {*SPLITS, *_RANKING_DETAILS, *_CODE_HEALTH}
-    body = _ENVIRONMENT.get_template(f"{_TEMPLATES[stage]}.md.jinja").render(
-        title=title,
-        record=public,
-        data={"source": "data that were not described", "synthetic": False} | public["details"].get("data", {}),
+    body = _ENVIRONMENT.get_template(f"{subject.kind}.md.jinja").render(
+        subject=subject,
+        record=record | {"arguments": _public(record["arguments"]), "details": details},
+        data=data,
+        data_rows=_data_rows(data, subject.kind),
         splits=SPLITS,
-        ranking_metrics=RANKING_METRICS,
-        confidence=metrics.get("test_confidence", {}),
-        groups={name: metrics.get(name) for name in ("test_by_frequency", "test_by_history_length")},
+        ranking_metrics=[name for name in RANKING_METRICS if any(name in metrics.get(split, {}) for split in SPLITS)],
+        confidence=metrics.get("test_confidence"),
+        groups={name: metrics[name] for name in _RANKING_DETAILS[1:] if metrics.get(name)},
         code_health=_code_health(next((metrics[name] for name in _CODE_HEALTH if name in metrics), {})),
         figures={name: _flat(values) for name, values in metrics.items() if name not in shown_apart},
         pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
         picture_notes=_PICTURE_NOTES,
-        repo_id=repo_id,
-        related=related_repositories(links, repo_id),
+        repository=REPOSITORY,
+        related=_related(record),
         paper=PAPER,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return f"---\n{_front_matter(record, links).to_yaml()}\n---\n\n{body}\n"
+    return f"---\n{_front_matter(record, details, data).to_yaml()}\n---\n\n{body}\n"
 
 
-def _front_matter(record: dict, links: dict[str, str]) -> CardData:
-    details = _public(record["details"])
-    data = {"source": "Undescribed data", "synthetic": False} | details.get("data", {})
-    title, tag = _SUBJECTS[record["stage"]]
-    tags = ["mmesid", "sequential-recommendation", tag] + ["synthetic"] * data["synthetic"]
-    common = {"tags": tags} | licence_metadata(data.get("licence"), details.get("base_model_licence"))
-    if record["stage"] == "prepare":
+def _data(details: dict) -> dict:
+    """The statistics of the data, with a name that can be shown and terms on one line."""
+    data = {"licence": None, "synthetic": False} | details.get("data", {})
+    source = name_or(data.get("source"), "undescribed data")
+    return data | {"source": source, "licence": printable(data["licence"] or "") or None}
+
+
+def _data_rows(data: dict, kind: str) -> dict:
+    """The statistics that apply: filters belong to the dataset's own card, users to what is trained on sequences."""
+    without_pictures = data.get("missing_image") == data.get("items")
+    return {
+        name: value
+        for name, value in data.items()
+        if name not in _TOLD_ELSEWHERE
+        and value is not None
+        and (kind == "dataset" or not name.startswith("dropped"))
+        and (kind != "encoder" or name.startswith(_OF_ITEMS))
+        and not (without_pictures and name.startswith(("missing_image", "bad_image")))
+    }
+
+
+def _related(record: dict) -> list[tuple[str, str, str]]:
+    """Name, address and description of related repositories: one list of links serves a whole family, so that a link
+    of the card's own kind is left out."""
+    own = subject_of(record["stage"]).kind
+    return [
+        (name, f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{name}", KINDS[kind].description)
+        for kind, name in require_links(record["details"].get("links", {})).items()
+        if kind != own
+    ]
+
+
+def _front_matter(record: dict, details: dict, data: dict) -> CardData:
+    subject = subject_of(record["stage"])
+    tags = ["mmesid", "sequential-recommendation", subject.tag] + ["synthetic"] * data["synthetic"]
+    common = {"tags": tags} | licence_metadata(data["licence"], details.get("base_model_licence"))
+    if subject.kind == "dataset":
         return DatasetCardData(
             pretty_name=f"{data['source']}, prepared for sequential recommendation",
             size_categories=_size_category(data["users"]),
             configs=record["details"]["configs"],
             **common,
         )
+    dataset = record["details"].get("links", {}).get("dataset")
     results = [
         EvalResult(
             task_type="sequential-recommendation",
             task_name="Sequential recommendation, full ranking",
-            dataset_type=links.get("dataset", slug(data["source"], "undescribed")),
+            dataset_type=dataset or slug(data["source"], "undescribed"),
             dataset_name=data["source"],
             dataset_split=split,
             metric_type=name,
@@ -161,8 +179,8 @@ def _front_matter(record: dict, links: dict[str, str]) -> CardData:
     return ModelCardData(
         library_name="transformers",
         base_model=_hub_name(record["details"].get("base_model")),
-        datasets=[links["dataset"]] if "dataset" in links else None,
-        model_name=f"{title} ({data['source']})",
+        datasets=None if dataset is None else [dataset],
+        model_name=f"{subject.title} ({data['source']})",
         eval_results=results or None,
         **common,
     )
@@ -200,8 +218,8 @@ def _public(value):
     """
     The value without what belongs to the machine it was made on: no tokens, and of a path only its last part.
 
-    A name on the Hub (`owner/name`) has one slash and stays; what is absolute, starts with a dot or `~`, has two
-    slashes, or is called a directory or a file is a path.
+    A name on the Hub (`owner/name`) has one slash and stays. A value is a path if it is absolute, starts with a dot or
+    `~`, has two slashes, or belongs to an argument that is called a directory or a file.
     """
     if isinstance(value, dict):
         return {
@@ -252,7 +270,7 @@ def _cell(value) -> str:
         return ", ".join(_cell(inner) for inner in value)
     if isinstance(value, dict):
         return ", ".join(f"{_label(name)} {_cell(inner)}" for name, inner in value.items())
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return printable(str(value)).replace("|", "\\|")
 
 
 def _share(value: float | None) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-# Inches and dots an inch of a panel: 528 by 326 pixels, some fifteen kilobytes.
+# Inches of a panel, and dots per inch: 528 by 326 pixels, some fifteen kilobytes.
 SIZE = (4.8, 2.96)
 RESOLUTION = 110
 # Points of a scatter: more only paint it black.
@@ -36,11 +36,11 @@ def draw_singular_spectrum(path: str | os.PathLike, spectra: dict[str, np.ndarra
 
 def draw_fusion_weights(path: str | os.PathLike, frequencies: np.ndarray, weights: dict[str, np.ndarray]) -> None:
     """
-    What share of an item's vector comes from which source, over how often the item was seen in training.
+    The share of each source in the vectors of items, over how often training saw the items.
 
     Args:
         path (`str` or `os.PathLike`): The PNG file to write.
-        frequencies (`np.ndarray` of shape `(points,)`): Occurrences in training, rising.
+        frequencies (`np.ndarray` of shape `(points,)`): Occurrences in training, in ascending order.
         weights (`dict[str, np.ndarray]` of shape `(points,)` each): Weight by source, summing to one at every point.
     """
     figure, axes = _axes("occurrences in training", "fusion weight")
@@ -54,13 +54,13 @@ def draw_fusion_weights(path: str | os.PathLike, frequencies: np.ndarray, weight
 
 def draw_code_use(path: str | os.PathLike, codes: dict[str, np.ndarray], codebook_size: int) -> None:
     """
-    How many items chose each code, most frequent first: one panel a modality, one line a level.
+    How many items chose each code, most frequent first: one panel per modality, one line per level.
 
     Args:
         path (`str` or `os.PathLike`): The PNG file to write.
-        codes (`dict[str, np.ndarray]` of shape `(items + 1, num_quantizers)` a modality):
-            Codes, -1 for items without the modality.
-        codebook_size (`int`): Codes a level chooses from.
+        codes (`dict[str, np.ndarray]` of shape `(items + 1, num_quantizers)` each):
+            Codes by modality, -1 for items without the modality.
+        codebook_size (`int`): Codes per level.
     """
     figure = _figure(len(codes))
     for panel, (modality, values) in zip(_panels(figure, len(codes)), codes.items()):
@@ -75,7 +75,8 @@ def draw_distances(
     path: str | os.PathLike, distances: dict[str, tuple[np.ndarray, np.ndarray]], titles: dict[str, str]
 ) -> None:
     """
-    Distances after quantization over those before: one panel a modality, at most 5,000 evenly spaced pairs of items.
+    Distances after quantization over distances before it: one panel per modality, with at most 5,000 evenly spaced
+    pairs of items.
 
     Args:
         path (`str` or `os.PathLike`): The PNG file to write.

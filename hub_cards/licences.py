@@ -1,10 +1,11 @@
 """Licences: as the Hub knows them, and as the card of a base model states them."""
 
 import os
-import re
 
 from huggingface_hub import ModelCard
 from transformers.utils import cached_file
+
+from .names import slug
 
 
 # Licences by the identifier under which the Hub knows them; any other text becomes `license: other` with a name.
@@ -59,9 +60,3 @@ def licence_metadata(*licences: str | None) -> dict:
     if len(stated) == 1 and stated[0].lower() in HUB_LICENCES:
         return {"license": stated[0].lower()}
     return {"license": "other", "license_name": slug(" and ".join(stated), "see-the-card")}
-
-
-def slug(text: str, otherwise: str) -> str:
-    """Lower-case letters, digits and hyphens, 96 characters at most, as the Hub wants them; `otherwise` of a text that
-    has none."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:96].strip("-.") or otherwise

@@ -19,8 +19,8 @@ from .pipeline_mmesid import SequentialRecommendationPipeline
 
 
 # Arguments of `from_pretrained` that say where the checkpoint's own files are; the others of `HUB_ARGUMENTS` hold for
-# the base model, too.
-OWN_HUB_ARGUMENTS = ("revision", "subfolder", "force_download")
+# the base model, too. `adapter_kwargs` is what `AutoModel` derives from them.
+OWN_HUB_ARGUMENTS = ("revision", "subfolder", "force_download", "adapter_kwargs")
 
 
 class BaseModelMixin:
@@ -139,21 +139,19 @@ class BaseModelMixin:
             return merged.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            self._save_companions(save_directory)
+            self._save_code_and_adapter(save_directory)
 
-    def prepare_upload(self, directory: str | os.PathLike, repo_id: str) -> None:
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """
-        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.prepare_upload`].
+        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.push_to_hub`].
 
         Raises:
             ValueError: If the base model is a folder on this machine.
         """
         require_public_base_model(self.config.base_model_name_or_path)
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        self._save_companions(directory)
-        super().prepare_upload(directory, repo_id)
+        return super().push_to_hub(repo_id, **kwargs)
 
-    def _save_companions(self, save_directory: str | os.PathLike) -> None:
+    def _save_code_and_adapter(self, save_directory: str | os.PathLike) -> None:
         """Writes the code of the pipeline, and the adapter in PEFT's format."""
         custom_object_save(SequentialRecommendationPipeline, save_directory)
         if self.config.lora is None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from transformers import Pipeline
 
+from .checkpoints import push_with_companions, require_public_base_model
+
 
 TASK = "sequential-recommendation"
 
@@ -109,15 +111,11 @@ class SequentialRecommendationPipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def push_to_hub(self, repo_id: str, *, links: dict[str, str] | None = None, **kwargs) -> str:
-        """As [`~transformers.Pipeline.push_to_hub`]; for `links` see the model's."""
-        if links is not None:
-            self.model.hub_links = links
-        return super().push_to_hub(repo_id, **kwargs)
-
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        self.model.prepare_upload(working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As [`~modeling_mmesid.checkpoints.SafetensorsMixin.push_to_hub`], with the processor."""
+        require_public_base_model(self.model.config.base_model_name_or_path)
+        commit = push_with_companions(self.save_pretrained, self.model.name_or_path, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs) if commit is None else commit
 
 
 __all__ = ["SequentialRecommendationPipeline"]

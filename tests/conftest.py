@@ -1,17 +1,15 @@
 """What tests of several areas share. No test reaches a network: the only Hub is the one on loopback."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .loopback_hub import Hub, connect
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-TESTS = Path(__file__).parent
 
 # Property tests run the same examples in every run, so that no run fails by chance; `make fuzz` looks for new ones.
 settings.register_profile(
@@ -32,21 +30,21 @@ def datasets_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def hub_environment(tmp_path_factory):
-    """The environment variables of a process that talks to a Hub on loopback, with a token that may write."""
-    server = subprocess.Popen(
-        [sys.executable, TESTS / "loopback_hub.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    yield os.environ | {
-        "HF_ENDPOINT": server.stdout.readline().strip(),
-        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
-        "HF_TOKEN": "hf_loopback",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    server.stdin.close()
-    server.wait(timeout=10)
-    server.stdout.close()
+def hub():
+    """The Hub on loopback."""
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def hub_environment(hub, tmp_path_factory):
+    """The environment variables of a process that talks to the Hub on loopback, with a token that may write."""
+    return os.environ | hub.environment(str(tmp_path_factory.mktemp("hf_home")))
+
+
+@pytest.fixture(scope="module")
+def on_hub(hub, tmp_path_factory):
+    """The Hub on loopback, to which this process talks as long as the tests of a module run."""
+    with pytest.MonkeyPatch.context() as patch:
+        connect(patch, hub, str(tmp_path_factory.mktemp("hf_home")))
+        yield hub

@@ -1,19 +1,19 @@
-"""
-A Hub on loopback for the tests: repositories in memory, the calls of pushing and loading, one token that may write.
-
-    python tests/loopback_hub.py      prints its address and serves until standard input closes
-"""
+"""A Hub on loopback for the tests: repositories in memory, the calls of pushing and loading, one token that may
+write."""
 
 import base64
 import hashlib
 import json
 import math
 import re
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
+import huggingface_hub
+import pytest
+import transformers
 import yaml
 
 
@@ -86,6 +86,62 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def environment(self, home: str) -> dict[str, str]:
+        """The environment variables of a process that talks to this Hub, with a token that may write."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": home,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def files(self, repo: str, kind: str = "models") -> dict[str, bytes]:
+        """What the main branch of a repository holds."""
+        repository = self.repositories[kind, repo]
+        return repository.commits[repository.branches["main"]]
+
+    def history(self, repo: str, kind: str = "models") -> list[dict[str, bytes]]:
+        """The files of every commit but the empty first one, oldest first."""
+        return list(self.repositories[kind, repo].commits.values())[1:]
+
+    def everything(self) -> bytes:
+        """Every byte that was ever published, names of files included."""
+        return b"".join(
+            f"\n{kind}/{repo}/{name}\n".encode() + content
+            for (kind, repo), repository in self.repositories.items()
+            for files in repository.commits.values()
+            for name, content in files.items()
+        )
+
+
+def connect(patch: pytest.MonkeyPatch, hub: Hub, home: str) -> None:
+    """Turns this process, which was started offline, to the Hub, as [`Hub.environment`] does with another process."""
+    for name, value in hub.environment(home).items():
+        patch.setenv(name, value)
+    constants = huggingface_hub.constants
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_CACHE", f"{home}/hub")
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    patch.setattr(transformers.utils.hub, "_hf_api", None)
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", f"{home}/modules")
+    patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -286,31 +342,6 @@ class Handler(BaseHTTPRequestHandler):
         tag = f'"{git_digest(content)}"'
         self.answer(200, content, "application/octet-stream", ETag=tag, X_Repo_Commit=commit)
 
-    def gate(self, kind: str, repo: str):
-        self.server.repositories[kind, repo].gated = True
-        self.answer(200)
-
-    def break_uploads(self, after: str):
-        self.server.uploads_left = int(after)
-        self.answer(200)
-
-    def list_uploads(self):
-        self.answer(200, self.server.uploads)
-
-    def history(self, kind: str, repo: str):
-        """The names of the files of every commit but the empty first one, oldest first."""
-        _, *commits = self.server.repositories[kind, repo].commits.values()
-        self.answer(200, [sorted(files) for files in commits])
-
-    def send_everything(self):
-        """Every byte that was ever published, names of files included."""
-        published = b""
-        for (kind, repo), repository in self.server.repositories.items():
-            for files in repository.commits.values():
-                for name, content in files.items():
-                    published += f"\n{kind}/{repo}/{name}\n".encode() + content
-        self.answer(200, published, "application/octet-stream")
-
 
 def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
     """Errors and warnings about the front matter of a card, in the fields that this project writes."""
@@ -414,17 +445,4 @@ ROUTES = [
     ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}(?:/(?P<folder>.+))?", False, Handler.list_folder),
     ("POST", rf"/api/{REPOSITORY}/paths-info/{REVISION}", False, Handler.list_paths),
     ("GET HEAD", rf"/{PAGE}/resolve/{REVISION}/(?P<name>.+)", False, Handler.send_file),
-    # What only tests ask for: to gate a repository, to break uploads off, to see what arrived.
-    ("POST", rf"/_test/gate/{REPOSITORY}", False, Handler.gate),
-    ("POST", r"/_test/break_uploads/(?P<after>\d+)", False, Handler.break_uploads),
-    ("GET", rf"/_test/history/{REPOSITORY}", False, Handler.history),
-    ("GET", r"/_test/uploads", False, Handler.list_uploads),
-    ("GET", r"/_test/everything", False, Handler.send_everything),
 ]
-
-
-if __name__ == "__main__":
-    hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    print(hub.url, flush=True)
-    sys.stdin.read()

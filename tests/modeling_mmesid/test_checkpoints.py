@@ -15,7 +15,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
-from modeling_mmesid.checkpoints import FORMAT_VERSION
+from modeling_mmesid.checkpoints import FORMAT_VERSION, file_digest
 
 from .conftest import NUM_ITEMS, item_tables, new_model, settings
 
@@ -94,6 +94,28 @@ def test_a_base_model_in_a_pickle_is_refused(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="needs its base model 'base', which cannot be loaded"):
         AutoModel.from_pretrained("recommender_lora")
+
+
+@pytest.mark.parametrize("outside", ["../sasrec/model.safetensors", "/model.safetensors", "..\\\\model.safetensors"])
+def test_an_index_that_names_files_outside_the_checkpoint_is_refused(outside, tmp_path, saved):
+    model = AutoModel.from_pretrained(saved / "quantizer")
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert AutoModel.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
+    shard = next(tmp_path.glob("*.safetensors"))
+    index.write_text(index.read_text().replace(shard.name, outside))
+    with pytest.raises(ValueError, match="names '.*model.safetensors', which lies outside its folder"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_companions_outside_the_folder_of_their_list_are_not_published(tmp_path, saved):
+    shutil.copytree(saved / "sasrec", tmp_path / "sasrec")
+    (tmp_path / "secret").touch()
+    weights = {"model.safetensors": file_digest(tmp_path / "sasrec" / "model.safetensors")}
+    companions = {"weights": weights, "files": {"../secret": None}}
+    (tmp_path / "sasrec" / "companions.json").write_text(json.dumps(companions))
+    with pytest.raises(ValueError, match=r"names '\.\./secret', which lies outside its folder"):
+        AutoModel.from_pretrained(tmp_path / "sasrec").push_to_hub("tester/thief")
 
 
 def test_what_is_saved_names_its_format_and_brings_its_code(tmp_path, saved):

@@ -1,7 +1,6 @@
 """`push_to_hub` of the trainers: what `mmesid push` sends, from a training that goes on or has ended."""
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -13,12 +12,11 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from mmesid.hub_cards import save_card
-from modeling_mmesid.checkpoints import file_digest
+from mmesid.hub_cards import require_links, save_card
 
 from ..running.arguments import BestEpochTrainingArguments, changed_arguments
-from ..running.records import RECORD_NAME, StageRecord, unstaged_record, write_text_atomic
-from .repository import CARD_NAME, parse_links, publication, upload
+from ..running.records import StageRecord, file_digest, unstaged_record
+from .repository import parse_links, publication, save_record, upload
 
 
 # What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.
@@ -34,8 +32,8 @@ class HubTrainerMixin:
     For trainers whose `push_to_hub` and `hub_strategy` publish what `mmesid push` does: weights, configuration, code
     and processor with the card and the results of the evaluations so far.
 
-    The strategies `"checkpoint"` and `"all_checkpoints"` add the checkpoint of the training, as `last-checkpoint/` and
-    as `checkpoint-<step>/` each: the state of optimizer, scheduler, random numbers and Trainer, without
+    The strategies `"checkpoint"` and `"all_checkpoints"` add the checkpoint of the training, as `last-checkpoint/`
+    or as `checkpoint-<step>/`: the state of optimizer, scheduler, random numbers and Trainer, without
     `training_args.bin`, which is a pickle of any objects, and without paths. A training that takes
     `resume_from_checkpoint=f"{snapshot_download(repo_id)}/last-checkpoint"` ends with the weights of the one that
     published it; for `load_best_model_at_end` the checkpoint brings the best weights so far in `best/`, unless they
@@ -46,8 +44,8 @@ class HubTrainerMixin:
         evaluation_name (`str`): What the metrics of `evaluate` are called in the stage's record.
         draft_record (`Callable[[], StageRecord]`, *optional*): What a stage knows of the run; set by
             the stage. Without one the card says what the arguments tell.
-        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind, see
-            [`~modeling_mmesid.checkpoints.related_repositories`]; those of `args` to begin with.
+        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind; those of
+            `args` to begin with.
     """
 
     stage: str
@@ -59,7 +57,7 @@ class HubTrainerMixin:
         self._start = time.perf_counter()
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BestEpochTrainingArguments):
-            self.hub_links = parse_links(self.args.hub_links, "--hub_links")
+            self.hub_links = parse_links(self.args.hub_links)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -106,7 +104,7 @@ class HubTrainerMixin:
             **kwargs: Not looked at, see [`~HubTrainerMixin.create_model_card`].
         """
         if links is not None:
-            self.hub_links = links
+            self.hub_links = require_links(links)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -190,10 +188,7 @@ class HubTrainerMixin:
 
     def _complete(self, directory: Path) -> None:
         """Makes a directory with model and processor into one like a stage's."""
-        record = self._record(directory, *self.describe(directory))
-        card = save_card(directory, dataclasses.asdict(record))
-        record.outputs[CARD_NAME] = file_digest(card)
-        write_text_atomic(directory / RECORD_NAME, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        save_record(directory, self._record(directory, *self.describe(directory)))
 
     def _send(
         self,
@@ -203,7 +198,7 @@ class HubTrainerMixin:
         revision: str | None = None,
         in_background: bool = False,
     ) -> CommitInfo | Future:
-        repo_type, files = publication(directory, self.hub_model_id, self.hub_links)
+        repo_type, files = publication(directory, self.hub_model_id)
         settings = {
             "private": self.args.hub_private_repo,
             "revision": revision or self.args.hub_revision,
@@ -225,7 +220,10 @@ class HubTrainerMixin:
             record,
             outputs={path.relative_to(directory).as_posix(): file_digest(path) for path in files},
             metrics=record.metrics | ({self.evaluation_name: evaluated} if evaluated else {}) | metrics,
-            details={"parameters": self.model.num_parameters()} | record.details | details,
+            details={"parameters": self.model.num_parameters()}
+            | record.details
+            | details
+            | {"links": self.hub_links or {}},
         )
 
     def _latest_evaluation(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,17 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_mmesid.checkpoints import RECORD_NAME, file_digest
+from modeling_mmesid.checkpoints import COMPANIONS_NAME
 
 from .energy import EnergyMeter
 
 
 logger = logging.get_logger(__name__)
+
+RECORD_NAME = "record.json"
+RESULTS_NAME = "eval_results.json"
+# What presents a stage's outputs: it tells times and machines, and later measurements change it.
+_PRESENTING_FILES = ("README.md", RESULTS_NAME, COMPANIONS_NAME)
 
 CPUINFO = "/proc/cpuinfo"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
@@ -94,6 +100,17 @@ class StageRecord:
             ) from error
 
 
+def file_digest(path: str | os.PathLike, on_read: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file; `on_read` is told how many bytes have been read since the last call."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+            if on_read is not None:
+                on_read(len(block))
+    return digest.hexdigest()
+
+
 def json_digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -115,8 +132,7 @@ def input_digest(path: str | os.PathLike | list) -> str:
         raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
         outputs = StageRecord.load(path).outputs
-        # The card tells times and machines: two equal runs write two different ones.
-        return json_digest({name: digest for name, digest in outputs.items() if name != "README.md"})
+        return json_digest({name: digest for name, digest in outputs.items() if name not in _PRESENTING_FILES})
     files = sorted(file for file in path.rglob("*") if file.is_file())
     names = [str(file.relative_to(path)) for file in files]
     return json_digest(dict(zip(names, file_digests(files, path.name), strict=True)))

@@ -7,7 +7,6 @@ named; `mmesid embed --encoder dual_encoder` reads it.
         --model_name_or_path openai/clip-vit-base-patch32
 """
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +14,6 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-
-from mmesid.hub_cards import save_card
 
 from ..data.prepared import PreparedDataset
 from ..encoders.dual_encoder import (
@@ -29,6 +26,7 @@ from ..encoders.dual_encoder import (
     shrink,
 )
 from ..encoders.remote_code import describe_model, require_pinned_code
+from ..publishing.repository import present
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
@@ -109,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = train_dual_encoder(arguments, data, run)
         if PartialState().is_main_process:
             trainer.encoder.save_pretrained(staging)
-            save_card(staging, dataclasses.asdict(run.draft_record()))
+            present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
 
 

@@ -8,7 +8,6 @@ validation.
         --backbone_name_or_path meta-llama/Llama-3.2-1B ...
 """
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig
 
-from mmesid.hub_cards import model_licence, save_card
+from mmesid.hub_cards import model_licence
 from modeling_mmesid import MMESIDConfig, MMRQVAEConfig, MMRQVAEModel
 from modeling_mmesid.processing_mmesid import USER_PROMPT
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
+from ..publishing.repository import present
 from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
 from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainingArguments
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
                 trainable_parameters=model.num_parameters(only_trainable=True),
                 modalities=model.config.modalities,
             )
-            save_card(staging, dataclasses.asdict(run.draft_record()))
+            present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
 
 

@@ -22,8 +22,6 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from mmesid.hub_cards import save_card
-
 from ..data.files import local_file, on_the_hub
 from ..data.images import fetch_images, list_images
 from ..data.prepared import CARD_CONFIGS, write_prepared
@@ -35,6 +33,7 @@ from ..data.sources.sequence_files import read_sequence_files
 from ..data.sources.synthetic import generate_catalogue
 from ..data.sources.tabular import EmbeddedImages, InteractionColumns, ItemColumns, read_tabular
 from ..data.table_files import TableLocation
+from ..publishing.repository import present
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
@@ -408,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
             statistics = write_prepared(staging, source, sequences, arguments.on_bad_image, counts)
             filters = {name: getattr(arguments, name) for name in FILTERS}
             run.details.update(data=statistics, configs=CARD_CONFIGS, filters=filters)
-            save_card(staging, dataclasses.asdict(run.draft_record()))
+            present(run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Publishes the directory of a stage on the Hub: exactly the files that the stage wrote, no checkpoints of the training.
+Publishes the directory of a stage on the Hub: the files that the stage wrote, without checkpoints of the training.
 
     mmesid push --directory runs/quickstart/recommender --repo_id me/my-recommender --private true \
         --links dataset=me/my-dataset quantizer=me/my-quantizer sasrec=me/my-sasrec
@@ -11,12 +11,11 @@ not sent again. `--preview_dir` writes the card and its pictures as the reposito
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from accelerate import PartialState
-from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 
-from ..publishing.repository import CARD_NAME, parse_links, publication, upload
+from mmesid.hub_cards import CARD_NAME
+
+from ..publishing.repository import parse_links, publication, upload
 from ..running.arguments import CommandArguments, parse
 from ..running.errors import run_as_script
 
@@ -58,7 +57,7 @@ class PushArguments(CommandArguments):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PushArguments, argv)
-    links = parse_links(arguments.links, "--links")
+    links = parse_links(arguments.links)
     if not PartialState().is_main_process:
         return
     directory = Path(arguments.directory)
@@ -70,28 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.dry_run:
         print(f"push: would send {len(files)} files to the {repo_type} repository '{arguments.repo_id}'")
         return
-    try:
-        commit = upload(
-            files,
-            arguments.repo_id,
-            repo_type,
-            private=arguments.private,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            commit_message=arguments.commit_message or f"Upload {directory.name} with mmesid",
-        )
-    except HfHubHTTPError as error:
-        raise ValueError(_explanation(error, arguments.repo_id)) from error
-    except httpx2.TransportError as error:
-        raise ValueError(
-            f"The Hub at {constants.ENDPOINT} cannot be reached ({error}); look at the network or the variable "
-            f"HF_ENDPOINT, and push to '{arguments.repo_id}' again: what arrived is not sent again."
-        ) from error
-    except RuntimeError as error:
-        # What huggingface_hub makes of a large file that could not be sent.
-        raise ValueError(
-            f"{error} Push to '{arguments.repo_id}' again: what arrived is not sent again. ({error.__cause__})"
-        ) from error
+    commit = upload(
+        files,
+        arguments.repo_id,
+        repo_type,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        commit_message=arguments.commit_message or f"Upload {directory.name} with mmesid",
+    )
     print(f"push: wrote {commit.pr_url or commit.commit_url}")
 
 
@@ -102,16 +88,6 @@ def write_preview(directory: Path, files: dict[str, Path | bytes]) -> None:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-
-
-def _explanation(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
-    if status in (401, 403):
-        return (
-            f"The Hub does not let you write to '{repo_id}' ({status}); log in with `hf auth login`, or set HF_TOKEN "
-            "to a token that may write there."
-        )
-    return f"The Hub answered {status} when '{repo_id}' was pushed: {error.server_message or error}."
 
 
 if __name__ == "__main__":

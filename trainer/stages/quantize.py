@@ -7,17 +7,16 @@ they are, and two pictures: the use of the codes, and the distances before and a
     accelerate launch -m mmesid.trainer.stages.quantize --prepared_dir ... --embeddings_dir ... --output_dir ...
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from transformers.utils import logging
 
-from mmesid.hub_cards import save_card
 from modeling_mmesid import MMRQVAEConfig
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
+from ..publishing.repository import present
 from ..quantizer.trainer import MMRQVAETrainingArguments
 from ..quantizer.training import quantizer_trainer
 from ..running.arguments import StageArguments, parse
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.warning("Semantic IDs: %s", metrics)
             run.metrics.update(metrics)
             run.details.update(details, parameters=trainer.model.num_parameters())
-            save_card(staging, dataclasses.asdict(run.draft_record()))
+            present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
 
 

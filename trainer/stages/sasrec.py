@@ -6,15 +6,14 @@ Trains SASRec on the prepared training split and saves the checkpoint that ranks
         --output_dir runs/quickstart/sasrec
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from accelerate import PartialState
 
-from mmesid.hub_cards import save_card
 from modeling_mmesid import SASRecConfig
 
 from ..data.prepared import PreparedDataset
+from ..publishing.repository import present
 from ..recommender.sasrec_trainer import SASRecTrainingArguments
 from ..recommender.training import sasrec_trainer
 from ..running.arguments import StageArguments, parse
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
             run.details.update(parameters=trainer.model.num_parameters())
-            save_card(staging, dataclasses.asdict(run.draft_record()))
+            present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
 
 

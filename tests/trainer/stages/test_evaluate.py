@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmesid.hub_cards import save_card
 from mmesid.trainer.data.prepared import STATISTICS_FILE
+from mmesid.trainer.publishing.repository import save_record
 from mmesid.trainer.running.records import RECORD_NAME, StageRecord, StageRun
 from mmesid.trainer.stages import evaluate
 
@@ -36,9 +36,7 @@ def checkpoint(tiny_run, tmp_path) -> Path:
 
 def forget_figures(directory: Path) -> None:
     """As the stage left it when it wrote it (again)."""
-    record = dataclasses.asdict(StageRecord.load(directory)) | {"metrics": {}}
-    (directory / RECORD_NAME).write_text(json.dumps(record))
-    save_card(directory, record)
+    save_record(directory, dataclasses.replace(StageRecord.load(directory), metrics={}))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,32 +1,113 @@
 """The round trip: what the stages publish is loaded in fresh processes, with this package and without it."""
 
+import contextlib
+import copy
+import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import sysconfig
-import urllib.request
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from huggingface_hub import DatasetCard, HfApi, ModelCard
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaModel,
+    TrainingArguments,
+    pipeline,
+)
 
-from modeling_mmesid import MMESIDProcessor
+from mmesid.trainer.cli import main
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.tables import EmbeddingTable
+from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
+from mmesid.trainer.quantizer.initialization import initialize
+from mmesid.trainer.quantizer.items import ItemTables
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
+from modeling_mmesid import (
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    MMRQVAEConfig,
+    MMRQVAEModel,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
 
 from .conftest import TRAINING, finetune_flags
 
 
 PACKAGES = ("modeling_mmesid", "mmesid")
+# A family of repositories: directory and kind by name.
+FAMILY = {
+    "shop": ("prepared", "dataset"),
+    "sasrec": ("sasrec", "sasrec"),
+    "codes": ("quantizer", "quantizer"),
+    "best": ("recommender", "recommender"),
+}
+LINKS = [f"{kind}=tester/{name}" for name, (_, kind) in FAMILY.items()]
 
 
-def run_python(code, environment, *arguments, interpreter=sys.executable):
-    """Starts a process, which does not look for modules in the working directory, and returns it."""
-    return subprocess.Popen(
-        [interpreter, "-P", "-c", code, *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def push(tiny_run, name, *flags):
+    """Pushes one of the family and returns the commit that its main branch is at."""
+    directory, kind = FAMILY[name]
+    with contextlib.suppress(SystemExit):
+        main(["push", "--directory", str(tiny_run / directory), "--repo_id", f"tester/{name}", *flags])
+    return HfApi().repo_info(f"tester/{name}", repo_type="dataset" if kind == "dataset" else "model").sha
+
+
+def card_of(hub, name):
+    return hub.files(f"tester/{name}", "datasets" if name == "shop" else "models")["README.md"].decode()
+
+
+@pytest.fixture(scope="module")
+def published(tiny_run, on_hub):
+    """The Hub with the whole family; the recommender's first push broke off, and a pull request is open on it."""
+    for name in ("shop", "sasrec", "codes"):
+        push(tiny_run, name, "--links", *LINKS)
+    # The second large file breaks off; the push that follows sends what is missing, in one commit.
+    on_hub.uploads_left = 1
+    broken = push(tiny_run, "best", "--links", *LINKS)
+    first = push(tiny_run, "best", "--links", *LINKS)
+    again = push(tiny_run, "best", "--links", *LINKS)
+    requested = push(tiny_run, "best", "--create_pr", "true")
+    assert broken == "0" * 40 and first != broken, "the broken upload left a commit"
+    assert first == again, "nothing changed, and there is a new commit"
+    assert requested == first, "the pull request changed main"
+    assert len(on_hub.uploads) == len(set(on_hub.uploads)), "a large file was sent twice"
+    return on_hub
+
+
+def test_a_repository_holds_what_the_stage_wrote_and_links_to_its_family(published):
+    # One commit on main, one on the pull request.
+    whole, requested = published.history("tester/best")
+    assert {
+        "README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
+        "semantic_ids.parquet", "eval_results.json", "figures/singular_spectrum.png", "modeling_mmesid.py",
+        "configuration_mmesid.py", "processing_mmesid.py", "pipeline_mmesid.py",
+    } <= set(whole)  # fmt: skip
+    assert not {"record.json", "companions.json"} & set(whole)
+    assert b"Related repositories" not in requested["README.md"]
+    for name in FAMILY:
+        related = card_of(published, name).split("## Related repositories")[1]
+        assert {other for other in FAMILY if f"[tester/{other}]" in related} == set(FAMILY) - {name}
+
+
+@pytest.fixture(scope="module")
+def histories(tiny_run):
+    item_ids = MMESIDProcessor.from_pretrained(tiny_run / "recommender").item_ids
+    return [item_ids[3:7], item_ids[20:21], item_ids[40:60]]
 
 
 @pytest.fixture(scope="module")
@@ -44,94 +125,6 @@ def without_package(tmp_path_factory):
     return root / "bin" / "python"
 
 
-def printed(process):
-    """The last line that a process prints, as JSON."""
-    stdout, stderr = process.communicate(timeout=900)
-    assert process.returncode == 0, stderr
-    return json.loads(stdout.splitlines()[-1])
-
-
-def ask(environment, path, method="GET"):
-    request = urllib.request.Request(f"{environment['HF_ENDPOINT']}/_test/{path}", method=method)
-    with urllib.request.urlopen(request) as response:
-        return response.read()
-
-
-@pytest.fixture(scope="module")
-def histories(tiny_run):
-    item_ids = MMESIDProcessor.from_pretrained(tiny_run / "recommender").item_ids
-    return [item_ids[3:7], item_ids[20:21], item_ids[40:60]]
-
-
-PUSH = """
-import json, sys, urllib.request
-from huggingface_hub import HfApi, constants, hf_hub_download
-from mmesid.trainer.cli import main
-
-root, api = sys.argv[1], HfApi()
-
-
-def push(directory, name, *flags):
-    try:
-        main(["push", "--directory", f"{root}/{directory}", "--repo_id", f"tester/{name}", *flags])
-    except SystemExit as stop:
-        assert stop.code == 2
-    return api.repo_info(f"tester/{name}", repo_type="dataset" if directory == "prepared" else "model").sha
-
-
-links = ["--links", "dataset=tester/shop", "sasrec=tester/sasrec", "quantizer=tester/codes", "recommender=tester/best"]
-push("prepared", "shop", *links)
-push("sasrec", "sasrec", *links)
-push("quantizer", "codes", *links)
-
-# The second large file breaks off; the push that follows sends what is missing, in one commit.
-request = urllib.request.Request(f"{constants.ENDPOINT}/_test/break_uploads/1", method="POST")
-urllib.request.urlopen(request)
-broken = push("recommender", "best", *links)
-first = push("recommender", "best", *links)
-again = push("recommender", "best", *links)
-
-# A pull request leaves main alone and can be loaded by its name.
-requested = push("recommender", "best", "--create_pr", "true")
-card = hf_hub_download("tester/best", "README.md", revision="refs/pr/1")
-related = {
-    name: open(hf_hub_download(f"tester/{name}", "README.md", repo_type="dataset" if name == "shop" else None)).read()
-    for name in ("shop", "sasrec", "codes", "best")
-}
-print(json.dumps([broken, first, again, requested, "Related repositories" in open(card).read(), related]))
-"""
-
-
-@pytest.fixture(scope="module")
-def published(tiny_run, hub_environment):
-    return printed(run_python(PUSH, hub_environment, str(tiny_run)))
-
-
-def test_pushing_breaking_off_pushing_again_and_asking_for_a_pull(published, hub_environment):
-    broken, first, again, requested, links_in_pull_request, cards = published
-    assert broken == "0" * 40 and first != broken, "the broken upload left a commit"
-    assert first == again, "nothing changed, and there is a new commit"
-    assert requested == first, "the pull request changed main"
-    assert not links_in_pull_request
-    for name, card in cards.items():
-        related = card.split("Related repositories")[1]
-        assert {other for other in cards if f"[tester/{other}]" in related} == set(cards) - {name}
-    uploads = json.loads(ask(hub_environment, "uploads"))
-    assert len(uploads) == len(set(uploads)), "a large file was sent twice"
-    # One commit on main, one on the pull request.
-    commits = json.loads(ask(hub_environment, "history/models/tester/best"))
-    assert len(commits) == 2
-    assert {
-        "README.md", "config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
-        "semantic_ids.parquet", "eval_results.json", "figures/singular_spectrum.png", "modeling_mmesid.py",
-        "configuration_mmesid.py", "processing_mmesid.py", "pipeline_mmesid.py",
-    } <= set(commits[0])  # fmt: skip
-
-
-TOP_10 = """
-best = model.recommend(processor(histories))
-print(json.dumps([processor.convert_rows_to_item_ids(best.items), best.scores.tolist()]))
-"""
 IMPORTS = """
 import json, sys
 import torch
@@ -149,6 +142,16 @@ try:
     raise AssertionError("this environment has the package")
 except PackageNotFoundError:
     pass
+# First of all: whatever the pipeline needs, it fetches itself.
+recommender = pipeline("sequential-recommendation", model="tester/best", trust_remote_code=True)
+users = recommender(histories)
+one = recommender(histories[0], top_k=3, batch_size=1, denied_items=[users[0][0]["item_id"]])
+assert [item["item_id"] for item in one] == [item["item_id"] for item in users[0][1:4]]
+for item in users[0]:
+    assert set(item) == {"item_id", "title", "score", "contributions"}
+    assert set(item["contributions"]) == {"id", "collaborative", "text"}
+    assert abs(sum(item["contributions"].values()) - item["score"]) < 1e-3
+
 model = AutoModel.from_pretrained("tester/best", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("tester/best", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
@@ -158,17 +161,6 @@ revised = AutoModel.from_pretrained("tester/best", revision="refs/pr/1", trust_r
 assert revised.config.num_items == AutoConfig.from_pretrained("tester/best", trust_remote_code=True).num_items
 quantizer = AutoModel.from_pretrained("tester/codes", trust_remote_code=True)
 assert quantizer.encode({"text": torch.zeros(2, 24)}).codes["text"].shape == (2, 3)
-"""
-PIPELINE = """
-recommender = pipeline("sequential-recommendation", model="tester/best", trust_remote_code=True)
-users = recommender(histories)
-one = recommender(histories[0], top_k=3, batch_size=1, denied_items=[users[0][0]["item_id"]])
-assert [item["item_id"] for item in one] == [item["item_id"] for item in users[0][1:4]]
-for item in users[0]:
-    assert set(item) == {"item_id", "title", "score", "contributions"}
-    assert set(item["contributions"]) == {"id", "collaborative", "text"}
-    assert abs(sum(item["contributions"].values()) - item["score"]) < 1e-3
-print(json.dumps([[[item[key] for item in user] for user in users] for key in ("item_id", "score")]))
 """
 INSTALLED = """
 import modeling_mmesid
@@ -200,349 +192,278 @@ for arguments in (
     assert AutoProcessor.from_pretrained("tester/best", **arguments)(histories) == rows
 assert AutoModel.from_pretrained("tester/best", dtype=torch.bfloat16).dtype == torch.bfloat16
 # The task is registered: no flag, and none of the checkpoint's code.
-recommended = pipeline("sequential-recommendation", model="tester/best")(histories)
-assert [[item["score"] for item in user] for user in recommended] == best.scores.tolist()
+users = pipeline("sequential-recommendation", model="tester/best")(histories)
 on_disk = AutoModel.from_pretrained(sys.argv[3]).recommend(rows)
 assert torch.equal(on_disk.items, best.items) and torch.equal(on_disk.scores, best.scores)
 """
+RESULT = """
+best = model.recommend(processor(histories))
+ids, scores = processor.convert_rows_to_item_ids(best.items), best.scores.tolist()
+assert [[[item[key] for item in user] for user in users] for key in ("item_id", "score")] == [ids, scores]
+print(json.dumps([ids, scores]))
+"""
 
 
-def test_three_ways_in_give_bit_equal_recommendations(
+def test_every_way_in_gives_bit_equal_recommendations(
     published, tiny_run, histories, hub_environment, without_package, tmp_path
 ):
     # The modules of remote code are kept under HF_HOME: each way has its own. MKL's sums would depend on where in
-    # memory a process happens to have its tensors.
-    environments = [
-        hub_environment | {"HF_HOME": str(tmp_path / name), "MKL_CBWR": "COMPATIBLE"} for name in ("a", "b", "c")
-    ]
-    given = json.dumps(histories)
-    disk = str(tiny_run / "recommender")
-    # Whoever tests a checkout may have it there.
-    bare = [{name: value for name, value in one.items() if name != "PYTHONPATH"} for one in environments]
+    # memory a process happens to have its tensors. Whoever tests a checkout may have it in PYTHONPATH.
+    installed = hub_environment | {"HF_HOME": str(tmp_path / "installed"), "MKL_CBWR": "COMPATIBLE"}
+    remote = {name: value for name, value in installed.items() if name != "PYTHONPATH"}
+    remote["HF_HOME"] = str(tmp_path / "remote")
+    arguments = [json.dumps(histories), str(tmp_path / "cache"), str(tiny_run / "recommender")]
     ways = [
-        run_python(IMPORTS + INSTALLED + TOP_10, environments[0], given, str(tmp_path / "cache"), disk),
-        run_python(IMPORTS + REMOTE + TOP_10, bare[1], given, interpreter=without_package),
-        run_python(IMPORTS + PIPELINE, bare[2], given, interpreter=without_package),
-    ]
-    installed, remote, through_pipeline = [printed(way) for way in ways]
-    assert installed == remote
-    assert installed == through_pipeline
-    assert [len(ranking) for ranking in installed[0]] == [10, 10, 10]
+        # -P: no modules from the working directory.
+        subprocess.Popen(
+            [interpreter, "-P", "-c", IMPORTS + code + RESULT, *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for code, environment, interpreter in (
+            (INSTALLED, installed, sys.executable), (REMOTE, remote, without_package)
+        )
+    ]  # fmt: skip
+    printed = []
+    for way in ways:
+        stdout, stderr = way.communicate(timeout=900)
+        assert way.returncode == 0, stderr
+        printed.append(json.loads(stdout.splitlines()[-1]))
+    assert printed[0] == printed[1]
+    assert [len(ranking) for ranking in printed[0][0]] == [10, 10, 10]
 
 
-CARDS = """
-import contextlib, io, json, re
-from huggingface_hub import DatasetCard, ModelCard
-
-printed = {}
-for name in ("shop", "sasrec", "codes", "best"):
-    card = (DatasetCard if name == "shop" else ModelCard).load(f"tester/{name}")
-    card.validate()
-    section = card.text.split("## How to load")[1].split("\\n## ")[0]
-    printed[name] = []
-    for code in re.findall("```python\\n(.*?)```", section, re.DOTALL):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(code, {})
-        printed[name].append(out.getvalue())
-print(json.dumps(printed))
-"""
-
-
-def test_the_code_on_every_published_card_runs_as_it_stands(published, tiny_run, hub_environment, tmp_path):
-    said = printed(run_python(CARDS, hub_environment | {"HF_HOME": str(tmp_path)}))
+def test_the_code_on_every_published_card_runs_as_it_stands(published, tiny_run):
+    said = {}
+    for name in FAMILY:
+        card = (DatasetCard if name == "shop" else ModelCard).load(f"tester/{name}")
+        card.validate()
+        section = card.text.split("## How to load")[1].split("\n## ")[0]
+        said[name] = []
+        for code in re.findall("```python\n(.*?)```", section, re.DOTALL):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, {})
+            said[name].append(out.getvalue())
     titles = pq.read_table(tiny_run / "prepared" / "items.parquet")["title"].to_pylist()
     assert said["shop"][0].rstrip().endswith(titles[0])
     assert said["sasrec"][0].startswith("tensor([[") and "'item_id': 'sku000000'" in said["codes"][0]
-    three_ways = said["best"]
-    assert len(three_ways) == 3 and len(set(three_ways)) == 1
-    ranking = three_ways[0].splitlines()
+    assert len(said["best"]) == 3 and len(set(said["best"])) == 1
+    ranking = said["best"][0].splitlines()
     assert len(ranking) == 10 and all(line.split("  ")[-1] in titles for line in ranking)
 
 
-BY_THE_LIBRARY = """
-import json, sys
-import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from transformers import AutoModel, AutoProcessor, LlamaConfig, LlamaModel, pipeline
-from modeling_mmesid import MMESIDForSequentialRecommendation
-
-root, api = sys.argv[1], HfApi()
-model = AutoModel.from_pretrained(f"{root}/recommender")
-model.push_to_hub("tester/by-model", create_pr=True)
-assert "README.md" not in api.list_repo_files("tester/by-model")
-model.push_to_hub("tester/by-model", links={"dataset": "tester/shop", "sasrec": "tester/sasrec"})
-recommender = pipeline("sequential-recommendation", model=f"{root}/recommender")
-recommender.push_to_hub("tester/by-pipeline", links={"dataset": "tester/shop"})
-for name, linked in (("by-model", ["shop", "sasrec"]), ("by-pipeline", ["shop"])):
-    card = ModelCard.load(f"tester/{name}")
-    assert card.data.datasets == ["tester/shop"]
-    related = card.text.split("## Related repositories")[1].split("## ")[0]
-    assert related.count("https://huggingface.co/") == len(linked)
-    assert all(f"[tester/{other}](https://huggingface.co/" in related for other in linked)
-model.save_pretrained(f"{sys.argv[2]}/saved", push_to_hub=True, repo_id="tester/by-saving")
-for name in ("sasrec", "quantizer"):
-    AutoModel.from_pretrained(f"{root}/{name}").push_to_hub(f"tester/by-model-{name}")
-files = {
-    name: sorted(api.list_repo_files(f"tester/{name}"))
-    for name in ("by-model", "by-pipeline", "by-saving", "by-model-sasrec", "by-model-quantizer")
-}
-results = [open(hf_hub_download(f"tester/{name}", "eval_results.json")).read() for name in ("by-model", "best")]
-assert results[0] == results[1]
-text = ModelCard.load("tester/by-model").text
-assert 'from_pretrained("tester/by-model")' in text and "this/repository" not in text
-rows = AutoProcessor.from_pretrained("tester/by-model")([json.loads(sys.argv[3])])
-assert torch.equal(AutoModel.from_pretrained("tester/by-model").recommend(rows).scores, model.recommend(rows).scores)
-
-# Other weights are not what the card measured; what is already there stays.
-with torch.no_grad():
-    model.model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
-model.push_to_hub("tester/changed")
-files["changed"] = api.list_repo_files("tester/changed")
-AutoProcessor.from_pretrained(f"{root}/recommender").push_to_hub("tester/changed")
-changed = pipeline("sequential-recommendation", model="tester/changed")(json.loads(sys.argv[3]))
-assert [item["score"] for item in changed] == model.recommend(rows).scores[0].tolist()
-
-base = f"{sys.argv[2]}/base"
-LlamaModel(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-).save_pretrained(base)
-local = MMESIDForSequentialRecommendation.from_backbone_pretrained(base, freeze_backbone=True, num_items=3)
-try:
-    local.push_to_hub("tester/local")
-except ValueError as error:
-    files["local"] = api.list_repo_files("tester/local")
-    print(json.dumps([files, str(error)]))
-"""
+def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, tmp_path):
+    model = AutoModel.from_pretrained(tiny_run / "recommender")
+    model.push_to_hub("tester/by-model", create_pr=True, commit_description="for a look")
+    assert published.files("tester/by-model") == {}
+    model.push_to_hub("tester/by-model")
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="tester/by-saving", revision="v2")
+    recommender = pipeline("sequential-recommendation", model=str(tiny_run / "recommender"))
+    recommender.push_to_hub("tester/by-pipeline", private=True, tags=["shop"])
+    _, whole = published.history("tester/best")
+    for name in ("by-model", "by-saving", "by-pipeline"):
+        files = published.history(f"tester/{name}")[-1]
+        card = whole["README.md"].replace(b"tester/best", f"tester/{name}".encode())
+        assert files["README.md"] == card and f'from_pretrained("tester/{name}")'.encode() in card
+        assert set(files) == set(whole)
+        assert all(files[name] == whole[name] for name in whole if not name.endswith((".md", "config.json")))
+    assert published.repositories["models", "tester/by-pipeline"].private
+    rows = AutoProcessor.from_pretrained("tester/by-model")(histories)
+    loaded = AutoModel.from_pretrained("tester/by-model")
+    assert torch.equal(loaded.recommend(rows).scores, model.recommend(rows).scores)
+    for name in ("sasrec", "codes"):
+        AutoModel.from_pretrained(tiny_run / FAMILY[name][0]).push_to_hub(f"tester/by-model-{name}")
+        assert set(published.files(f"tester/by-model-{name}")) == set(published.files(f"tester/{name}"))
 
 
-def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, hub_environment, tmp_path):
-    arguments = [str(tiny_run), str(tmp_path), json.dumps(histories[0])]
-    files, refusal = printed(run_python(BY_THE_LIBRARY, hub_environment, *arguments))
-    (whole, *_), (sasrec,), (quantizer,) = [
-        json.loads(ask(hub_environment, f"history/models/tester/{name}")) for name in ("best", "sasrec", "codes")
-    ]
-    assert {"semantic_ids.parquet", "eval_results.json", "figures/fusion_weights.png", "tokenizer.json"} <= set(whole)
-    assert files["by-model"] == files["by-pipeline"] == files["by-saving"] == whole
-    assert files["by-model-sasrec"] == sasrec and files["by-model-quantizer"] == quantizer
-    assert "eval_results.json" not in files["changed"] and "model.safetensors" in files["changed"]
-    assert files["local"] == [] and "names its base model by the folder" in refusal
+def test_other_weights_are_pushed_without_what_belongs_to_the_stage_s(published, tiny_run, histories):
+    model = AutoModel.from_pretrained(tiny_run / "recommender")
+    with torch.no_grad():
+        model.model.items.fusion.output.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+    model.push_to_hub("tester/changed")
+    assert "eval_results.json" not in published.files("tester/changed")
+    # What is already there stays.
+    AutoProcessor.from_pretrained(tiny_run / "recommender").push_to_hub("tester/changed")
+    (changed,) = pipeline("sequential-recommendation", model="tester/changed")(histories[:1])
+    rows = AutoProcessor.from_pretrained("tester/changed")(histories[:1])
+    assert [item["score"] for item in changed] == model.recommend(rows).scores[0].tolist()
 
 
-ADAPTER = """
-import json, sys, urllib.request
-import torch
-from huggingface_hub import HfApi, constants
-from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, LlamaConfig, LlamaModel, pipeline
-from transformers.utils import is_bitsandbytes_available
-from modeling_mmesid import MMESIDForSequentialRecommendation
+def test_a_base_model_in_a_folder_is_not_pushed(on_hub, tmp_path):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaModel(config).save_pretrained(tmp_path / "base")
+    local = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        tmp_path / "base", freeze_backbone=True, num_items=3
+    )
+    with pytest.raises(ValueError, match="names its base model by the folder"):
+        local.push_to_hub("tester/local")
+    with pytest.raises(ValueError, match="names its base model by the folder"):
+        local.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="tester/local")
+    assert ("models", "tester/local") not in on_hub.repositories
 
 
-def refused(name, **arguments):
-    try:
-        AutoModel.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        return str(error)
+@pytest.fixture(scope="module")
+def adapter(on_hub):
+    """A recommender with an adapter, published on the branch v1 as its base model is on main."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaModel(config).push_to_hub("tester/base")
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        "tester/base", num_items=80, lora={"r": 2, "target_modules": ["up_proj", "down_proj"]}
+    )
+    model.initialize_items(torch.arange(81))
+    model.eval().push_to_hub("tester/adapter", revision="v1")
+    return model
 
 
-torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-)
-LlamaModel(config).push_to_hub("tester/base")
-model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
-    "tester/base", num_items=80, lora={"r": 2, "target_modules": ["up_proj", "down_proj"]}
-)
-model.initialize_items(torch.arange(81))
-model.eval().push_to_hub("tester/adapter", revision="v1")
-best = model.recommend([[1, 2, 3]])
-model.save_pretrained(f"{sys.argv[1]}/saved", push_to_hub=True, repo_id="tester/adapter-saved")
-assert set(HfApi().list_repo_files("tester/adapter-saved")) == set(
-    HfApi().list_repo_files("tester/adapter", revision="v1")
-)
-loaded = AutoModel.from_pretrained("tester/adapter", revision="v1")
-assert torch.equal(loaded.recommend([[1, 2, 3]]).scores, best.scores)
-assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(
-    HfApi().list_repo_files("tester/adapter", revision="v1")
-)
-assert AutoModel.from_pretrained(
-    "tester/adapter", revision="v1", dtype=torch.bfloat16, device_map="cpu"
-).model.backbone.dtype == torch.bfloat16
-if is_bitsandbytes_available():
+def test_an_adapter_is_published_and_loaded_with_its_base_model(adapter, on_hub, tmp_path):
+    adapter.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="tester/adapter-saved")
+    files = HfApi().list_repo_files("tester/adapter", revision="v1")
+    assert {"adapter/adapter_model.safetensors", "modeling_mmesid.py"} <= set(files)
+    assert set(files) == set(on_hub.files("tester/adapter-saved"))
+    loaded = AutoModel.from_pretrained("tester/adapter", revision="v1")
+    assert torch.equal(loaded.recommend([[1, 2, 3]]).scores, adapter.recommend([[1, 2, 3]]).scores)
+    half = AutoModel.from_pretrained("tester/adapter", revision="v1", dtype=torch.bfloat16, device_map="cpu")
+    assert half.model.backbone.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")
+def test_a_published_adapter_is_loaded_on_a_quantized_base_model(adapter):
     quantized = AutoModel.from_pretrained(
         "tester/adapter", revision="v1", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
     assert "4bit" in type(quantized.model.backbone.layers[0].self_attn.q_proj).__name__.lower()
     assert quantized.recommend([[1, 2, 3]]).items.shape == (1, 10)
 
-# Model, processor and pipeline as one, through the pipeline's own method.
-recommender = pipeline("sequential-recommendation", model="tester/best")
-recommender.push_to_hub("tester/pipeline")
-assert AutoProcessor.from_pretrained("tester/pipeline").item_ids == recommender.processor.item_ids
 
-# Weights in a pickle alone.
-api = HfApi()
-api.create_repo("tester/pickled")
-api.upload_file(repo_id="tester/pickled", path_in_repo="pytorch_model.bin", path_or_fileobj=b"pickle")
-config = recommender.model.config.to_json_string().encode()
-api.upload_file(repo_id="tester/pickled", path_in_repo="config.json", path_or_fileobj=config)
-urllib.request.urlopen(urllib.request.Request(f"{constants.ENDPOINT}/_test/gate/models/tester/base", method="POST"))
-print(json.dumps([
-    refused("tester/adapter", revision="v1", token=False, cache_dir=sys.argv[1]),
-    refused("tester/nothing"),
-    refused("tester/adapter", revision="v2"),
-    refused("tester/pickled"),
-    refused("tester/best", revision="0" * 40),
-]))
-"""
+def test_what_cannot_be_loaded_is_refused_with_a_sentence(adapter, published, tmp_path):
+    api = HfApi()
+    api.create_repo("tester/pickled")
+    api.upload_file(repo_id="tester/pickled", path_in_repo="pytorch_model.bin", path_or_fileobj=b"pickle")
+    config = published.files("tester/best")["config.json"]
+    api.upload_file(repo_id="tester/pickled", path_in_repo="config.json", path_or_fileobj=config)
+    published.repositories["models", "tester/base"].gated = True
+    for name, arguments, message in (
+        ("tester/adapter", {"revision": "v1", "token": False, "cache_dir": tmp_path}, "accept the terms"),
+        ("tester/nothing", {}, "tester/nothing.* not a valid model identifier"),
+        ("tester/adapter", {"revision": "v2"}, "v2"),
+        ("tester/pickled", {}, r"'tester/pickled' holds no model\.safetensors, and weights in pickle files are not r"),
+        ("tester/best", {"revision": "0" * 40}, r"config\.json"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            AutoModel.from_pretrained(name, **arguments)
 
 
-def test_an_adapter_and_what_cannot_be_loaded(published, hub_environment, tmp_path):
-    gated, missing, no_revision, pickled, empty = printed(run_python(ADAPTER, hub_environment, str(tmp_path)))
-    assert "'tester/adapter' needs its base model 'tester/base'" in gated and "accept the terms" in gated
-    assert "tester/nothing" in missing and "not a valid model identifier" in missing
-    assert "v2" in no_revision
-    assert "'tester/pickled' holds no model.safetensors, and weights in pickle files are not read" in pickled
-    assert "config.json" in empty
+HUB = ["--push_to_hub", "true", "--hub_token", "hf_loopback"]
 
 
-TRAIN = """
-import json, sys
-from huggingface_hub import HfApi
-from mmesid.trainer.cli import main
-
-main(["finetune", *sys.argv[1:-1]])
-sha = HfApi().model_info("tester/trained").sha
-main(["push", "--directory", sys.argv[-1], "--repo_id", "tester/trained"])
-print(json.dumps([sha, HfApi().model_info("tester/trained").sha]))
-"""
-LONE_TRAINER = """
-import copy, json, sys
-import torch
-from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModel, TrainingArguments
-from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig, SASRecForSequentialRecommendation
-from mmesid.trainer.data.prepared import PreparedDataset
-from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
-from mmesid.trainer.data.tables import EmbeddingTable
-from mmesid.trainer.quantizer.initialization import initialize
-from mmesid.trainer.quantizer.items import ItemTables
-from mmesid.trainer.quantizer.trainer import MMRQVAETrainer, MMRQVAETrainingArguments
-from mmesid.trainer.recommender.sasrec_trainer import SASRecTrainer
-
-data = PreparedDataset.load(sys.argv[1])
-arguments = TrainingArguments(
-    sys.argv[2], num_train_epochs=1, eval_strategy="epoch", use_cpu=True, report_to="none", disable_tqdm=True,
-    push_to_hub=True, hub_model_id="tester/lone", hub_strategy="end", hub_token="hf_loopback",
-)
-trainer = SASRecTrainer(
-    SASRecForSequentialRecommendation(SASRecConfig(num_items=80, hidden_size=16)), arguments,
-    train_dataset=TrainingWindows(data.sequences("train"), 50),
-    eval_dataset=EvaluationHistories(data.sequences("validation")),
-)
-trainer.train()
-assert HfApi().list_repo_files("tester/lone") == []
-trainer.push_to_hub()
-card = ModelCard.load("tester/lone")
-measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
-model = AutoModel.from_pretrained("tester/lone")
-assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recommend([[1, 2]]).items)
-
-torch.manual_seed(0)
-tables = {"collaborative": torch.randn(81, 8), "text": torch.randn(81, 6)}
-items = ItemTables({name: EmbeddingTable(table, torch.arange(81) > 0) for name, table in tables.items()})
-training, held_out = items.split(0.1, torch.Generator().manual_seed(0))
-config = MMRQVAEConfig(
-    modalities=list(tables), embedding_dims=[8, 6], num_quantizers=2, codebook_size=8, codebook_dim=8
-)
-quantizer = MMRQVAEModel(config)
-initialize(quantizer, training)
-
-
-def quantize(model, name, data, **hub):
-    arguments = MMRQVAETrainingArguments(
-        output_dir=f"{sys.argv[2]}-{name}", num_train_epochs=2, use_cpu=True,
-        disable_tqdm=True, metric_for_best_model="tau", push_to_hub=True, hub_model_id=f"tester/{name}",
-        hub_token="hf_loopback", **hub,
-    )
-    trainer = MMRQVAETrainer(model, arguments, training, held_out, data)
-    trainer.train()
-    trainer.push_to_hub(links={"dataset": "tester/shop"})
-
-
-# Pushes that search for all semantic IDs change nothing in the training.
-undescribed = copy.deepcopy(quantizer)
-quantize(quantizer, "lone-codes", data, hub_strategy="every_save", hub_always_push=True)
-quantize(undescribed, "lone-model", None, hub_strategy="end")
-assert all(map(torch.equal, quantizer.state_dict().values(), undescribed.state_dict().values()))
-expected = quantizer.eval().encode(tables).codes["text"]
-for name in ("lone-codes", "lone-model"):
-    card = ModelCard.load(f"tester/{name}")
-    assert card.data.datasets == ["tester/shop"]
-    scope = {}
-    exec(card.text.split("```python")[1].split("```")[0], scope)
-    assert torch.equal(scope["model"].encode(tables).codes["text"], expected)
-    if name == "lone-codes":
-        assert scope["semantic_ids"]["item_id"].to_pylist() == data.item_ids[1:]
-        assert scope["semantic_ids"]["text"].to_pylist() == expected[1:].tolist()
-        assert all(picture in card.text for picture in ("figures/code_use.png", "figures/distances.png"))
-print(json.dumps([HfApi().list_repo_files("tester/lone"), measured, trainer.rank()]))
-"""
-
-
-def test_a_trainer_publishes_the_same_card_and_files(tiny_run, hub_environment, tmp_path):
-    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "trained"), "--push_to_hub", "true"]
-    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "checkpoint", "--hub_token", "hf_loopback"]
-    stage = run_python(TRAIN, hub_environment, *flags, str(tmp_path / "trained"))
-    lone = run_python(LONE_TRAINER, hub_environment, str(tiny_run / "prepared"), str(tmp_path / "lone"))
-    after_training, after_push = printed(stage)
-    assert after_training == after_push, "`mmesid push` found something else to send"
-    commits = json.loads(ask(hub_environment, "history/models/tester/trained"))
+def test_a_stage_publishes_during_training_what_push_sends_afterwards(published, tiny_run, tmp_path):
+    flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "trained"), *HUB]
+    flags += ["--hub_model_id", "tester/trained", "--hub_strategy", "checkpoint", "--hub_links", *LINKS[:1]]
+    main(["finetune", *flags])
+    sha = HfApi().model_info("tester/trained").sha
+    main(["push", "--directory", str(tmp_path / "trained"), "--repo_id", "tester/trained"])
+    assert HfApi().model_info("tester/trained").sha == sha, "`mmesid push` found something else to send"
+    commits = published.history("tester/trained")
     state = {f"last-checkpoint/{name}" for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
     assert all(state <= set(files) for files in commits)
-    *during, last = [[name for name in files if not name.startswith("last-checkpoint/")] for files in commits]
-    assert during and all(set(files) == set(last) for files in during)
-    assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= set(last)
+    *during, last = [{name for name in files if not name.startswith("last-checkpoint/")} for files in commits]
+    assert during and all(files == last for files in during)
+    assert {"README.md", "modeling_mmesid.py", "semantic_ids.parquet", "eval_results.json"} <= last
+    assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in last)
+    # The card in the directory has the links, too.
+    AutoModel.from_pretrained(tmp_path / "trained").push_to_hub("tester/by-trained")
+    for name in ("trained", "by-trained"):
+        assert ModelCard(card_of(published, name)).data.datasets == ["tester/shop"]
 
-    files, measured, ranked = printed(lone)
-    assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
+
+def test_a_trainer_without_a_stage_publishes_its_card_and_files(on_hub, tiny_run, tmp_path):
+    data = PreparedDataset.load(tiny_run / "prepared")
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, eval_strategy="epoch", use_cpu=True, report_to="none", disable_tqdm=True,
+        push_to_hub=True, hub_model_id="tester/lone", hub_strategy="end", hub_token="hf_loopback",
+    )  # fmt: skip
+    trainer = SASRecTrainer(
+        SASRecForSequentialRecommendation(SASRecConfig(num_items=80, hidden_size=16)), arguments,
+        train_dataset=TrainingWindows(data.sequences("train"), 50),
+        eval_dataset=EvaluationHistories(data.sequences("validation")),
+    )  # fmt: skip
+    trainer.train()
+    assert on_hub.files("tester/lone") == {}
+    trainer.push_to_hub()
+    files = on_hub.files("tester/lone")
     assert {"README.md", "config.json", "model.safetensors", "modeling_sasrec.py", "eval_results.json"} <= set(files)
-    assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in [*files, *last])
-    (alone,) = json.loads(ask(hub_environment, "history/models/tester/lone-model"))
-    codes = json.loads(ask(hub_environment, "history/models/tester/lone-codes"))
+    assert not any(name.endswith((".bin", ".pt", ".pth")) or "trainer_state" in name for name in files)
+    results = ModelCard(files["README.md"].decode()).data.eval_results
+    measured, ranked = {result.metric_type: result.metric_value for result in results}, trainer.rank()
+    assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
+    model = AutoModel.from_pretrained("tester/lone")
+    assert torch.equal(model.recommend([[1, 2]]).items, trainer.model.eval().recommend([[1, 2]]).items)
+
+
+def test_pushes_of_a_quantizer_change_nothing_in_its_training(on_hub, tiny_run, tmp_path):
+    torch.manual_seed(0)
+    tables = {"collaborative": torch.randn(81, 8), "text": torch.randn(81, 6)}
+    items = ItemTables({name: EmbeddingTable(table, torch.arange(81) > 0) for name, table in tables.items()})
+    training, held_out = items.split(0.1, torch.Generator().manual_seed(0))
+    config = MMRQVAEConfig(
+        modalities=list(tables), embedding_dims=[8, 6], num_quantizers=2, codebook_size=8, codebook_dim=8,
+    )  # fmt: skip
+    described = MMRQVAEModel(config)
+    initialize(described, training)
+    alone = copy.deepcopy(described)
+    data = PreparedDataset.load(tiny_run / "prepared")
+    for model, name, data_of_items, strategy in (
+        (described, "lone-codes", data, "every_save"), (alone, "lone-model", None, "end")
+    ):  # fmt: skip
+        arguments = MMRQVAETrainingArguments(
+            output_dir=str(tmp_path / name), num_train_epochs=2, use_cpu=True,
+            disable_tqdm=True, metric_for_best_model="tau", push_to_hub=True, hub_model_id=f"tester/{name}",
+            hub_token="hf_loopback", hub_strategy=strategy, hub_always_push=True,
+        )  # fmt: skip
+        trainer = MMRQVAETrainer(model, arguments, training, held_out, data_of_items)
+        trainer.train()
+        trainer.push_to_hub(links={"dataset": "tester/shop"})
+    assert all(map(torch.equal, described.state_dict().values(), alone.state_dict().values()))
     added = {"semantic_ids.parquet", "figures/code_use.png", "figures/distances.png"}
-    assert len(codes) == 3 and all(set(names) == set(alone) | added for names in codes)
+    history = on_hub.history("tester/lone-codes")
+    assert len(history) == 3 and all(set(files) == {*on_hub.files("tester/lone-model"), *added} for files in history)
+    codes = described.eval().encode(tables).codes["text"]
+    for name in ("lone-codes", "lone-model"):
+        card = ModelCard(card_of(on_hub, name))
+        assert card.data.datasets == ["tester/shop"]
+        scope = {}
+        exec(card.text.split("```python")[1].split("```")[0], scope)
+        assert torch.equal(scope["model"].encode(tables).codes["text"], codes)
+        if name == "lone-codes":
+            assert scope["semantic_ids"]["item_id"].to_pylist() == data.item_ids[1:]
+            assert scope["semantic_ids"]["text"].to_pylist() == codes[1:].tolist()
+            assert all(picture in card.text for picture in ("figures/code_use.png", "figures/distances.png"))
 
 
-ENCODER = """
-import json, sys
-import torch
-from huggingface_hub import HfApi, ModelCard
-from mmesid.trainer.cli import main
-
-main(["encoder", *sys.argv[1:]])
-card = ModelCard.load("tester/encoder")
-scope = {}
-exec(card.text.split("```python")[1].split("```")[0], scope)
-inputs = scope["processor"](text=["a red mug"], return_tensors="pt")
-assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 8)
-print(json.dumps([HfApi().list_repo_files("tester/encoder"), card.text]))
-"""
-
-
-def test_a_trained_encoder_is_published_with_its_card(tiny_run, hub_environment, tmp_path):
-    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "encoder")]
+def test_a_trained_encoder_is_published_with_its_card(on_hub, tiny_run, tmp_path):
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "encoder"), *HUB]
     flags += ["--num_train_epochs", "2"]
     flags += ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--projection_dim", "8"]
-    flags += ["--push_to_hub", "true", "--hub_model_id", "tester/encoder", "--hub_token", "hf_loopback", *TRAINING]
-    files, card = printed(run_python(ENCODER, hub_environment, *flags))
+    main(["encoder", *flags, "--hub_model_id", "tester/encoder", *TRAINING])
+    files = on_hub.files("tester/encoder")
     assert {"README.md", "eval_results.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert not any(name.endswith(".bin") for name in files)
+    card = files["README.md"].decode()
     assert "SYNTHETIC data" in card and "| recall@10 |" in card
+    scope = {}
+    exec(card.split("```python")[1].split("```")[0], scope)
+    inputs = scope["processor"](text=["a red mug"], return_tensors="pt")
+    assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 8)
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):
-    everything = ask(hub_environment, "everything")
+    everything = published.everything()
     assert b"models/tester/best/model.safetensors" in everything
-    private = [hub_environment["HF_TOKEN"], hub_environment["HF_HOME"], str(tiny_run), str(Path.cwd()), os.getcwd()]
+    private = [os.environ["HF_TOKEN"], os.environ["HF_HOME"], str(tiny_run), str(Path.cwd())]
     private += [f"{Path.home()}/", f"{sysconfig.get_path('purelib')}/"]
     for secret in private:
         assert secret.encode() not in everything, secret

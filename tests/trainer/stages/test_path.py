@@ -249,7 +249,7 @@ def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run
     finetune.main(finetune_flags(tiny_run, "recommender"))
     assert "up to date" in capsys.readouterr().out
 
-    monkeypatch.setattr(finetune, "save_card", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(finetune, "present", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune.main([*finetune_flags(tiny_run, "recommender"), "--seed", "7"])
     assert (tiny_run / "recommender" / "model.safetensors").stat().st_mtime_ns == before

@@ -1,0 +1,195 @@
+"""What of a stage's directory goes to the Hub, and what is refused."""
+
+import dataclasses
+import json
+
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi, snapshot_download
+
+from mmesid.trainer.cli import main
+from mmesid.trainer.publishing.repository import add_metrics, publication, push, save_record
+from mmesid.trainer.running.records import StageRecord, file_digest, input_digest
+from mmesid.trainer.stages import push as stage
+
+
+FILES = {
+    "config.json": b'{"model_type": "sasrec"}',
+    "model.safetensors": bytes(range(256)) * 64,
+    "adapter/adapter_model.safetensors": b"adapter",
+    "odd [name].json": b"{}",
+    "figures/spectrum.png": b"PNG",
+}
+DATA = {"source": "Bicycle parts", "licence": "mit", "users": 3, "items": 2, "missing_image": 2}
+
+
+def write_stage(directory, name, files):
+    """A directory as a stage leaves it: its files, a record with the builder's paths, checkpoints of the training."""
+    for file, content in files.items():
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (directory / file).write_bytes(content)
+    record = StageRecord(
+        stage=name,
+        fingerprint="",
+        arguments={"prepared_dir": "/home/ada/prepared"},
+        inputs={},
+        outputs={file: file_digest(directory / file) for file in files},
+        metrics={},
+        details={"data": DATA, "configs": []},
+        versions={},
+        hardware="",
+        seconds=0.0,
+        peak_memory_bytes=0,
+        finished_at="",
+    )
+    save_record(directory, record)
+    checkpoint = directory / "checkpoints" / "0123" / "checkpoint-7" / "optimizer.bin"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"large")
+    return directory
+
+
+@pytest.fixture
+def recommender(tmp_path):
+    return write_stage(tmp_path / "recommender", "finetune", FILES)
+
+
+def contents(files):
+    return {name: content if isinstance(content, bytes) else content.read_bytes() for name, content in files.items()}
+
+
+def downloaded(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    }
+
+
+def test_what_is_pushed_comes_back(recommender, tmp_path, on_hub):
+    push(recommender, "tester/model", private=True)
+    push(write_stage(tmp_path / "prepared", "prepare", {"train.parquet": b"PAR1" * 100}), "tester/data")
+    first = HfApi().model_info("tester/model")
+    assert first.private and not HfApi().dataset_info("tester/data").private
+    (recommender / "README.md").write_text("# A better card of this/repository")
+    push(recommender, "tester/model", revision="v2")
+    assert HfApi().model_info("tester/model").sha == first.sha, "the branch v2 moved main"
+    snapshot_download("tester/model", revision=first.sha, local_dir=tmp_path / "first")
+    snapshot_download("tester/model", revision="v2", local_dir=tmp_path / "second")
+    snapshot_download("tester/data", repo_type="dataset", local_dir=tmp_path / "data")
+    back = downloaded(tmp_path / "first")
+    assert b'from_pretrained("tester/model"' in back.pop("README.md") and back == FILES
+    assert downloaded(tmp_path / "second") == FILES | {"README.md": b"# A better card of tester/model"}
+    assert set(downloaded(tmp_path / "data")) == {"README.md", "train.parquet"}
+
+
+@pytest.mark.parametrize(
+    "repo_id, token, message",
+    [
+        ("not a name", "hf_loopback", "not a name"),
+        ("tester/forbidden", "hf_reader", r"does not let you write to 'tester/forbidden' \(403\); log in with `hf au"),
+        ("tester/unknown", "", r"does not let you write to 'tester/unknown' \(401\); log in with `hf auth login`"),
+        ("tester/unreachable", "hf_loopback", "The Hub at http://127.0.0.1:1 cannot be reached"),
+    ],
+)
+def test_a_refusal_is_one_sentence(recommender, on_hub, monkeypatch, capsys, repo_id, token, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    if "unreachable" in repo_id:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=message):
+        push(recommender, repo_id)
+    with pytest.raises(SystemExit, match="2"):
+        main(["push", "--directory", str(recommender), "--repo_id", repo_id])
+    assert "mmesid push: error: " in capsys.readouterr().err
+
+
+def test_a_card_that_the_hub_refuses_comes_without_a_commit(recommender, on_hub):
+    (recommender / "README.md").write_text("---\nlicense: mine\n---\n# Card\n")
+    with pytest.raises(ValueError, match='"license" must be one of'):
+        push(recommender, "tester/refused")
+    assert on_hub.files("tester/refused") == {}
+
+
+def test_a_dry_run_lists_the_files_and_a_preview_shows_the_card_and_its_pictures(recommender, tmp_path, capsys):
+    flags = ["--dry_run", "true", "--preview_dir", str(tmp_path / "preview")]
+    stage.main(["--directory", str(recommender), "--repo_id", "tester/dry", *flags])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert {line.strip().split(" ", 1)[1] for line in lines} == {*FILES, "README.md"}
+    assert last == f"push: would send {len(FILES) + 1} files to the model repository 'tester/dry'"
+    assert set(downloaded(tmp_path / "preview")) == {"README.md", "figures/spectrum.png"}
+
+
+def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_path):
+    repo_type, files = publication(recommender, "me/model")
+    assert repo_type == "model" and list(files) == sorted([*FILES, "README.md"])
+    assert {name: content for name, content in contents(files).items() if name != "README.md"} == FILES
+    with pytest.raises(FileNotFoundError, match=r"has no record\.json"):
+        publication(tmp_path, "me/model")
+    record = dataclasses.asdict(StageRecord.load(recommender)) | {"stage": "evaluate"}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="written by the stage 'evaluate'"):
+        publication(tmp_path, "me/model")
+    (recommender / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json' is gone; run `mmesid finetune` again"):
+        publication(recommender, "me/model")
+
+
+def test_later_figures_reach_card_and_results_and_leave_what_others_made_of_the_outputs_current(recommender):
+    before = input_digest(recommender)
+    add_metrics(recommender, {"test": {"mrr": 0.375, "hr@5": float("nan")}})
+    assert input_digest(recommender) == before
+    _, files = publication(recommender, "me/model")
+    assert b"| MRR | not measured | 0.3750 |" in files["README.md"]
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    results = json.loads(files["eval_results.json"].read_bytes(), parse_constant=refuse)
+    assert results == {"test": {"mrr": 0.375, "hr@5": None}}
+
+
+def test_links_are_those_of_the_push_or_of_the_stage(recommender):
+    record = StageRecord.load(recommender)
+    record.details["links"] = {"sasrec": "me/sasrec", "recommender": "me/model"}
+    save_record(recommender, record)
+    for links, linked in ((None, "me/sasrec"), ({"dataset": "me/parts"}, "datasets/me/parts")):
+        card = publication(recommender, "me/model", links)[1]["README.md"].decode()
+        assert card.count("https://huggingface.co/") == 1 and f"(https://huggingface.co/{linked})" in card
+
+
+def test_a_card_that_was_edited_stays_as_it_is(recommender):
+    (recommender / "README.md").write_text("# My own")
+    add_metrics(recommender, {"test": {"mrr": 0.375}})
+    _, files = publication(recommender, "me/model")
+    assert files["README.md"] == b"# My own" and b"0.375" in files["eval_results.json"].read_bytes()
+    with pytest.raises(ValueError, match="was edited by hand; write the links there"):
+        publication(recommender, "me/model", {"dataset": "me/parts"})
+
+
+def test_what_is_private_is_refused(recommender, monkeypatch):
+    secret = "hf_0123456789"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    publication(recommender, "me/model")
+    large = b"x" * (2**24 - 5)
+    for content, what in (
+        (f"notes in {recommender}/notes.md".encode(), "a directory of this machine"),
+        (f"notes in {recommender}".encode(), "a directory of this machine"),
+        (large + secret.encode(), "your token"),
+    ):
+        (recommender / "odd [name].json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"'odd \[name\]\.json' of .* holds {what}"):
+            publication(recommender, "me/model")
+    (recommender / "odd [name].json").write_text(f"{recommender}s and {recommender}_2 are others")
+    publication(recommender, "me/model")
+
+
+def test_a_base_model_on_the_builder_s_disk_is_refused(recommender, tmp_path):
+    (recommender / "config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match="names its base model by the folder"):
+        publication(recommender, "me/model")
+
+
+@pytest.mark.parametrize("link", ["me/data", "dataset=data", "cousin=me/data", "dataset=a/b/c"])
+def test_a_link_names_kind_and_repository(recommender, link):
+    with pytest.raises(ValueError, match=f"The link {link}.* does not have the form kind=owner/name"):
+        stage.main(["--directory", str(recommender), "--repo_id", "me/model", "--links", link])
