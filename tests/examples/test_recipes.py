@@ -164,7 +164,7 @@ from mmesid.trainer.cli import main
 
 folder, *overrides = sys.argv[1:]
 api, dataset = HfApi(), {"repo_id": "McAuley-Lab/Amazon-Reviews-2023", "repo_type": "dataset"}
-api.create_repo(**dataset)
+api.create_repo(**dataset, exist_ok=True)
 api.upload_folder(folder_path=folder, **dataset)
 # The published repository has a loading script, which `datasets` refuses; its files are read as they are.
 script = b"raise SystemExit('a loading script ran')"
