@@ -53,16 +53,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torch.Tensor:
-    """
-    Inner product of every user with every item, in float32; padding scores minus infinity.
-
-    Args:
-        user_embeddings (`torch.Tensor` of shape `(batch, hidden)`): User representations.
-        item_table (`torch.Tensor` of shape `(items + 1, hidden)`): Fused item vectors.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, items + 1)`.
-    """
+    """Inner products `(batch, items + 1)`, in float32, of users `(batch, hidden)` with the item table `(items + 1,
+    hidden)`; padding scores minus infinity."""
     scores = (user_embeddings.to(item_table.dtype) @ item_table.T).float()
     scores[:, 0] = -torch.inf
     return scores
@@ -76,29 +68,18 @@ def mask_histories(scores: torch.Tensor, histories: torch.Tensor) -> torch.Tenso
 
 def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Rank of each target among all items, from 1, ties broken against the target: a model that scores all items alike
-    ranks it last.
+    Rank `(batch,)` of each target `(batch,)` among all items, from 1, given scores `(batch, items + 1)`.
 
-    A target that was masked, or scored NaN, ranks behind everything.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch, items + 1)`): Scores, minus infinity where an item may not be
-            recommended.
-        targets (`torch.LongTensor` of shape `(batch,)`): Rows of the targets.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch,)`.
+    Ties are broken against the target: a model that scores all items alike ranks it last. A target that was masked, or
+    scored NaN, ranks behind everything.
     """
     # `not <` rather than `>=`: NaN counts against the target.
     return (~(scores < scores.gather(1, targets[:, None]))).sum(-1)
 
 
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
-    """
-    Raises:
-        ValueError: If there is no history, or one is empty or holds a row outside 1..`num_items`; the sentence names
-        the history and the row. If there is no list of histories, but one history.
-    """
+    """Raises a `ValueError` that names the history and the row if there is no history, one is empty, or one holds a row
+    outside 1..`num_items`."""
     if len(histories) == 0:
         raise ValueError("There is no history to recommend for; give a list of rows for one user at least.")
     for index, history in enumerate(histories):
@@ -118,28 +99,19 @@ def excluded_items(
     num_items: int,
     allowed_items: Sequence[int] | None,
     denied_items: Sequence[int] | None,
-    removed_items: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """
-    Which rows may not be recommended to anybody, of shape `(items + 1,)` in bool; `None` if that is padding alone.
-
-    Raises:
-        ValueError: If a list names a row outside 1..`num_items`.
-    """
-    if allowed_items is None and denied_items is None and (removed_items is None or not removed_items.any()):
-        return None
+    removed_items: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which rows may not be recommended to anybody, `(items + 1,)` in bool. Raises a `ValueError` if a list names a row
+    outside 1..`num_items`."""
     for name, rows in (("allowed_items", allowed_items), ("denied_items", denied_items)):
         wrong = next((row for row in rows or [] if not 1 <= row <= num_items), None)
         if wrong is not None:
             raise ValueError(
                 f"{name} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows."
             )
-    excluded = torch.zeros(num_items + 1, dtype=torch.bool)
-    if allowed_items is not None:
-        excluded[:] = True
-        excluded[list(allowed_items)] = False
-    if denied_items is not None:
-        excluded[list(denied_items)] = True
+    excluded = torch.full((num_items + 1,), allowed_items is not None)
+    excluded[list(allowed_items or [])] = False
+    excluded[list(denied_items or [])] = True
     if removed_items is not None:
         excluded |= removed_items.cpu()
     excluded[0] = True
@@ -201,10 +173,9 @@ class RecommendationMixin:
         num_items = self.config.num_items
         check_histories(histories, num_items)
         excluded = excluded_items(num_items, allowed_items, denied_items, self.removed_items)
-        candidates = num_items if excluded is None else int((~excluded).sum())
+        candidates = int((~excluded).sum())
         for index, history in enumerate(histories):
-            seen = set(history) if exclude_history else set()
-            left = candidates - (len(seen) if excluded is None else int((~excluded[list(seen)]).sum()))
+            left = candidates - (int((~excluded[list(set(history))]).sum()) if exclude_history else 0)
             if not 1 <= top_k <= left:
                 raise ValueError(
                     f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}."
@@ -216,7 +187,7 @@ class RecommendationMixin:
                 batch = histories[start : start + batch_size]
                 user_embeddings = self.encode_histories(batch)
                 batch_scores = score_items(user_embeddings, item_table)  # (batch, items + 1)
-                if excluded is not None:
+                if candidates < num_items:
                     batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
                 if exclude_history:
                     mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
