@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 # Raised when older code can no longer read what newer code writes; never when something optional is added.
 FORMAT_VERSION = 1
 
-# Lists the files of a directory that belong to its weights, see `add_companions`.
+# Lists the files of a directory that belong to its weights, see `push_with_companions`.
 COMPANIONS_NAME = "companions.json"
 
 # Arguments of `from_pretrained` that say where a file comes from.
@@ -123,49 +123,6 @@ def require_public_base_model(name_or_path: str | None) -> None:
         )
 
 
-def add_companions(directory: str | os.PathLike, source: str | os.PathLike, repo_id: str) -> bool:
-    """
-    Adds to a saved model the files that belong to its weights, as `companions.json` lists them beside the weights that
-    the model was loaded from: `{"weights": {name: SHA-256}, "files": {name: placeholder}}`. A placeholder is the text
-    of the file that stands for the name of the repository, `null` where there is none.
-
-    Args:
-        directory (`str` or `os.PathLike`): Directory of the saved model, whose own files stay as they are.
-        source (`str` or `os.PathLike`): Directory with the list.
-        repo_id (`str`): Name of the repository.
-
-    Returns:
-        `bool`: `False`, with a warning, if the list belongs to other weights: then nothing is added.
-
-    Raises:
-        ValueError: If a listed file lies outside the directory of the list.
-    """
-    listing = Path(source, COMPANIONS_NAME)
-    companions = json.loads(listing.read_text(encoding="utf-8"))
-    if {path.name: file_digest(path) for path in Path(directory).glob("*.safetensors")} != companions["weights"]:
-        logger.warning(
-            f"The weights are no longer those of '{source}', so the files that belong to these are not published with "
-            f"them; push the processor to '{repo_id}' as well."
-        )
-        return False
-    require_inside(listing, companions["files"])
-    for name, placeholder in companions["files"].items():
-        target = Path(directory, name)
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = (listing.parent / name).read_bytes()
-            target.write_bytes(
-                content if placeholder is None else content.replace(placeholder.encode(), repo_id.encode())
-            )
-    return True
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def push_with_companions(
     save: Callable,
     source: str,
@@ -180,22 +137,33 @@ def push_with_companions(
     **commit_arguments,
 ) -> str | None:
     """
-    Publishes in one commit what `save` writes and what [`add_companions`] adds. The arguments are those of
-    [`~transformers.PreTrainedModel.push_to_hub`]; the companions say what `tags` would.
+    Publishes in one commit what `save` writes and the files that belong to these weights in the directory `source` of
+    the model. `companions.json` lists them there: `{"weights": {name: SHA-256}, "files": {name: placeholder}}`. A
+    placeholder is the text of the file that stands for the name of the repository, `null` where there is none.
 
-    Args:
-        save (`Callable`): A `save_pretrained`.
-        source (`str`): What the model was loaded from.
-
-    Returns:
-        `str`: Address of the commit, or `None` if the weights have no companions: then nothing was published.
+    The other arguments are those of [`~transformers.PreTrainedModel.push_to_hub`]; the companions say what `tags`
+    would. The result is the address of the commit, or `None` if nothing was published: because there is no list or,
+    with a warning, because the list belongs to other weights.
     """
-    if not source or not os.path.isfile(os.path.join(source, COMPANIONS_NAME)):
+    listing = Path(source, COMPANIONS_NAME)
+    if not source or not listing.is_file():
         return None
+    companions = json.loads(listing.read_text(encoding="utf-8"))
+    require_inside(listing, companions["files"])
     with tempfile.TemporaryDirectory() as directory:
         save(directory, max_shard_size=max_shard_size)
-        if not add_companions(directory, source, repo_id):
+        if {path.name: file_digest(path) for path in Path(directory).glob("*.safetensors")} != companions["weights"]:
+            logger.warning(
+                f"The weights are no longer those of '{source}', so the files that belong to these are not published "
+                f"with them; push the processor to '{repo_id}' as well."
+            )
             return None
+        for name, placeholder in companions["files"].items():
+            target = Path(directory, name)
+            if not target.exists():
+                content = (listing.parent / name).read_bytes()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content.replace(placeholder.encode(), repo_id.encode()) if placeholder else content)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
@@ -203,6 +171,12 @@ def push_with_companions(
         return api.upload_folder(
             repo_id=repo_id, folder_path=directory, revision=revision, create_pr=create_pr, **commit_arguments
         )
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SafetensorsMixin:

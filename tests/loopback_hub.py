@@ -144,6 +144,10 @@ def connect(patch: pytest.MonkeyPatch, hub: Hub, home: str) -> None:
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
+class Refused(Exception):
+    """Status, the Hub's code of the error, and a message."""
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -155,16 +159,23 @@ class Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         self.path, self.query = unquote(address.path), parse_qs(address.query)
         self.body = self.read_body()
+        try:
+            self.route()
+        except Refused as refused:
+            status, code, message = refused.args
+            self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
+
+    def route(self):
         for methods, pattern, needs_token, answer in ROUTES:
             match = re.fullmatch(pattern, self.path)
             if match and self.command in methods.split():
                 token = self.headers.get("Authorization")
                 if needs_token and token is None:
-                    return self.error(401, "Unauthorized", "Invalid username or password.")
+                    raise Refused(401, "Unauthorized", "Invalid username or password.")
                 if needs_token and token != f"Bearer {TOKEN}":
-                    return self.error(403, "Forbidden", "This token may not write.")
+                    raise Refused(403, "Forbidden", "This token may not write.")
                 return answer(self, **match.groupdict())
-        return self.error(404, "NotFound", f"The loopback Hub has no {self.command} {self.path}.")
+        raise Refused(404, "NotFound", f"The loopback Hub has no {self.command} {self.path}.")
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
@@ -190,21 +201,18 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def error(self, status: int, code: str, message: str):
-        self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
-
-    def repository(self, kind: str, repo: str, revision: str = "main") -> tuple[Repository, str] | None:
-        """The repository and the commit of the revision; answers 404 itself and returns `None` where there is none."""
+    def repository(self, kind: str, repo: str, revision: str = "main") -> tuple[Repository, str]:
+        """The repository and the commit of the revision; raises `Refused` where there is none."""
         repository = self.server.repositories.get((kind, repo))
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if repository is None or (repository.private and not known):
             # To a stranger a private repository looks like none.
-            return self.error(404 if known else 401, "RepoNotFound", "Repository not found")
+            raise Refused(404 if known else 401, "RepoNotFound", "Repository not found")
         if repository.gated and not known:
-            return self.error(403, "GatedRepo", f"Access to model {repo} is restricted.")
+            raise Refused(403, "GatedRepo", f"Access to model {repo} is restricted.")
         commit = repository.resolve(revision)
         if commit is None:
-            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository, commit
 
     def who_am_i(self):
@@ -232,18 +240,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"url": url, "name": repo})
 
     def create_branch(self, kind: str, repo: str, branch: str):
-        if (found := self.repository(kind, repo)) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository(kind, repo)
         if branch in repository.branches:
-            return self.error(409, "Conflict", f"Reference already exists: {branch}")
+            raise Refused(409, "Conflict", f"Reference already exists: {branch}")
         repository.branches[branch] = commit
         self.answer(200, {})
 
     def preupload(self, kind: str, repo: str, revision: str):
-        if (found := self.repository(kind, repo, revision)) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository(kind, repo, revision)
         files = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
             large = path.endswith(LFS_SUFFIXES)
@@ -254,9 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"files": files})
 
     def commit(self, kind: str, repo: str, revision: str):
-        if (found := self.repository(kind, repo, revision)) is None:
-            return
-        repository, parent = found
+        repository, parent = self.repository(kind, repo, revision)
         files = dict(repository.commits[parent])
         for line in self.body.decode().splitlines():
             operation = json.loads(line)
@@ -286,56 +288,40 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive_large_file(self, oid: str):
         if large_digest(self.body) != oid:
-            return self.error(400, "BadRequest", "The content does not have this digest.")
+            raise Refused(400, "BadRequest", "The content does not have this digest.")
         if self.server.uploads_left is not None:
             if self.server.uploads_left == 0:
                 self.server.uploads_left = None
-                return self.error(507, "InsufficientStorage", "The upload broke off.")
+                raise Refused(507, "InsufficientStorage", "The upload broke off.")
             self.server.uploads_left -= 1
         self.server.large_files[oid] = self.body
         self.server.uploads.append(oid)
         self.answer(200)
 
     def describe(self, kind: str, repo: str, revision: str | None):
-        if (found := self.repository(kind, repo, revision or "main")) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository(kind, repo, revision or "main")
         siblings = [{"rfilename": name} for name in repository.commits[commit]]
-        self.answer(
-            200,
-            {
-                "id": repo,
-                "sha": commit,
-                "private": repository.private,
-                "tags": [],
-                "siblings": siblings,
-                "gated": "manual" if repository.gated else False,
-            },
-        )
+        gated = "manual" if repository.gated else False
+        description = {"id": repo, "sha": commit, "private": repository.private, "tags": [], "gated": gated}
+        self.answer(200, description | {"siblings": siblings})
 
     def list_folder(self, kind: str, repo: str, revision: str, folder: str | None = None):
-        if (found := self.repository(kind, repo, revision)) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository(kind, repo, revision)
         inside = "" if folder is None else f"{folder}/"
         entries = [entry for entry in tree(repository.commits[commit]) if entry["path"].startswith(inside)]
         if self.query.get("recursive", ["false"])[0].lower() != "true":
             entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(inside)]
         if inside and not entries:
-            return self.error(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         self.answer(200, entries)
 
     def list_paths(self, kind: str, repo: str, revision: str):
-        if (found := self.repository(kind, repo, revision)) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository(kind, repo, revision)
         wanted = json.loads(self.body)["paths"]
         self.answer(200, [entry for entry in tree(repository.commits[commit]) if entry["path"] in wanted])
 
     def send_file(self, kind: str | None, repo: str, revision: str, name: str):
-        if (found := self.repository((kind or "models/").rstrip("/"), repo, revision)) is None:
-            return
-        repository, commit = found
+        repository, commit = self.repository((kind or "models/").rstrip("/"), repo, revision)
         content = repository.commits[commit].get(name)
         if content is None:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)

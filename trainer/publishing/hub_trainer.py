@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
@@ -25,6 +26,19 @@ TRAINING_STATE = ("*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, "global_step*", 
 RESUMABLE_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # Where a published checkpoint holds the weights that `load_best_model_at_end` would load, if not its own.
 BEST_NAME = "best"
+
+
+class _PublishedBest(TrainerCallback):
+    """Tells the state where the best weights so far are: a published checkpoint does not say where they were."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        is_best = state.best_global_step == state.global_step
+        best = self.checkpoint if is_best else self.checkpoint / BEST_NAME
+        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 class HubTrainerMixin:
@@ -72,6 +86,12 @@ class HubTrainerMixin:
                 "which are pickles of any objects; set it to 'every_save' or 'end'."
             )
         super().init_hf_repo(token=token, private=private)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As [`~transformers.Trainer.train`]; a published checkpoint brings the best weights so far."""
+        if isinstance(resume_from_checkpoint, str):
+            self.add_callback(_PublishedBest(Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
         """Writes what belongs beside the weights into the directory; returns metrics and details for the record."""
@@ -128,20 +148,6 @@ class HubTrainerMixin:
 
     def _publishes_checkpoints(self) -> bool:
         return self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        trained = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is not None and self.state.best_model_checkpoint is None:
-            # A published checkpoint does not say where the best one was.
-            is_best = self.state.best_global_step == self.state.global_step
-            best = Path(resume_from_checkpoint, "" if is_best else BEST_NAME)
-            if self.state.best_global_step and best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        return trained
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._publishes_checkpoints():
