@@ -33,6 +33,7 @@ class MMESIDModality(nn.Module):
         super().__init__()
         rows, hidden_size = config.num_items + 1, config.hidden_size
         self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.scores_codes = config.share_item_table and config.num_quantizers > 0
         self.register_buffer("embeddings", torch.zeros(rows, embedding_dim))
         self.register_buffer("present", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("center", torch.zeros(embedding_dim))
@@ -42,11 +43,9 @@ class MMESIDModality(nn.Module):
         if self.num_quantizers:
             self.register_buffer("codes", torch.zeros(rows, self.num_quantizers, dtype=torch.long))
             self.code_vectors = nn.Parameter(torch.zeros(self.num_quantizers, self.codebook_size, config.codebook_dim))
-            self.code_projection = (
-                nn.Identity()
-                if config.codebook_dim == hidden_size
-                else nn.Linear(config.codebook_dim, hidden_size, bias=False)
-            )
+            self.code_projection = nn.Identity()
+            if config.codebook_dim != hidden_size:
+                self.code_projection = nn.Linear(config.codebook_dim, hidden_size, bias=False)
             self.absent_code = nn.Parameter(torch.zeros(hidden_size))
 
     def project(self, items: torch.Tensor) -> torch.Tensor:
@@ -59,6 +58,11 @@ class MMESIDModality(nn.Module):
         """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where
         missing."""
         return torch.where(self.present[items, None], self.code_projection(self._summed(items)), self.absent_code)
+
+    def source(self, items: torch.Tensor) -> torch.Tensor:
+        """What the modality puts into the fused table, `(items, hidden)`: the projection, and in the shared form the
+        codes."""
+        return self.project(items) + self.embed_codes(items) if self.scores_codes else self.project(items)
 
     def _summed(self, items: torch.Tensor) -> torch.Tensor:
         offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size
@@ -122,15 +126,8 @@ class MMESIDFusion(nn.Module):
         return torch.log1p(torch.stack(frequencies[1:].aminmax()).float())
 
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            items (`torch.LongTensor` of shape `(items,)`): Rows.
-            present (`torch.BoolTensor` of shape `(items, sources)`): Which sources an item has; the others get no
-                weight.
-
-        Returns:
-            `torch.FloatTensor` of shape `(items, sources)`, each row summing to one.
-        """
+        """Weights of the given rows, `(items, sources)`, each row summing to one; a source that an item lacks in
+        `present`, `(items, sources)` in bool, gets none."""
         low, high = self.log_range
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
         hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
@@ -151,12 +148,8 @@ class MMESIDItems(nn.Module):
         super().__init__()
         self.config = config
         rows, hidden_size = config.num_items + 1, config.hidden_size
-        self.modalities = nn.ModuleDict(
-            {
-                name: MMESIDModality(config, dim)
-                for name, dim in zip(config.modalities, config.embedding_dims, strict=True)
-            }
-        )
+        widths = zip(config.modalities, config.embedding_dims, strict=True)
+        self.modalities = nn.ModuleDict({name: MMESIDModality(config, width) for name, width in widths})
         self.has_id_source = config.use_item_ids or not config.share_item_table
         self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
         self.register_buffer("has_id", torch.ones(rows, dtype=torch.bool))
@@ -348,16 +341,8 @@ class MMESIDItems(nn.Module):
                 )
 
     def modality_sources(self, items: torch.Tensor) -> torch.Tensor:
-        """What each modality puts into the fused table, `(items, modalities, hidden)`: its projection, and in the
-        shared form its codes."""
-        with_codes = self.config.share_item_table and self.config.num_quantizers > 0
-        return torch.stack(
-            [
-                modality.project(items) + modality.embed_codes(items) if with_codes else modality.project(items)
-                for modality in self.modalities.values()
-            ],
-            dim=1,
-        )
+        """What each modality puts into the fused table, `(items, modalities, hidden)`."""
+        return torch.stack([modality.source(items) for modality in self.modalities.values()], dim=1)
 
     def sources(self, items: torch.Tensor) -> torch.Tensor:
         """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then

@@ -124,17 +124,9 @@ def packed_attention_mask(
     shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int = 0
 ) -> torch.Tensor:
     """
-    Who sees whom in a packed sequence: a query sees the first `shared_length` positions, and in its own segment what
-    is not behind it.
-
-    Args:
-        shared_length (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
-        segment_ids (`torch.LongTensor` of shape `(batch, length)`): As returned by [`pack_histories`].
-        prompt_length (`int`, *optional*, defaults to `0`): Keys before the sequence, which every query sees.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, 1, length, prompt_length + length)`, true where a query (third axis) sees
-        a key (fourth axis). Padding sees itself, so that no row is empty.
+    Who sees whom in a packed sequence, `(batch, 1, length, prompt_length + length)` in bool: a query (third axis) sees
+    the `prompt_length` keys before the sequence, the first `shared_length` positions, and in its own segment what is
+    not behind it. Padding sees itself, so that no row is empty.
     """
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     behind = index[None, :, None] >= index[None, None, :]
