@@ -9,10 +9,10 @@ from torch import nn
 from .checkpoints import CheckpointConfig
 
 
-# What the encoders of each objective are unless the settings say otherwise. An encoder that follows the distances
+# What the encoders of each objective are unless the settings say otherwise. A network alone that follows the distances
 # gives up the spread of the codes, which a projection keeps.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "distance": {"encoder_hidden_dims": [], "encoder_projection": True},
+    "distance": {"encoder_hidden_dims": [512], "encoder_projection": True},
     "paper": {"encoder_hidden_dims": [512, 256], "encoder_projection": False},
     "mse": {"encoder_hidden_dims": [512, 256], "encoder_projection": False},
 }
@@ -45,11 +45,13 @@ class MMRQVAEConfig(CheckpointConfig):
         resolve_collisions (`bool`, *optional*, defaults to `False`):
             Make the semantic IDs of a catalogue unique within each modality: of the items that share one, all but the
             first move to the nearest ID that is free.
+        initializer_range (`float`, *optional*, defaults to `0.02`):
+            Standard deviation of code vectors before the k-means initialization.
 
         > Encoder
 
         encoder_hidden_dims (`list[int]`, *optional*):
-            Widths of the hidden layers of every encoder. Defaults to none for the objective `"distance"` and to
+            Widths of the hidden layers of every encoder. Defaults to `[512]` for the objective `"distance"` and to
             `[512, 256]` for the others.
         encoder_projection (`bool`, *optional*):
             Whether encoders add their output to a fixed orthogonal projection of the embedding, which keeps items
@@ -60,9 +62,9 @@ class MMRQVAEConfig(CheckpointConfig):
 
         objective (`str`, *optional*, defaults to `"distance"`):
             What the quantizer is trained for: `"distance"`, that the distances between quantized items follow those
-            between their embeddings; `"paper"`, a small multi-kernel MMD between embeddings and reconstructions;
-            `"mse"`, a small mean squared error of the reconstructions.
-        distance_focus (`float`, *optional*, defaults to `0.8`):
+            between their embeddings; `"paper"`, that the reconstructions are distributed as the embeddings are (MMD);
+            `"mse"`, that each reconstruction is near its embedding.
+        distance_focus (`float`, *optional*, defaults to `1.0`):
             How much more the distances to near items count in the objective `"distance"`; 0 weighs all alike.
         codebook_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the pull of code vectors to what they stand for.
@@ -72,8 +74,6 @@ class MMRQVAEConfig(CheckpointConfig):
             Weight of the InfoNCE between the quantized anchor and every other quantized modality; 0 leaves it out.
         alignment_temperature (`float`, *optional*, defaults to `0.1`):
             Temperature of the InfoNCE.
-        initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of code vectors before the k-means initialization.
     """
 
     model_type = "mmrqvae"
@@ -85,15 +85,15 @@ class MMRQVAEConfig(CheckpointConfig):
     codebook_dim: int = 128
     sinkhorn_epsilons: list[float] | tuple[float, ...] | None = None
     resolve_collisions: bool = False
+    initializer_range: float | int = 0.02
     encoder_hidden_dims: list[int] | tuple[int, ...] | None = None
     encoder_projection: bool | None = None
     objective: Literal["distance", "paper", "mse"] = "distance"
-    distance_focus: float | int = 0.8
+    distance_focus: float | int = 1.0
     codebook_loss_weight: float | int = 1.0
     commitment_loss_weight: float | int = 0.25
     alignment_loss_weight: float | int = 0.01
     alignment_temperature: float | int = 0.1
-    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         if self.embedding_dims is None:

@@ -118,7 +118,7 @@ def test_a_training_resumed_anywhere_ends_with_the_same_weights(tmp_path, items,
     settings |= {"per_device_train_batch_size": 48, "gradient_accumulation_steps": accumulation}
     settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "codebook_learning_rate": 0.1}
     # Codes that die all the time, and levels that are balanced.
-    shape = {"codebook_size": 64, "sinkhorn_epsilons": [0.0, 0.003]}
+    shape = {"codebook_size": 128, "sinkhorn_epsilons": [0.0, 0.003]}
     weights = {}
     for name in ("whole", "interrupted"):
         model = toy_model(**shape)
