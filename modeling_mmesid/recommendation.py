@@ -78,8 +78,8 @@ def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
-    """Raises a `ValueError` that names the history and the row if there is no history, one is empty, or one holds a row
-    outside 1..`num_items`."""
+    """Raises a `ValueError` that names history and row if there is no history, one is empty, or one holds a row not in
+    1..`num_items`."""
     if len(histories) == 0:
         raise ValueError("There is no history to recommend for; give a list of rows for one user at least.")
     for index, history in enumerate(histories):
@@ -101,8 +101,8 @@ def excluded_items(
     denied_items: Sequence[int] | None,
     removed_items: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Which rows may not be recommended to anybody, `(items + 1,)` in bool. Raises a `ValueError` if a list names a row
-    outside 1..`num_items`."""
+    """Which rows may not be recommended to anybody, `(items + 1,)` in bool. Raises a `ValueError` if a list names a
+    row outside 1..`num_items`."""
     for name, rows in (("allowed_items", allowed_items), ("denied_items", denied_items)):
         wrong = next((row for row in rows or [] if not 1 <= row <= num_items), None)
         if wrong is not None:
