@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         SASRecForSequentialRecommendation,
     )
 
+    from .trainer.publishing.repository import push
+
 
 __version__ = version("mmesid")
 
@@ -28,6 +30,7 @@ _MODULES = {
     "MMRQVAEModel": "modeling_mmesid",
     "SASRecConfig": "modeling_mmesid",
     "SASRecForSequentialRecommendation": "modeling_mmesid",
+    "push": ".trainer.publishing.repository",
 }
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "SASRecConfig",
     "SASRecForSequentialRecommendation",
     "__version__",
+    "push",
 ]
 
 

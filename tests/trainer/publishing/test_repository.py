@@ -7,8 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, snapshot_download
 
+from mmesid import push
 from mmesid.trainer.cli import main
-from mmesid.trainer.publishing.repository import add_metrics, publication, push, save_record
+from mmesid.trainer.publishing.repository import add_metrics, publication, save_record
 from mmesid.trainer.running.records import StageRecord, file_digest, input_digest
 from mmesid.trainer.stages import push as stage
 
