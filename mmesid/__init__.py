@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     )
 
     from .trainer.publishing.repository import push
+    from .trainer.quantizer.trainer import MMRQVAETrainingArguments
+    from .trainer.quantizer.training import quantize
 
 
 __version__ = version("mmesid")
@@ -28,8 +30,10 @@ _MODULES = {
     "MMESIDProcessor": "modeling_mmesid",
     "MMRQVAEConfig": "modeling_mmesid",
     "MMRQVAEModel": "modeling_mmesid",
+    "MMRQVAETrainingArguments": ".trainer.quantizer.trainer",
     "SASRecConfig": "modeling_mmesid",
     "SASRecForSequentialRecommendation": "modeling_mmesid",
+    "quantize": ".trainer.quantizer.training",
     "push": ".trainer.publishing.repository",
 }
 
@@ -39,9 +43,11 @@ __all__ = [
     "MMESIDProcessor",
     "MMRQVAEConfig",
     "MMRQVAEModel",
+    "MMRQVAETrainingArguments",
     "SASRecConfig",
     "SASRecForSequentialRecommendation",
     "__version__",
+    "quantize",
     "push",
 ]
 

@@ -96,7 +96,7 @@ def semantic_id_examples(
     order = order[(order > 0) & (codes[modality][order, 0] >= 0)]
     ids = codes[modality][order]
     left = torch.ones(len(order), dtype=torch.bool)
-    examples = []
+    examples: list[dict] = []
     while len(examples) < 2 * EXAMPLE_PAIRS and left.sum() >= 2:
         most_frequent = int(left.long().argmax())
         left[most_frequent] = False
