@@ -80,8 +80,8 @@ def read_image(image: Path | bytes, item_id: str, max_bytes: int = MAX_BYTES) ->
         file = f"'{image}'" if isinstance(image, Path) else "its bytes"
         raise BadImageError(
             error.reason,
-            f"The image of item '{item_id}' cannot be read ({file}: {error}); replace it, or leave it out with "
-            "--on_bad_image missing.",
+            f"The image of item '{item_id}' cannot be read ({file}: {error}); replace it, or set on_bad_image "
+            "to 'missing'.",
         ) from error
 
 

@@ -12,8 +12,9 @@ Items are rows 1 to N; row 0 is padding. The dataset card beside the files confi
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 
 import datasets
@@ -26,9 +27,7 @@ from tqdm.auto import tqdm
 
 from ..running.records import write_text_atomic
 from .files import one_line
-from .images import BadImageError, read_image
-from .sequences import SPLITS, UserSequences
-from .source import Source
+from .sequences import SPLITS
 
 
 ITEMS_FILE = "items.parquet"
@@ -98,64 +97,98 @@ class Sequences:
 
 class PreparedDataset:
     """
+    Items and sequences as every later stage reads them: in memory as [`~mmesid.prepare`] returns them, or in a
+    directory that [`~PreparedDataset.load`] opens. Texts, sequences and pictures are read when they are asked for.
+
     Args:
-        path (`Path`): The directory.
+        features (`datasets.Features`): Columns of the items: those of `ITEM_FEATURES`, further fields of the source,
+            and `image` if it has pictures.
+        statistics (`dict`): Counts, filters, split, source and licence.
+        read_items (`Callable[[list[str]], Iterator[pa.Table]]`): Reads the columns of these names, in parts that are
+            written as row groups.
+        read_sequences (`Callable[[str], Sequences]`): Reads one split.
+        path (`Path`, *optional*): The directory; `None` for a dataset in memory.
+
+    Attributes:
         item_ids (`list[str]`): `num_items + 1` raw ids; row 0 is `""`.
-        titles (`list[str]`): `num_items + 1` titles; row 0 is `""`.
+        titles (`list[str]`): `num_items + 1` titles, empty where an item has none; row 0 is `""`.
         texts (`list[str]`): `num_items + 1` texts for an encoder, empty where an item has none; row 0 is `""`.
         frequencies (`torch.LongTensor`): `(num_items + 1,)` occurrences in the training split; row 0 is 0.
-        statistics (`dict`): Content of `statistics.json`.
     """
 
     def __init__(
         self,
-        path: Path,
-        item_ids: list[str],
-        titles: list[str],
-        texts: list[str],
-        frequencies: torch.Tensor,
+        features: datasets.Features,
         statistics: dict,
+        read_items: Callable[[list[str]], Iterator[pa.Table]],
+        read_sequences: Callable[[str], Sequences],
+        path: Path | None = None,
     ):
-        self.path = path
-        self.item_ids = item_ids
-        self.titles = titles
-        self.texts = texts
-        self.frequencies = frequencies
+        self.features = features
         self.statistics = statistics
+        self.path = path
+        self._read_items = read_items
+        self._read_sequences = read_sequences
+        self.item_ids = ["", *self._column("item_id")]
+        self.frequencies = torch.tensor([0, *self._column("frequency")])
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "PreparedDataset":
+    def load(cls, directory: str | os.PathLike) -> "PreparedDataset":
         """
-        Reads everything but the sequences and the pictures.
+        Opens a directory that [`~PreparedDataset.save`] or `mmesid prepare` wrote.
 
         Raises:
             FileNotFoundError: If the directory lacks one of its files.
             ValueError: If a file is damaged or lacks a column, or the items are not rows 1 to N.
         """
-        path = Path(path)
+        path = Path(directory)
         for name in (ITEMS_FILE, STATISTICS_FILE, *SEQUENCE_FILES.values()):
             if not (path / name).is_file():
                 raise FileNotFoundError(
                     f"'{path}' is no prepared dataset, it lacks '{name}'; write it with `mmesid prepare`."
                 )
-        table = _read_table(path / ITEMS_FILE, list(ITEM_FEATURES))
-        rows = table["row"].to_numpy()
+        items = path / ITEMS_FILE
+        _require(items, list(ITEM_FEATURES))
+        rows = _read_table(items, ["row"])["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
-            raise ValueError(
-                f"'{path / ITEMS_FILE}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again."
-            )
+            raise ValueError(f"'{items}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again.")
         return cls(
-            path=path,
-            item_ids=["", *table["item_id"].to_pylist()],
-            titles=["", *table["title"].to_pylist()],
-            texts=["", *table["text"].to_pylist()],
-            frequencies=torch.from_numpy(np.concatenate([[0], table["frequency"].to_numpy()])).long(),
+            features=datasets.Features.from_arrow_schema(pq.read_schema(items)),
             statistics=_read_statistics(path / STATISTICS_FILE),
+            read_items=partial(_read_parts, items),
+            read_sequences=partial(_read_sequences, path, len(rows)),
+            path=path,
         )
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes everything but the dataset card to a directory, some hundred pictures at a time."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (
+            pq.ParquetWriter(directory / ITEMS_FILE, self.features.arrow_schema) as writer,
+            tqdm(total=self.num_items, desc="items", unit="item", delay=2) as progress,
+        ):
+            for part in self._read_items(list(self.features)):
+                writer.write_table(part, row_group_size=len(part))
+                progress.update(len(part))
+        for split, name in SEQUENCE_FILES.items():
+            _write_sequences(directory / name, self.sequences(split))
+        write_text_atomic(directory / STATISTICS_FILE, json.dumps(self.statistics, indent=2) + "\n")
 
     @property
     def num_items(self) -> int:
         return len(self.item_ids) - 1
+
+    @cached_property
+    def titles(self) -> list[str]:
+        return ["", *self._column("title")]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return ["", *self._column("text")]
+
+    def _column(self, name: str) -> list:
+        return [value for part in self._read_items([name]) for value in part[name].to_pylist()]
 
     def sequences(self, split: str) -> Sequences:
         """
@@ -164,42 +197,71 @@ class PreparedDataset:
         Raises:
             ValueError: If there is no such split, or if its file is damaged or holds a row that is no item.
         """
-        if split not in SEQUENCE_FILES:
-            raise ValueError(f"A prepared dataset has no split '{split}'; choose one of {', '.join(SEQUENCE_FILES)}.")
-        file = self.path / SEQUENCE_FILES[split]
-        table = _read_table(file, list(SEQUENCE_FEATURES))
-        history = table["history"]
-        histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
-        targets = table["target"].to_numpy()
-        for rows in (histories, targets):
-            if len(rows) and not 1 <= rows.min() <= rows.max() <= self.num_items:
-                raise ValueError(
-                    f"'{file}' holds a row outside 1 to {self.num_items}; write it again with `mmesid prepare`."
-                )
-        offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(history).to_numpy(), dtype=np.int64)])
-        return Sequences(table["user_id"].to_pylist(), histories, offsets, targets)
+        if split not in SPLITS:
+            raise ValueError(f"A prepared dataset has no split '{split}'; choose one of {', '.join(SPLITS)}.")
+        return self._read_sequences(split)
 
     def items(self) -> datasets.Dataset:
         """
         The items in the order of their rows; a picture is decoded when read, `None` where an item has none. Pictures
-        may be larger than memory: they are read from the file that `datasets` makes of them in its cache.
+        of a directory may be larger than memory: they stay in the file that `datasets` makes of them in its cache. A
+        dataset in memory holds their bytes.
         """
-        return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
+        if self.path is not None:
+            return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
+        return self._items_in_memory
+
+    @cached_property
+    def _items_in_memory(self) -> datasets.Dataset:
+        table = pa.concat_tables(self._read_items(list(self.features)))
+        return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
-def _read_table(file: Path, columns: list[str]) -> pa.Table:
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        present = pq.read_schema(file).names
-        missing = [name for name in columns if name not in present]
-        if not missing:
-            return pq.read_table(file, columns=columns)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read ({one_line(error)}); write it again with `mmesid prepare`."
         ) from error
-    raise ValueError(
-        f"'{file}' has no column '{missing[0]}', only {', '.join(present)}; write it again with `mmesid prepare`."
-    )
+
+
+def _require(file: Path, columns: list[str]) -> None:
+    with _readable(file):
+        present = pq.read_schema(file).names
+    for name in columns:
+        if name not in present:
+            raise ValueError(
+                f"'{file}' has no column '{name}', only {', '.join(present)}; write it again with `mmesid prepare`."
+            )
+
+
+def _read_table(file: Path, columns: list[str]) -> pa.Table:
+    _require(file, columns)
+    with _readable(file):
+        return pq.read_table(file, columns=columns)
+
+
+def _read_parts(file: Path, columns: list[str]) -> Iterator[pa.Table]:
+    rows = IMAGE_ROW_GROUP if "image" in columns else ITEM_ROW_GROUP
+    with _readable(file):
+        parquet = pq.ParquetFile(file)
+        for batch in parquet.iter_batches(rows, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def _read_sequences(path: Path, num_items: int, split: str) -> Sequences:
+    file = path / SEQUENCE_FILES[split]
+    table = _read_table(file, list(SEQUENCE_FEATURES))
+    history = table["history"]
+    histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
+    targets = table["target"].to_numpy()
+    for rows in (histories, targets):
+        if len(rows) and not 1 <= rows.min() <= rows.max() <= num_items:
+            raise ValueError(f"'{file}' holds a row outside 1 to {num_items}; write it again with `mmesid prepare`.")
+    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(history).to_numpy(), dtype=np.int64)])
+    return Sequences(table["user_id"].to_pylist(), histories, offsets, targets)
 
 
 def _read_statistics(file: Path) -> dict:
@@ -207,116 +269,6 @@ def _read_statistics(file: Path) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{file}' is not JSON ({error}); write it again with `mmesid prepare`.") from error
-
-
-def write_prepared(
-    directory: str | os.PathLike,
-    source: Source,
-    sequences: UserSequences,
-    on_bad_image: str = "error",
-    counts: dict[str, int] | None = None,
-) -> dict:
-    """
-    Writes everything but the dataset card.
-
-    Args:
-        directory (`str` or `os.PathLike`): An existing directory.
-        source (`Source`): Where the items' texts and pictures come from.
-        sequences (`UserSequences`): Who did what, from the same source.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
-            `"missing"` leaves it out and counts it by the reason of [`BadImageError`].
-        counts (`dict[str, int]`, *optional*): Further statistics to write, of what came before.
-
-    Returns:
-        `dict`: The statistics.
-
-    Raises:
-        ValueError: If a picture cannot be read and `on_bad_image` is `"error"`.
-    """
-    directory = Path(directory)
-    catalogue = source.catalogue
-    frequencies = sequences.training_frequencies()[1:]
-    bad_images: Counter = Counter()
-
-    def images(positions: np.ndarray) -> Iterator[dict | None]:
-        for position in positions:
-            image, data = catalogue.images[position], None
-            if image is not None:
-                try:
-                    data = read_image(image, catalogue.item_ids[position])
-                except BadImageError as error:
-                    if on_bad_image == "error":
-                        raise
-                    bad_images[error.reason] += 1
-            yield None if data is None else {"bytes": data, "path": None}
-
-    fields = [name for name in catalogue.fields.column_names if name not in ITEM_FEATURES and name != "image"]
-    features = datasets.Features(
-        ITEM_FEATURES
-        | datasets.Features.from_arrow_schema(catalogue.fields.select(fields).schema)
-        | ({} if catalogue.images is None else {"image": datasets.Image()})
-    )
-    row_group = ITEM_ROW_GROUP if catalogue.images is None else IMAGE_ROW_GROUP
-    missing_text = missing_image = 0
-    with (
-        pq.ParquetWriter(directory / ITEMS_FILE, features.arrow_schema) as writer,
-        tqdm(total=len(sequences.kept_items), desc="items", unit="item", delay=2) as progress,
-    ):
-        for start in range(0, len(sequences.kept_items), row_group):
-            positions = sequences.kept_items[start : start + row_group]
-            columns = {
-                "row": np.arange(start + 1, start + len(positions) + 1, dtype=np.int32),
-                "item_id": [catalogue.item_ids[position] for position in positions],
-                "title": catalogue.titles(positions),
-                "text": catalogue.texts(positions),
-                "frequency": frequencies[start : start + len(positions)],
-            } | dict(zip(fields, catalogue.columns(fields, positions).columns))
-            missing_text += columns["text"].count("")
-            if catalogue.images is not None:
-                columns["image"] = list(images(positions))
-                missing_image += columns["image"].count(None)
-            writer.write_table(pa.table(columns, schema=features.arrow_schema), row_group_size=row_group)
-            progress.update(len(positions))
-
-    user_ids = source.interactions.user_ids
-    examples, repeated_targets = {}, 0
-    for split, name in SEQUENCE_FILES.items():
-        users, histories, offsets, targets = sequences.split(split)
-        _write_sequences(directory / name, Sequences([user_ids[user] for user in users], histories, offsets, targets))
-        examples[split] = len(targets)
-        if split == "test":
-            owners = np.repeat(np.arange(len(targets), dtype=np.int32), np.diff(offsets))
-            repeated_targets = len(np.unique(owners[histories == targets[owners]]))
-
-    lengths = np.diff(sequences.offsets)
-    statistics = {
-        "source": source.name,
-        "licence": source.licence,
-        "synthetic": source.synthetic,
-        "split": "global_time" if sequences.starts else "leave_one_out",
-        **{f"{split}_starts": time for split, time in sequences.starts.items()},
-        "users": len(sequences.users),
-        "training_users": examples["train"],
-        "validation_users": examples["validation"],
-        "test_users": examples["test"],
-        "items": len(sequences.kept_items),
-        "interactions": len(sequences.rows),
-        "training_interactions": int(frequencies.sum()),
-        "shortest_sequence": int(lengths.min()),
-        "median_sequence": float(np.median(lengths)),
-        "longest_sequence": int(lengths.max()),
-        "items_without_training_interactions": int((frequencies == 0).sum()),
-        # A ranking that leaves out the history can never find these.
-        "repeated_test_targets": repeated_targets,
-        "missing_text": missing_text,
-        "missing_image": len(sequences.kept_items) if catalogue.images is None else missing_image,
-        "bad_image": bad_images.total(),
-        **{f"bad_image_{reason}": count for reason, count in sorted(bad_images.items())},
-        **(counts or {}),
-        **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
-    }
-    write_text_atomic(directory / STATISTICS_FILE, json.dumps(statistics, indent=2) + "\n")
-    return statistics
 
 
 def _write_sequences(path: Path, sequences: Sequences) -> None:

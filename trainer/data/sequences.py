@@ -9,6 +9,8 @@ from .source import Interactions
 
 
 SPLITS = ("train", "validation", "test")
+DUPLICATES = ("drop", "keep")
+REPEATS = ("keep", "first", "last")
 
 # How many items at a user's end are not in the history of a leave-one-out example; the first of them is its target.
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
@@ -170,13 +172,8 @@ def split_global_time(
         `tuple`: `UserSequences.targets` and `UserSequences.starts`.
 
     Raises:
-        ValueError: If the shares are no shares, or a split has no example.
+        ValueError: If a split has no example.
     """
-    if not (0 < validation_fraction and 0 < test_fraction and validation_fraction + test_fraction < 1):
-        raise ValueError(
-            f"validation_fraction and test_fraction are shares that leave some to train on, got {validation_fraction} "
-            f"and {test_fraction}."
-        )
     ranks = [int((1 - validation_fraction - test_fraction) * len(times)), int((1 - test_fraction) * len(times))]
     validation_start, test_start = (int(time) for time in np.partition(times, ranks)[ranks])
     num_users = len(offsets) - 1
@@ -202,16 +199,50 @@ def split_global_time(
     return targets, {"validation": validation_start, "test": test_start}
 
 
+@dataclass(frozen=True)
+class SequenceSettings:
+    """
+    Which interactions count, and how they are split.
+
+    Args:
+        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a
+            fixed point. With 0 every item of the catalogue stays, those without interactions too.
+        min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
+        duplicates (`str`, *optional*, defaults to `"drop"`): See [`keep_unrepeated`].
+        repeats (`str`, *optional*, defaults to `"keep"`): See [`keep_unrepeated`].
+        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` or `"global_time"`.
+        validation_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
+        test_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
+
+    Raises:
+        ValueError: If a value is none of these, `min_interactions` is negative, or the shares are no shares.
+    """
+
+    min_interactions: int = 0
+    min_rating: float | None = None
+    duplicates: str = "drop"
+    repeats: str = "keep"
+    split: str = "leave_one_out"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+
+    def __post_init__(self):
+        choices = {"duplicates": DUPLICATES, "repeats": REPEATS, "split": tuple(SHORTEST_SEQUENCE)}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}.")
+        if self.min_interactions < 0:
+            raise ValueError(f"min_interactions is a count, 0 or more, got {self.min_interactions}.")
+        shares = (self.validation_fraction, self.test_fraction)
+        if self.split == "global_time" and not (min(shares) > 0 and sum(shares) < 1):
+            raise ValueError(
+                "validation_fraction and test_fraction are shares that leave some to train on, got "
+                f"{self.validation_fraction} and {self.test_fraction}."
+            )
+
+
 def build_sequences(
-    interactions: Interactions,
-    num_items: int,
-    min_interactions: int = 0,
-    min_rating: float | None = None,
-    duplicates: str = "drop",
-    repeats: str = "keep",
-    split: str = "leave_one_out",
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.1,
+    interactions: Interactions, num_items: int, settings: SequenceSettings | None = None
 ) -> UserSequences:
     """
     Filters the interactions, by rating, repetition and k-core in this order, and orders and splits the rest in time.
@@ -220,20 +251,13 @@ def build_sequences(
     Args:
         interactions (`Interactions`): The raw interactions.
         num_items (`int`): Size of the catalogue.
-        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a
-            fixed point. With 0 every item of the catalogue stays, those without interactions too.
-        min_rating (`float`, *optional*): Keep interactions rated this or better.
-        duplicates (`str`, *optional*, defaults to `"drop"`): See [`keep_unrepeated`].
-        repeats (`str`, *optional*, defaults to `"keep"`): See [`keep_unrepeated`].
-        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` or `"global_time"`.
-        validation_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
-        test_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
+        settings (`SequenceSettings`, *optional*): Filters and split; the defaults of the class by default.
 
     Raises:
-        ValueError: If nothing is left, `min_interactions` is negative, or there are no ratings to filter by.
+        ValueError: If nothing is left, or there are no ratings to filter by.
     """
-    if min_interactions < 0:
-        raise ValueError(f"min_interactions is a count, 0 or more, got {min_interactions}.")
+    settings = settings or SequenceSettings()
+    min_interactions, min_rating, split = settings.min_interactions, settings.min_rating, settings.split
     with tqdm(total=4, desc="building sequences", unit="step", delay=2) as progress:
         users, items, times = interactions.users, interactions.items, interactions.times
         num_users = len(interactions.user_ids)
@@ -247,7 +271,9 @@ def build_sequences(
             users, items, times = users[good], items[good], times[good]
         progress.update()
 
-        unrepeated, num_duplicates, num_repeats = keep_unrepeated(users, items, times, duplicates, repeats)
+        unrepeated, num_duplicates, num_repeats = keep_unrepeated(
+            users, items, times, settings.duplicates, settings.repeats
+        )
         if num_duplicates or num_repeats:
             users, items = users[unrepeated], items[unrepeated]
         progress.update()
@@ -258,7 +284,7 @@ def build_sequences(
         if not kept.any():
             raise ValueError(
                 f"No user of {num_users} is left with min_interactions={min_interactions} and {shortest} "
-                "interactions a user at least; lower min_interactions or bring more data."
+                "interactions per user at least; lower min_interactions or bring more data."
             )
         progress.update()
         # The times are filtered once little of them is left: no filter in between reads them.
@@ -274,7 +300,7 @@ def build_sequences(
         if split == "leave_one_out":
             targets, starts = split_leave_one_out(offsets), {}
         else:
-            targets, starts = split_global_time(times, offsets, validation_fraction, test_fraction)
+            targets, starts = split_global_time(times, offsets, settings.validation_fraction, settings.test_fraction)
     return UserSequences(
         users=kept_users,
         kept_items=kept_items,

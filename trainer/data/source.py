@@ -2,14 +2,14 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 
-from .texts import TEXT_FIELDS, compose_text, field_text, price_of
+from .texts import TEXT_FIELDS, compose_text, field_text, is_missing, price_of
 
 
 # Type of the fields that every reader knows; any other is text.
@@ -41,12 +41,15 @@ class Catalogue:
         images (`Sequence[str | Path | bytes | None]`, *optional*): Picture of every item, as a URL, as a file or as
             the bytes of one, `None` where an item has none; `None` instead of a sequence if the source has no
             pictures at all.
+        pictures_by_id (`dict[str, Path]`, *optional*, defaults to none): Pictures called after items, for those that
+            have no other.
     """
 
     item_ids: list[str]
     fields: pa.Table
     text_fields: list[str]
     images: Sequence[str | Path | bytes | None] | None = None
+    pictures_by_id: dict[str, Path] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -66,10 +69,13 @@ class Catalogue:
 
     def columns(self, names: list[str], positions: np.ndarray) -> pa.Table:
         """The fields of these names of the items at `positions`, ascending."""
-        wanted = np.zeros(len(self), bool)
-        wanted[positions] = True
+        table = self.fields.select(names)
+        if len(positions) == 0:
+            return table.slice(0, 0)
+        wanted = np.zeros(positions[-1] + 1 - positions[0], bool)
+        wanted[positions - positions[0]] = True
         # `Table.take` would first join the parts of every column into a copy of the whole.
-        return self.fields.select(names).filter(pa.array(wanted))
+        return table.slice(positions[0], len(wanted)).filter(pa.array(wanted))
 
     def _lists(self, names: list[str], positions: np.ndarray | None) -> list[list]:
         table = self.fields.select(names) if positions is None else self.columns(names, positions)
@@ -126,10 +132,13 @@ class CatalogueBuilder:
     Args:
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; by default those
             of `TEXT_FIELDS` that any item has.
+        pictures (`dict[str, Path]`, *optional*): Pictures by name: those that items name, and, for items without a
+            picture, those called after their ids.
     """
 
-    def __init__(self, text_fields: list[str] | None = None):
+    def __init__(self, text_fields: list[str] | None = None, pictures: dict[str, Path] | None = None):
         self.text_fields = text_fields
+        self.pictures = pictures or {}
         others = (*TEXT_FIELDS, *(text_fields or ()))
         self.schema = pa.schema(FIELD_TYPES | {name: pa.string() for name in others if name not in FIELD_TYPES})
         self.positions: dict[str, int] = {}
@@ -170,6 +179,12 @@ class CatalogueBuilder:
         if len(self._rows) == _ITEMS_AT_ONCE:
             self._flush()
 
+    def image_location(self, image: str | float | None, folder: Path) -> str | Path | None:
+        """What a field says of a picture: a URL stays one, any other string names a picture or a file in `folder`."""
+        if is_missing(image) or image == "":
+            return None
+        return image if image.startswith(("http://", "https://")) else self.pictures.get(image, folder / image)
+
     def _flush(self) -> None:
         self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self.schema))
         self._rows = []
@@ -179,7 +194,7 @@ class CatalogueBuilder:
         Returns the catalogue.
 
         Raises:
-            ValueError: If no item has one of the text fields that were asked for.
+            ValueError: If no item has one of the text fields that were asked for, or no picture belongs to an item.
         """
         self._flush()
         table = pa.Table.from_batches(self._batches, schema=self.schema)
@@ -191,7 +206,17 @@ class CatalogueBuilder:
                 )
         text_fields = self.text_fields or [name for name in TEXT_FIELDS if name in present]
         images = self.images if any(image is not None for image in self.images) else None
-        return Catalogue(list(self.positions), table.select(present), text_fields, images)
+        return Catalogue(list(self.positions), table.select(present), text_fields, images, self._pictures_by_id())
+
+    def _pictures_by_id(self) -> dict[str, Path]:
+        by_id = {PurePosixPath(name).stem: path for name, path in self.pictures.items()}
+        named = {image for image in self.images if isinstance(image, Path)}
+        if by_id and by_id.keys().isdisjoint(self.positions) and named.isdisjoint(self.pictures.values()):
+            raise ValueError(
+                f"No picture of image_dir is called after an item: the first is '{next(iter(self.pictures))}', the "
+                f"first item '{next(iter(self.positions))}'; rename the pictures, or name them in a field of items."
+            )
+        return by_id
 
 
 class ArrowStrings(Sequence):

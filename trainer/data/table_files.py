@@ -1,6 +1,6 @@
 """
 Tables wherever they are: CSV, TSV, Parquet and JSON lines (gzipped or not, on disk or on the Hub), and what `datasets`
-loads from a folder or a repository.
+loads from a folder or a repository, and tables in memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,6 +38,7 @@ class TableLocation:
         revision (`str`, *optional*): Branch, tag or commit of a repository.
         reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
             read the file.
+        table (`datasets.Dataset`, *optional*): A table in memory; the path is then what errors call it.
     """
 
     path: str
@@ -45,11 +46,16 @@ class TableLocation:
     split: str = "train"
     revision: str | None = None
     reader: str | None = None
+    table: datasets.Dataset | None = None
 
     def is_file(self) -> bool:
         """Whether this is one file, there or not, rather than a folder or a repository."""
         path = Path(self.path)
-        return not path.is_dir() and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
+        return (
+            self.table is None
+            and not path.is_dir()
+            and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
+        )
 
     def is_repository(self) -> bool:
         """Whether this is a repository of the Hub."""
@@ -63,6 +69,8 @@ class TableLocation:
             FileNotFoundError: If there is nothing of that name, here or on the Hub.
             ValueError: If it cannot be read, or lacks the configuration or the split.
         """
+        if self.table is not None:
+            return self.table
         if self.is_file() and self.reader is None:
             return None
         try:
@@ -101,11 +109,11 @@ def format_suffix(path: Path) -> str | None:
 
 
 def is_line_file(path: Path) -> bool:
-    """Whether a file holds a JSON object a line."""
+    """Whether a file holds one JSON object per line."""
     return format_suffix(path) in LINE_SUFFIXES
 
 
-def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+def parquet_batches(path: Path, rows_at_once: int, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
     """
     The rows of a Parquet file, some at a time; all columns by default.
 
@@ -115,7 +123,7 @@ def parquet_batches(path: Path, rows_at_once: int, columns: list[str] | None = N
     with readable(path):
         file = pq.ParquetFile(path)
         require_columns(columns or (), file.schema_arrow.names, path)
-        yield from file.iter_batches(rows_at_once, columns=columns)
+        yield from file.iter_batches(rows_at_once, columns=columns and list(columns))
 
 
 @contextmanager
@@ -150,10 +158,22 @@ def csv_batches(
             yield from reader
 
 
-def require_columns(wanted: Iterable[str], present: list[str], location: str | Path) -> None:
+def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], location: str | Path) -> None:
+    """
+    Checks that a table has the columns of these names.
+
+    Args:
+        wanted (`Iterable[str]` or `dict[str, str]`): The columns, and the setting that names each if there is one.
+        present (`list[str]`): The table's columns.
+        location (`str` or `Path`): The table, for the error.
+
+    Raises:
+        ValueError: If one is missing; the sentence lists those that are there, and the setting.
+    """
     for name in wanted:
         if name not in present:
-            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; name one of them.")
+            remedy = f"set {wanted[name]} to one of them" if isinstance(wanted, dict) else "name another table"
+            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; {remedy}.")
 
 
 def unknown_format(path: Path) -> ValueError:

@@ -332,7 +332,9 @@ def test_unpacked_pictures_survive_an_interruption(tmp_path):
 def test_what_is_no_sound_picture_is_told_apart(tmp_path, data, reason):
     (tmp_path / "file").write_bytes(data)
     for image in (data, tmp_path / "file"):
-        with pytest.raises(BadImageError, match="image of item 'i7' cannot be read .*--on_bad_image missing") as error:
+        with pytest.raises(
+            BadImageError, match="image of item 'i7' cannot be read .*set on_bad_image to 'missing'"
+        ) as error:
             read_image(image, "i7", max_bytes=max(len(JPEG), 5000) if reason == "unreadable" else 4500)
         assert error.value.reason == reason and "\n" not in str(error.value)
 

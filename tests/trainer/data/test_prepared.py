@@ -10,9 +10,9 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from mmesid.trainer.data import prepared
-from mmesid.trainer.data.prepared import PreparedDataset, write_prepared
-from mmesid.trainer.data.sequences import build_sequences
+from mmesid.trainer.data import preparation, prepared
+from mmesid.trainer.data.preparation import prepare_source
+from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.source import Catalogue, Interactions, Source
 
 
@@ -51,8 +51,9 @@ def source(tmp_path):
 
 
 def write(directory, source, **options):
-    directory.mkdir()
-    return write_prepared(directory, source, build_sequences(source.interactions, 4), **options)
+    data = prepare_source(source, **options)
+    data.save(directory)
+    return data.statistics
 
 
 def test_the_reader_returns_rows_texts_and_frequencies(tmp_path, source):
@@ -86,15 +87,10 @@ def test_test_history_is_training_sequence_and_validation_target(tmp_path, sourc
     assert len(train[1]["history"]) == 0, "a training sequence of one item leaves an empty history"
 
 
-def test_a_negative_filter_is_refused(source):
-    with pytest.raises(ValueError, match="min_interactions is a count, 0 or more, got -1"):
-        build_sequences(source.interactions, 4, min_interactions=-1)
-
-
 def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
     write(tmp_path / "whole", source)
-    for name in ("SEQUENCE_ROW_GROUP", "IMAGE_ROW_GROUP"):
-        monkeypatch.setattr(prepared, name, 2)
+    monkeypatch.setattr(prepared, "SEQUENCE_ROW_GROUP", 2)
+    monkeypatch.setattr(preparation, "IMAGE_ROW_GROUP", 2)
     write(tmp_path / "parts", source)
     assert pq.ParquetFile(tmp_path / "parts/items.parquet").num_row_groups == 2
     for name in ("items.parquet", "sequences/train.parquet", "sequences/validation.parquet", "sequences/test.parquet"):
@@ -132,8 +128,7 @@ def test_pictures_are_read_from_disk_one_by_one(tmp_path):
     source = make_source()
     items = [f"item {number}" for number in range(300)]
     source.catalogue = Catalogue(items, pa.table({"title": items}), ["title"], [file.getvalue()] * 300)
-    (tmp_path / "prepared").mkdir()
-    write_prepared(tmp_path / "prepared", source, build_sequences(source.interactions, 300))
+    write(tmp_path / "prepared", source)
     data = PreparedDataset.load(tmp_path / "prepared")
     before = pa.total_allocated_bytes()
     items = data.items()

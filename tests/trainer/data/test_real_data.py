@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mmesid.trainer.data.images import read_image
-from mmesid.trainer.data.prepared import PreparedDataset, write_prepared
-from mmesid.trainer.data.sequences import build_sequences
+from mmesid.trainer.data.preparation import prepare_source
+from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.sources.sequence_files import read_sequence_files
 
 
@@ -23,7 +23,7 @@ requires_real_data = pytest.mark.skipif(
 def test_amazon_beauty_keeps_its_rows(tmp_path):
     folder = REAL_DATA / "beauty"
     source = read_sequence_files(folder)
-    write_prepared(tmp_path, source, build_sequences(source.interactions, len(source.catalogue)))
+    prepare_source(source).save(tmp_path)
     data = PreparedDataset.load(tmp_path)
     assert {name: data.statistics[name] for name in ("users", "items", "interactions", "dropped_short_users")} == {
         "users": 22332, "items": 12086, "interactions": 198215, "dropped_short_users": 0,

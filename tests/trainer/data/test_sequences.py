@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmesid.trainer.data.sequences import build_sequences, k_core, keep_unrepeated, split_global_time
+from mmesid.trainer.data.sequences import SequenceSettings, build_sequences, k_core, keep_unrepeated, split_global_time
 from mmesid.trainer.data.source import Interactions
 
 
@@ -64,10 +64,12 @@ def test_splits_follow_from_the_sequences_in_time(pairs, min_interactions, seed)
             expected.setdefault(user, []).append(item)
     if not expected:
         with pytest.raises(ValueError, match="No user of 12 is left"):
-            build_sequences(interactions_of(pairs, times), 9, min_interactions, duplicates="keep")
+            build_sequences(interactions_of(pairs, times), 9, SequenceSettings(min_interactions, duplicates="keep"))
         return
 
-    sequences = build_sequences(interactions_of(pairs, times), 9, min_interactions, duplicates="keep")
+    sequences = build_sequences(
+        interactions_of(pairs, times), 9, SequenceSettings(min_interactions, duplicates="keep")
+    )
     assert sequences.users.tolist() == sorted(expected)
     assert len(set(sequences.kept_items.tolist())) == len(sequences.kept_items)
     if min_interactions == 0:
@@ -135,7 +137,11 @@ def test_a_split_in_time_learns_nothing_from_what_happened_later(pairs, seed, sh
     data = interactions_of(pairs, times.tolist())
     try:
         sequences = build_sequences(
-            data, 9, duplicates="keep", split="global_time", validation_fraction=shares[0], test_fraction=shares[1]
+            data,
+            9,
+            SequenceSettings(
+                duplicates="keep", split="global_time", validation_fraction=shares[0], test_fraction=shares[1]
+            ),
         )
     except ValueError as error:
         assert "is left" in str(error) or "No user is in the" in str(error)
@@ -171,11 +177,29 @@ def test_a_split_in_time_learns_nothing_from_what_happened_later(pairs, seed, sh
     assert sequences.training_frequencies().tolist() == [0, *(recount[item] for item in range(9))]
 
 
-def test_shares_that_leave_nothing_are_refused():
-    times, offsets = np.arange(10), np.array([0, 5, 10])
-    for shares in ((0.5, 0.5), (0, 0.1), (0.1, -1)):
-        with pytest.raises(ValueError, match="are shares that leave some to train on"):
-            split_global_time(times, offsets, *shares)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_interactions": -1}, "min_interactions is a count, 0 or more, got -1"),
+        ({"split": "leave_two_out"}, "split is 'leave_two_out'; choose one of leave_one_out, global_time"),
+        ({"duplicates": "first"}, "duplicates is 'first'; choose one of drop, keep"),
+        ({"repeats": True}, "repeats is True; choose one of keep, first, last"),
+        *(
+            (
+                {"split": "global_time", "validation_fraction": one, "test_fraction": other},
+                "are shares that leave some",
+            )
+            for one, other in ((0.5, 0.5), (0, 0.1), (0.1, -1))
+        ),
+    ],
+)
+def test_settings_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceSettings(**settings)
+
+
+def test_moments_that_leave_nothing_to_train_on_are_refused():
+    offsets = np.array([0, 5, 10])
     with pytest.raises(ValueError, match="No user is in the train split when validation starts at time 4"):
         split_global_time(np.full(10, 4), offsets, 0.2, 0.2)
 
@@ -183,9 +207,9 @@ def test_shares_that_leave_nothing_are_refused():
 def test_low_ratings_and_missing_ones_are_dropped_before_the_core():
     data = interactions_of([(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3)])
     data.ratings = np.array([5, 4, np.nan, 4, 5, 1, 5], dtype=np.float32)
-    sequences = build_sequences(data, 9, min_rating=4)
+    sequences = build_sequences(data, 9, SequenceSettings(min_rating=4))
     assert sequences.kept_items[sequences.rows - 1].tolist() == [1, 2, 4]
     assert (sequences.dropped["low_ratings"], sequences.dropped["short_users"]) == (2, 11)
     data.ratings = None
     with pytest.raises(ValueError, match="min_rating is 4, but the source has no ratings"):
-        build_sequences(data, 9, min_rating=4)
+        build_sequences(data, 9, SequenceSettings(min_rating=4))

@@ -117,9 +117,9 @@ def test_bad_input_leaves_earlier_outputs_untouched(folder, tmp_path, file, cont
 
 
 def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
-    with pytest.raises(ValueError, match="`--source sequences` needs source_dir, got None"):
+    with pytest.raises(ValueError, match="`--source sequences` needs source_dir; see"):
         main(["--source", "sequences", "--output_dir", str(tmp_path / "prepared")])
-    with pytest.raises(ValueError, match="`--source synthetic` does not read source_dir, got '.*folder'"):
+    with pytest.raises(ValueError, match="`--source synthetic` has no use for source_dir, got '.*folder'"):
         synthetic(tmp_path / "prepared", "--source_dir", str(folder))
     for flag, value in {"image_dir": "x", "licence": "CC0", "source_name": "x", "text_fields": "title"}.items():
         with pytest.raises(ValueError, match=f"`--source synthetic` has no use for {flag}, got .*; leave it out"):
@@ -266,7 +266,7 @@ def test_a_folder_of_pictures_beside_a_table_that_holds_its_own_is_refused(shop)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(shop / "products.parquet")
     pictures_folder(shop / "pics", **{"3": "blue"})
     flags = ["--items", str(shop / "products.parquet"), "--image_dir", str(shop / "pics")]
-    with pytest.raises(ValueError, match=r"hold their pictures themselves, in 'image'; leave out --image_dir"):
+    with pytest.raises(ValueError, match=r"hold their pictures themselves, in 'image'; leave out image_dir"):
         tabular(shop, *flags)
 
 

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -49,66 +50,72 @@ _ITEMS_AT_ONCE = 1024
 class Generation:
     """
     Args:
+        name (`str`): What the data are called.
         columns (`InteractionColumns`): What a review calls its user, item, time and rating.
         item_id (`str`): What the metadata call an item's id.
         fields (`Callable[[dict], dict]`): From a line of metadata to the fields of an item.
         image (`Callable[[dict], str | None]`): From a line of metadata to the URL of the item's picture.
     """
 
+    name: str
     columns: InteractionColumns
     item_id: str
     fields: Callable[[dict], dict]
     image: Callable[[dict], str | None]
 
 
-def configuration_file(kind: str, config: str | None, revision: str | None = None) -> TableLocation:
+def file_of(location: TableLocation, kind: str) -> TableLocation:
     """
-    Where a configuration of the Hub's dataset of 2023 is: `datasets` runs no loading scripts, and of a repository with
-    one it loads nothing by name.
+    The file of a configuration where the location is the Hub's dataset of 2023, the location itself where it is not:
+    `datasets` runs no loading scripts, and of a repository with one it loads nothing by name.
 
     Args:
+        location (`TableLocation`): With the configuration `raw_review_All_Beauty`, for example.
         kind (`str`): `"interactions"` or `"items"`.
-        config (`str`, *optional*): `raw_review_All_Beauty` or `5core_rating_only_All_Beauty`; `raw_meta_All_Beauty`.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
 
     Raises:
-        ValueError: If there is no such configuration of that kind, or it is more than one file.
+        ValueError: If there is no such configuration of the interactions or the items, or it is more than one file.
     """
+    if location.path != REPOSITORY:
+        return location
     for pattern, file, reader in _CONFIGURATIONS[kind]:
-        if match := re.fullmatch(pattern, config or ""):
-            repository = REPOSITORY if revision is None else f"{REPOSITORY}@{revision}"
+        if match := re.fullmatch(pattern, location.config or ""):
+            repository = REPOSITORY if location.revision is None else f"{REPOSITORY}@{location.revision}"
             return TableLocation(f"hf://datasets/{repository}/{match.expand(file)}", reader=reader)
     raise ValueError(
         f"'{REPOSITORY}' is read by the interactions' configurations raw_review_<category>, "
         "0core_rating_only_<category> and 5core_rating_only_<category>, and the items' raw_meta_<category>; got "
-        f"{kind}_config={config!r}; name one of them, or a file, as hf://datasets/{REPOSITORY}/<file>."
+        f"{kind}_config={location.config!r}; name one of them, or a file, as hf://datasets/{REPOSITORY}/<file>."
     )
 
 
 def read_amazon(
-    year: int,
+    generation: Generation,
     interactions: TableLocation,
     items: TableLocation,
+    *,
     text_fields: list[str] | None = None,
-    name: str | None = None,
+    pictures: dict[str, Path] | None = None,
+    source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
     """
     Args:
-        year (`int`): The generation: 2014, 2018 or 2023.
+        generation (`Generation`): How the files are laid out.
         interactions (`TableLocation`): The reviews.
         items (`TableLocation`): The metadata.
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of: title, description, brand,
             categories, price, and others of a line of metadata by its own names (`features` of 2023).
-        name (`str`, *optional*, defaults to the generation and the name of the configuration or file): What the data
-            are called.
+        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`].
+        source_name (`str`, *optional*, defaults to the generation and the name of the configuration or file): What the
+            data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a line cannot be read; the sentence names file and line.
     """
-    generation = GENERATIONS[year]
+    name = source_name or f"{generation.name}, {interactions.config or Path(interactions.path).name.split('.')[0]}"
     collector = InteractionCollector()
     if interactions.is_file() and interactions.reader is None and is_line_file(Path(interactions.path)):
         collector.extend_rows(_reviews(local_file(interactions.path), generation.columns))
@@ -116,7 +123,7 @@ def read_amazon(
         read_interactions(interactions, generation.columns, collector)
     collector.finish()
 
-    builder = CatalogueBuilder(text_fields)
+    builder = CatalogueBuilder(text_fields, pictures)
     metadata = Path(items.path)
     for number, item in _metadata(items):
         require(item, [generation.item_id], metadata, number)
@@ -126,7 +133,6 @@ def read_amazon(
             item = {field: value for field, value in item.items() if not is_missing(value)}
             values = {field: _plain(item.get(field)) for field in text_fields or ()} | generation.fields(item)
             builder.append(item_id, values, generation.image(item), place(metadata, number))
-    name = name or f"Amazon {year}, {interactions.config or Path(interactions.path).name.split('.')[0]}"
     return join(name, licence, collector, builder, items.path)
 
 
@@ -246,11 +252,17 @@ def _image_2023(item: dict) -> str | None:
     return main.get("large") or main.get("hi_res") or main.get("thumb")
 
 
-_BY_REVIEWER = InteractionColumns("reviewerID", "asin", "unixReviewTime", "overall")
-GENERATIONS = {
-    2014: Generation(_BY_REVIEWER, "asin", _fields_2014, _image_2014),
-    2018: Generation(_BY_REVIEWER, "asin", _fields_2018, _image_2018),
-    2023: Generation(
-        InteractionColumns("user_id", "parent_asin", "timestamp", "rating"), "parent_asin", _fields_2023, _image_2023
-    ),
-}
+_BY_REVIEWER = InteractionColumns("reviewerID", "asin", "unixReviewTime", "overall", fixed=True)
+AMAZON_2014 = Generation("Amazon 2014", _BY_REVIEWER, "asin", _fields_2014, _image_2014)
+AMAZON_2018 = Generation("Amazon 2018", _BY_REVIEWER, "asin", _fields_2018, _image_2018)
+AMAZON_2023 = Generation(
+    "Amazon 2023",
+    InteractionColumns("user_id", "parent_asin", "timestamp", "rating", fixed=True),
+    "parent_asin",
+    _fields_2023,
+    _image_2023,
+)
+
+read_amazon_2014 = partial(read_amazon, AMAZON_2014)
+read_amazon_2018 = partial(read_amazon, AMAZON_2018)
+read_amazon_2023 = partial(read_amazon, AMAZON_2023)

@@ -38,23 +38,26 @@ class _Release:
 
 
 def read_movielens(
-    directory: str | os.PathLike,
+    source_dir: str | os.PathLike,
+    *,
     text_fields: list[str] | None = None,
-    name: str | None = None,
+    pictures: dict[str, Path] | None = None,
+    source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
     """
     Args:
-        directory (`str` or `os.PathLike`): The folder of an unpacked archive.
-        text_fields (`list[str]`, *optional*): What a film's text is made of: title and categories by default.
-        name (`str`, *optional*): What the data are called; the release by default.
+        source_dir (`str` or `os.PathLike`): The folder of an unpacked archive.
+        text_fields (`list[str]`, *optional*, defaults to title and categories): What a film's text is made of.
+        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`].
+        source_name (`str`, *optional*, defaults to the name of the release): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
     Raises:
         FileNotFoundError: If the folder holds neither release.
         ValueError: If a line cannot be read; the sentence names file and line.
     """
-    directory = Path(directory)
+    directory = Path(source_dir)
     release = next((release for release in _RELEASES if release.is_in(directory)), None)
     if release is None:
         raise FileNotFoundError(
@@ -65,12 +68,12 @@ def read_movielens(
     collector = InteractionCollector()
     collector.extend_rows(_ratings(directory / release.ratings, release.separator))
     collector.finish()
-    builder = CatalogueBuilder(text_fields)
+    builder = CatalogueBuilder(text_fields, pictures)
     for number, line in read_lines(films, _ENCODING):
         where = place(films, number)
         film, title, genres = release.parse_film(line, where)
         builder.append(film, {"title": title, "categories": genres}, None, where)
-    return join(name or release.name, licence, collector, builder, str(films))
+    return join(source_name or release.name, licence, collector, builder, str(films))
 
 
 def _ratings(path: Path, separator: str) -> Iterator[tuple[str, str, int, float]]:

@@ -1,8 +1,8 @@
 """
 Reader of a folder with sequences that are already in order and items that are already joined to them:
 
-    sequences.txt   one user a line: `user item item ...`, oldest first
-    items.jsonl     one item a line: `{"item": 1, "title": "...", ...}`, in the order of the rows
+    sequences.txt   one line per user: `user item item ...`, oldest first
+    items.jsonl     one line per item: `{"item": 1, "title": "...", ...}`, in the order of the rows
 
 Pictures are files named by the items, relative to the folder.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from ..files import parse_json, place, read_lines, require
 from ..source import Catalogue, CatalogueBuilder, Interactions, Source
 from ..texts import is_missing
-from .tabular import image_location
 
 
 SEQUENCES_FILE = "sequences.txt"
@@ -24,35 +23,36 @@ ITEMS_FILE = "items.jsonl"
 
 
 def read_sequence_files(
-    directory: str | os.PathLike,
-    text_fields: list[str] | None = None,
+    source_dir: str | os.PathLike,
+    *,
     item_field: str = "item",
     image_field: str = "image",
+    text_fields: list[str] | None = None,
     pictures: dict[str, Path] | None = None,
-    name: str | None = None,
+    source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
     """
     Args:
-        directory (`str` or `os.PathLike`): The folder.
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must
-            have them, possibly null. By default those of `TEXT_FIELDS` that a line has.
+        source_dir (`str` or `os.PathLike`): The folder.
         item_field (`str`, *optional*, defaults to `"item"`): Field with an item's raw id, a string or an integer.
         image_field (`str`, *optional*, defaults to `"image"`): Field with the path of an item's picture, null or
             absent if there is none.
-        pictures (`dict[str, Path]`, *optional*): Pictures by the names that the items give them; others are looked
-            for in the folder.
-        name (`str`, *optional*, defaults to the folder's name): What the data are called.
+        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must
+            have them, possibly null. By default those of `TEXT_FIELDS` that a line has.
+        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; others are looked for in the folder.
+        source_name (`str`, *optional*, defaults to the folder's name): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a line cannot be read; the sentence names file and line.
     """
-    directory = Path(directory)
-    catalogue = _read_items(directory / ITEMS_FILE, text_fields, item_field, image_field, pictures or {})
+    directory = Path(source_dir)
+    builder = CatalogueBuilder(text_fields, pictures)
+    catalogue = _read_items(directory / ITEMS_FILE, builder, item_field, image_field)
     interactions = _read_sequences(directory / SEQUENCES_FILE, catalogue.item_ids)
-    return Source(name or directory.resolve().name, licence, False, catalogue, interactions)
+    return Source(source_name or directory.resolve().name, licence, False, catalogue, interactions)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -64,14 +64,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.strip()
 
 
-def _read_items(
-    path: Path, text_fields: list[str] | None, item_field: str, image_field: str, pictures: dict[str, Path]
-) -> Catalogue:
-    builder = CatalogueBuilder(text_fields)
+def _read_items(path: Path, builder: CatalogueBuilder, item_field: str, image_field: str) -> Catalogue:
     for number, line in _lines(path):
         where = place(path, number)
         item = parse_json(line, path, number)
-        require(item, [item_field, "title", *(text_fields or ())], path, number)
+        require(item, [item_field, "title", *(builder.text_fields or ())], path, number)
         item_id, title, image = item[item_field], item["title"], item.get(image_field)
         # Ids stand between spaces in the file of sequences.
         if not isinstance(item_id, str | int) or isinstance(item_id, bool) or str(item_id).split() != [str(item_id)]:
@@ -81,9 +78,9 @@ def _read_items(
         for field, value in (("title", title), (image_field, image)):
             if not isinstance(value, str) and not is_missing(value):
                 raise ValueError(f"{where} has {field}={value!r}; it must be a string or null.")
-        builder.append(str(item_id), item, image_location(image, path.parent, pictures), where)
+        builder.append(str(item_id), item, builder.image_location(image, path.parent), where)
     if not builder.positions:
-        raise ValueError(f"'{path}' is empty; write one item a line.")
+        raise ValueError(f"'{path}' is empty; write one line per item.")
     return builder.build()
 
 
@@ -109,7 +106,7 @@ def _read_sequences(path: Path, item_ids: list[str]) -> Interactions:
                 f"{where} names item '{error.args[0]}', which '{path.parent / ITEMS_FILE}' lacks; add it there."
             ) from error
     if not sequences:
-        raise ValueError(f"'{path}' is empty; write one user a line.")
+        raise ValueError(f"'{path}' is empty; write one line per user.")
     lengths = [len(sequence) for sequence in sequences]
     return Interactions(
         user_ids=list(places),

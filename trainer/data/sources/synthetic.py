@@ -113,7 +113,7 @@ def generate_catalogue(num_items: int = 600, num_users: int = 3000, seed: int = 
             f"A synthetic catalogue needs {2 * LONGEST} items and 1 user at least, got {num_items} and {num_users}; "
             "raise num_items or num_users."
         )
-    # One stream a part: more users leave the items as they are.
+    # One stream per part: more users leave the items as they are.
     item_rng, picture_rng, user_rng = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3))
     attributes = draw_attributes(num_items, item_rng)
     return Source(

@@ -49,16 +49,25 @@ class InteractionColumns:
         time (`str`, *optional*): When it happened: integers, floats, timestamps, or strings in ISO 8601; `None` takes
             the order of the rows.
         rating (`str`, *optional*): The user's rating, possibly null; `None` if there are none.
+        fixed (`bool`, *optional*, defaults to `False`): Whether a format has these names, so that no setting does.
     """
 
     user: str
     item: str
     time: str | None = None
     rating: str | None = None
+    fixed: bool = False
 
     @property
     def names(self) -> list[str]:
         return [name for name in (self.user, self.item, self.time, self.rating) if name is not None]
+
+    @property
+    def required(self) -> list[str] | dict[str, str]:
+        """The columns, with the setting that chooses each where one does."""
+        if self.fixed:
+            return self.names
+        return {name: f"{kind}_column" for kind, name in vars(self).items() if kind != "fixed" and name is not None}
 
 
 @dataclass(frozen=True)
@@ -84,49 +93,75 @@ class ItemColumns:
     price: str = "price"
     image: str = "image"
 
-    def chosen(self) -> list[str]:
-        """The columns that must be there: the id, and those with another name than the default."""
-        return [self.item, *(name for field, name in vars(self).items() if field != "item" and name != field)]
+    @property
+    def required(self) -> dict[str, str]:
+        """The columns that must be there, the id and those with another name than the default, with their settings."""
+        return {name: f"{field}_field" for field, name in vars(self).items() if field == "item" or name != field}
 
 
 def read_tabular(
     interactions: TableLocation,
-    interaction_columns: InteractionColumns,
     items: TableLocation | None = None,
-    item_columns: ItemColumns | None = None,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    time_column: str | None = "timestamp",
+    rating_column: str | None = None,
+    item_field: str | None = None,
+    title_field: str = "title",
+    description_field: str = "description",
+    brand_field: str = "brand",
+    categories_field: str = "categories",
+    price_field: str = "price",
+    image_field: str = "image",
     text_fields: list[str] | None = None,
     pictures: dict[str, Path] | None = None,
-    name: str | None = None,
+    source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
     """
     Args:
         interactions (`TableLocation`): The table of interactions.
-        interaction_columns (`InteractionColumns`): Its columns.
         items (`TableLocation`, *optional*): The table of items; without it they have nothing but ids.
-        item_columns (`ItemColumns`, *optional*): Its columns.
+        user_column, item_column, time_column, rating_column (`str`): See [`InteractionColumns`]; no time is empty or
+            `None`.
+        item_field (`str`, *optional*, defaults to `item_column`), title_field, description_field, brand_field,
+            categories_field, price_field, image_field (`str`): See [`ItemColumns`].
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order: those of
             `ItemColumns` and any other column of the table.
-        pictures (`dict[str, Path]`, *optional*): Pictures by the names that the table gives them; others are looked
-            for beside the table.
-        name (`str`, *optional*, defaults to where the interactions are): What the data are called.
+        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; other pictures are looked for beside the
+            table.
+        source_name (`str`, *optional*, defaults to where the interactions are): What the data are called.
         licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a column is missing or a row cannot be read.
     """
+    columns = InteractionColumns(user_column, item_column, time_column or None, rating_column)
+    item_columns = ItemColumns(
+        item_field or item_column,
+        title_field,
+        description_field,
+        brand_field,
+        categories_field,
+        price_field,
+        image_field,
+    )
     collector = InteractionCollector()
-    read_interactions(interactions, interaction_columns, collector)
+    read_interactions(interactions, columns, collector)
     collector.finish()
-    builder = CatalogueBuilder(text_fields)
-    embedded = None
-    if items is not None:
-        embedded = _read_items(items, item_columns, text_fields or [], pictures or {}, builder)
-    name = name or Path(interactions.path).name.split(".")[0]
+    builder = CatalogueBuilder(text_fields, pictures)
+    embedded = None if items is None else _read_items(items, item_columns, builder)
+    name = source_name or Path(interactions.path).name.split(".")[0]
+    if embedded is not None and pictures:
+        raise ValueError(
+            f"The items hold their pictures themselves, in '{image_field}'; leave out image_dir, or set image_field "
+            "to another column."
+        )
     source = join(name, licence, collector, builder, None if items is None else items.path)
     if embedded is not None:
-        source.catalogue.images = EmbeddedImages(embedded, item_columns.image, len(source.catalogue))
+        source.catalogue.images = EmbeddedImages(embedded, image_field, len(source.catalogue))
     return source
 
 
@@ -175,7 +210,7 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
     if table is not None:
         with readable(location.path):
             # A streamed table may not know its columns before its first row.
-            require_columns(columns.names, table.column_names or list(next(iter(table))), location.path)
+            require_columns(columns.required, table.column_names or list(next(iter(table))), location.path)
             for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
                 yield from part.combine_chunks().to_batches()
         return
@@ -186,12 +221,12 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
         while part := list(islice(rows, _ROWS_AT_ONCE)):
             yield _record_batch(columns.names, zip(*part), path)
     elif suffix in PARQUET_SUFFIXES:
-        yield from parquet_batches(path, _ROWS_AT_ONCE, columns.names)
+        yield from parquet_batches(path, _ROWS_AT_ONCE, columns.required)
     elif suffix in SEPARATORS:
         types = {columns.user: pa.string(), columns.item: pa.string()}
         if columns.rating is not None:
             types[columns.rating] = pa.float64()
-        yield from csv_batches(path, columns.names, types)
+        yield from csv_batches(path, columns.required, types)
     else:
         raise unknown_format(path)
 
@@ -228,6 +263,8 @@ def _cast(column: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Arra
 def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
     """Raw ids as strings, none of them empty."""
     _refuse_nulls(column, name, where)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if not any(test(column.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
         raise ValueError(f"{where} column '{name}' holds {column.type}; an id is an integer or a string.")
     ids = column.cast(pa.string())
@@ -257,13 +294,7 @@ def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
     return _cast(column, pa.int64(), name, where).to_numpy()
 
 
-def _read_items(
-    location: TableLocation,
-    columns: ItemColumns,
-    text_fields: list[str],
-    pictures: dict[str, Path],
-    builder: CatalogueBuilder,
-) -> datasets.Dataset | None:
+def _read_items(location: TableLocation, columns: ItemColumns, builder: CatalogueBuilder) -> datasets.Dataset | None:
     """Adds the items of a table to a builder; returns the table if it holds the pictures itself."""
     table = location.load(streaming=False)
     path = None
@@ -272,14 +303,14 @@ def _read_items(
         if format_suffix(path) in PARQUET_SUFFIXES:
             with readable(path):
                 table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    folder = Path(location.path) if path is None else path.parent
-    own_fields = [name for name in text_fields if name not in vars(columns)]
+    folder = path.parent if path is not None else Path(location.path) if location.table is None else Path()
+    own_fields = [name for name in builder.text_fields or () if name not in vars(columns)]
     wanted = [*vars(columns).values(), *own_fields]
-    required = {*columns.chosen(), *own_fields}
+    required = columns.required | dict.fromkeys(own_fields, "text_fields")
 
     if table is not None:
         require_columns(required, table.column_names, location.path)
-        embedded = isinstance(table.features.get(columns.image), datasets.Image)
+        embedded = holds_pictures(table.features.get(columns.image))
         names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
         selected = table.select_columns(names).with_format(None)
         selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
@@ -299,11 +330,11 @@ def _read_items(
         image = values.pop("image")
         if not is_missing(image) and not isinstance(image, str):
             raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
-        builder.append(str(item_id), values, image_location(image, folder, pictures), where)
+        builder.append(str(item_id), values, builder.image_location(image, folder), where)
     return table if embedded else None
 
 
-def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tuple[str, dict]]:
+def _item_rows(path: Path, wanted: list[str], required: dict[str, str]) -> Iterator[tuple[str, dict]]:
     suffix = format_suffix(path)
     if suffix in LINE_SUFFIXES:
         for number, line in read_lines(path):
@@ -312,7 +343,7 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
             yield place(path, number), row
     elif suffix in SEPARATORS:
         # Text in any case: an id keeps its leading zeros.
-        batches = csv_batches(path, sorted(required), dict.fromkeys(wanted, pa.string()), optional=wanted)
+        batches = csv_batches(path, required, dict.fromkeys(wanted, pa.string()), optional=wanted)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
             yield f"'{path}', row {number},", row
@@ -320,11 +351,11 @@ def _item_rows(path: Path, wanted: list[str], required: set[str]) -> Iterator[tu
         raise unknown_format(path)
 
 
-def image_location(image: str | float | None, folder: Path, pictures: dict[str, Path]) -> str | Path | None:
-    """What a field says of a picture: a URL stays one, any other string is one of `pictures` or a file in `folder`."""
-    if is_missing(image) or image == "":
-        return None
-    return image if image.startswith(("http://", "https://")) else pictures.get(image, folder / image)
+def holds_pictures(feature) -> bool:
+    """Whether a column of this type holds pictures: decoded ones, their bytes, or what `datasets` stores of them."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or feature in (datasets.Value("binary"), datasets.Value("large_binary"))
 
 
 class EmbeddedImages(Sequence):
@@ -334,7 +365,7 @@ class EmbeddedImages(Sequence):
     Args:
         table (`datasets.Dataset`): The table, whose rows are the first items of the catalogue; those behind them have
             no picture.
-        column (`str`): Its column of type `datasets.Image`.
+        column (`str`): Its column of pictures, as [`holds_pictures`] knows them.
         num_items (`int`): Items of the catalogue.
     """
 

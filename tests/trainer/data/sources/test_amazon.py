@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmesid.trainer.data.prepared import PreparedDataset
-from mmesid.trainer.data.sources.amazon import read_amazon
+from mmesid.trainer.data.sources import reader_of
+from mmesid.trainer.data.sources.amazon import read_amazon_2023
 from mmesid.trainer.data.table_files import TableLocation
 
 
@@ -28,7 +29,7 @@ def write_lines(path, lines):
 
 
 def read(year, reviews, metadata, **settings):
-    return read_amazon(year, TableLocation(str(reviews)), TableLocation(str(metadata)), **settings)
+    return reader_of(f"amazon_{year}")(TableLocation(str(reviews)), TableLocation(str(metadata)), **settings)
 
 
 def reviews_by_reviewer(path):
@@ -171,12 +172,12 @@ def test_what_datasets_reads_is_what_the_files_say(files_2023, tmp_path):
     reviews, metadata = map(str, files_2023)
     expected = read(2023, reviews, metadata)
     by_reader = TableLocation(reviews, reader="json"), TableLocation(metadata, reader="text")
-    check_alike(read_amazon(2023, *by_reader), expected)
+    check_alike(read_amazon_2023(*by_reader), expected)
     datasets.Dataset.from_list([review_2023(*review) for review in REVIEWS]).save_to_disk(tmp_path / "reviews")
     items = [item | {"details": json.dumps(item["details"])} for item in items_2023()]
     datasets.DatasetDict({"full": datasets.Dataset.from_list(items)}).save_to_disk(tmp_path / "items")
     folders = TableLocation(str(tmp_path / "reviews")), TableLocation(str(tmp_path / "items"), split="full")
-    check_alike(read_amazon(2023, *folders), expected)
+    check_alike(read_amazon_2023(*folders), expected)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_bad_lines_that_datasets_reads_are_named(files_2023, tmp_path, file, lin
     with open(files[file], "ab") as damaged:
         damaged.write(line + b"\n")
     with pytest.raises(ValueError, match=message):
-        read_amazon(2023, TableLocation(str(files[0]), reader="json"), TableLocation(str(items), reader="text"))
+        read_amazon_2023(TableLocation(str(files[0]), reader="json"), TableLocation(str(items), reader="text"))
 
 
 HUB_SCRIPT = """

@@ -103,13 +103,13 @@ def test_other_encodings_empty_files_and_missing_files_are_named(folder):
     with pytest.raises(ValueError, match=r"sequences.txt', line 3 is not UTF-8"):
         read_sequence_files(folder)
     (folder / "sequences.txt").write_text("")
-    with pytest.raises(ValueError, match=r"sequences.txt' is empty; write one user a line"):
+    with pytest.raises(ValueError, match=r"sequences.txt' is empty; write one line per user"):
         read_sequence_files(folder)
     (folder / "sequences.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"sequences.txt' does not exist"):
         read_sequence_files(folder)
     (folder / "items.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"items.jsonl' is empty; write one item a line"):
+    with pytest.raises(ValueError, match=r"items.jsonl' is empty; write one line per item"):
         read_sequence_files(folder)
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 from mmesid.trainer.data.source import InteractionCollector
 from mmesid.trainer.data.sources.tabular import (
     InteractionColumns,
-    ItemColumns,
     read_interactions,
     read_tabular,
 )
@@ -41,8 +40,12 @@ ITEMS = {
     "colour": ["red", "blue", None],
     "picture": ["pen.png", "https://images.example/ink.png", None],
 }
-COLUMNS = InteractionColumns("customer", "sku", "at", "stars")
-ITEM_COLUMNS = ItemColumns("sku", title="name", categories="tags", price="cost", image="picture")
+COLUMNS = {"user_column": "customer", "item_column": "sku", "time_column": "at", "rating_column": "stars"}
+ITEM_COLUMNS = {
+    "title_field": "name", "categories_field": "tags", "price_field": "cost", "image_field": "picture",
+    "text_fields": ["title", "colour", "categories"],
+}  # fmt: skip
+UNTIMED = {"user_column": "customer", "item_column": "sku", "time_column": None}
 
 
 def write_table(path, columns: dict):
@@ -87,13 +90,7 @@ FORMATS = ["csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "parquet"]
 def test_files_of_every_format_give_the_same_source(tmp_path, suffix):
     interactions = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS)
     items = write_table(tmp_path / f"products.{suffix}", ITEMS)
-    source = read_tabular(
-        TableLocation(str(interactions)),
-        COLUMNS,
-        TableLocation(str(items)),
-        ITEM_COLUMNS,
-        text_fields=["title", "colour", "categories"],
-    )
+    source = read_tabular(TableLocation(str(interactions)), TableLocation(str(items)), **COLUMNS, **ITEM_COLUMNS)
     check(source, tmp_path)
     assert source.name == "orders"
 
@@ -108,11 +105,7 @@ def test_a_number_that_is_none_counts_as_missing(tmp_path, suffix):
     items = write_table(tmp_path / f"products.{suffix}", products)
     orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
     catalogue = read_tabular(
-        TableLocation(str(orders)),
-        COLUMNS,
-        TableLocation(str(items)),
-        ItemColumns("sku"),
-        text_fields=["title", "weight"],
+        TableLocation(str(orders)), TableLocation(str(items)), **COLUMNS, text_fields=["title", "weight"]
     ).catalogue
     assert catalogue.fields.to_pydict() == {
         "title": [None, "4.0", None],
@@ -136,10 +129,9 @@ def test_a_folder_that_load_dataset_knows_gives_it_too(tmp_path):
     (tmp_path / "README.md").write_text(CARD)
     source = read_tabular(
         TableLocation(str(tmp_path), "orders", "all"),
-        COLUMNS,
         TableLocation(str(tmp_path), "products"),
-        ITEM_COLUMNS,
-        text_fields=["title", "colour", "categories"],
+        **COLUMNS,
+        **ITEM_COLUMNS,
     )
     check(source, tmp_path)
 
@@ -161,9 +153,10 @@ def test_pictures_in_a_saved_dataset_stay_there_until_they_are_read(tmp_path):
     for products in (tmp_path / "products", tmp_path / "products.parquet"):
         images = read_tabular(
             TableLocation(str(orders)),
-            COLUMNS,
             TableLocation(str(products)),
-            ItemColumns("sku", "name", image="picture"),
+            **COLUMNS,
+            title_field="name",
+            image_field="picture",
         ).catalogue.images
         assert len(images) == 3 and [image is None for image in images] == [False, True, True]
         with Image.open(io.BytesIO(images[0])) as read:
@@ -289,7 +282,7 @@ def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):
 def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("mmesid.trainer.data.sources.tabular._ROWS_AT_ONCE", 2)
     path = write_table(tmp_path / "orders.jsonl", INTERACTIONS)
-    source = read_tabular(TableLocation(str(path)), InteractionColumns("customer", "sku"))
+    source = read_tabular(TableLocation(str(path)), **UNTIMED)
     assert source.interactions.times.tolist() == [0, 1, 2, 3]
     assert source.interactions.ratings is None
     assert source.catalogue.texts() == ["", "", ""] and source.catalogue.images is None
@@ -298,7 +291,7 @@ def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("o.csv", "customer,sku,at\nann,1,5\n", r"o.csv' has no column 'stars', only customer, sku, at; name one"),
+        ("o.csv", "customer,sku,at\nann,1,5\n", r"o.csv' has no column 'stars', only customer, sku, at; set ra"),
         ("o.csv", "customer,sku,at,stars\nann,1,5,2\nbob,2\n", r"o.csv' cannot be read \(.*Expected 4 columns, got 2"),
         ("o.csv", "customer,sku,at,stars\nann,1,5,bad\n", r"o.csv' cannot be read \(.*'bad'.*\); correct the file"),
         ("o.csv", "", r"o.csv' cannot be read \(Empty CSV file\)"),
@@ -312,7 +305,7 @@ def test_bad_tables_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_tabular(TableLocation(str(path)), COLUMNS)
+        read_tabular(TableLocation(str(path)), **COLUMNS)
 
 
 def damaged(path, keep: int | None = None):
@@ -327,29 +320,28 @@ def damaged(path, keep: int | None = None):
 @pytest.mark.parametrize("keep", [None, 100, 0], ids=["garbage", "cut", "empty"])
 def test_a_damaged_parquet_file_is_named(tmp_path, keep):
     path = damaged(tmp_path / "damaged.parquet", keep)
-    columns = InteractionColumns("customer", "sku")
     with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
-        read_tabular(TableLocation(str(path)), columns)
+        read_tabular(TableLocation(str(path)), **UNTIMED)
     orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
     with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
-        read_tabular(orders, COLUMNS, TableLocation(str(path)), ItemColumns("sku"))
+        read_tabular(orders, TableLocation(str(path)), **COLUMNS)
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder/train.parquet")
     with pytest.raises(ValueError, match=r"'\S*folder'"):
-        read_tabular(TableLocation(str(tmp_path / "folder")), columns)
+        read_tabular(TableLocation(str(tmp_path / "folder")), **UNTIMED)
     with pytest.raises(ValueError, match=r"'\S*folder'"):
-        read_tabular(orders, COLUMNS, TableLocation(str(tmp_path / "folder")), ItemColumns("sku"))
+        read_tabular(orders, TableLocation(str(tmp_path / "folder")), **COLUMNS)
 
 
 def test_a_saved_dataset_without_the_split_is_named(tmp_path):
     saved = datasets.DatasetDict({"all": datasets.Dataset.from_dict(INTERACTIONS)})
     saved.save_to_disk(tmp_path / "orders")
     with pytest.raises(ValueError, match=r"'\S*orders' has no split 'train', only all; name one of them"):
-        read_tabular(TableLocation(str(tmp_path / "orders")), COLUMNS)
-    assert len(read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS).interactions) == 4
+        read_tabular(TableLocation(str(tmp_path / "orders")), **COLUMNS)
+    assert len(read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), **COLUMNS).interactions) == 4
     (tmp_path / "orders/all/state.json").write_text("{")
     with pytest.raises(ValueError, match=r"does not load '\S*orders' \(Expecting property name.*\); correct the conf"):
-        read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), COLUMNS)
+        read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), **COLUMNS)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -361,7 +353,7 @@ def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
     if suffix in ("csv", "tsv"):
         for path in (orders, items):
             path.write_text(path.read_text().replace('"', ""))
-    source = read_tabular(TableLocation(str(orders)), COLUMNS, TableLocation(str(items)), ItemColumns("sku"))
+    source = read_tabular(TableLocation(str(orders)), TableLocation(str(items)), **COLUMNS)
     assert source.catalogue.item_ids == names and source.catalogue.titles() == ["n/a", "", "", ""]
     assert [source.interactions.user_ids[user] for user in source.interactions.users] == names
     assert np.isnan(source.interactions.ratings).tolist() == [False, True, False, False]
@@ -371,7 +363,7 @@ def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
 def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
     orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"sku": ["007", "010", "", "099"]})
     with pytest.raises(ValueError, match=r"column 'sku' is empty in number 3 of them|line 3 has sku=''; an id is"):
-        read_tabular(TableLocation(str(orders)), COLUMNS)
+        read_tabular(TableLocation(str(orders)), **COLUMNS)
 
 
 def test_bad_items_are_named(tmp_path):
@@ -379,7 +371,7 @@ def test_bad_items_are_named(tmp_path):
 
     def read(name, columns, **settings):
         items = TableLocation(str(write_table(tmp_path / name, columns)))
-        return read_tabular(orders, COLUMNS, items, ItemColumns("sku", **settings))
+        return read_tabular(orders, items, **COLUMNS, **settings)
 
     with pytest.raises(ValueError, match=r"twice.csv', row 2, repeats item '007', number 1 of the items"):
         read("twice.csv", {"sku": ["007", "007"]})
@@ -387,7 +379,7 @@ def test_bad_items_are_named(tmp_path):
         read("none.jsonl", {"sku": [None]})
     with pytest.raises(ValueError, match=r"ids.csv' describes no item of the interactions.*'007' and there like '7'"):
         read("ids.csv", {"sku": [7, 10]})
-    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title"):
-        read("title.csv", {"sku": ["007"], "title": ["x"]}, title="name")
+    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title; set title_field to one"):
+        read("title.csv", {"sku": ["007"], "title": ["x"]}, title_field="name")
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv' does not exist"):
-        read_tabular(TableLocation(str(tmp_path / "nowhere.csv")), COLUMNS)
+        read_tabular(TableLocation(str(tmp_path / "nowhere.csv")), **COLUMNS)

@@ -1,0 +1,357 @@
+"""From raw interactions and items to a prepared dataset: in memory, or out of a source that a stage has read."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from .files import one_line
+from .images import BadImageError, fetch_images, read_image
+from .prepared import IMAGE_ROW_GROUP, ITEM_FEATURES, ITEM_ROW_GROUP, PreparedDataset, Sequences
+from .sequences import SPLITS, SequenceSettings, UserSequences, build_sequences
+from .source import Catalogue, Source
+from .sources.tabular import read_tabular
+from .table_files import TableLocation
+
+
+ON_BAD_IMAGE = ("error", "missing")
+
+
+def prepare(
+    interactions: pd.DataFrame | datasets.Dataset,
+    items: pd.DataFrame | datasets.Dataset | None = None,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    time_column: str | None = "timestamp",
+    rating_column: str | None = None,
+    item_field: str | None = None,
+    title_field: str = "title",
+    description_field: str = "description",
+    brand_field: str = "brand",
+    categories_field: str = "categories",
+    price_field: str = "price",
+    image_field: str = "image",
+    text_fields: list[str] | None = None,
+    min_interactions: int = 0,
+    min_rating: float | None = None,
+    duplicates: str = "drop",
+    repeats: str = "keep",
+    split: str = "leave_one_out",
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    on_bad_image: str = "error",
+    source_name: str = "interactions",
+    licence: str = "unknown",
+) -> PreparedDataset:
+    """
+    Turns a table of interactions, and one of items, into the dataset that models are trained on and evaluated with.
+    Everything stays in memory; [`PreparedDataset.save`] writes it.
+
+    Args:
+        interactions (`pandas.DataFrame` or `datasets.Dataset`): One row per interaction of a user with an item.
+        items (`pandas.DataFrame` or `datasets.Dataset`, *optional*): One row per item. Without it, and where it lacks
+            an item of the interactions, items have nothing but their ids.
+        user_column (`str`, *optional*, defaults to `"user_id"`): Column of the interactions with the user's id, an
+            integer or a string.
+        item_column (`str`, *optional*, defaults to `"item_id"`): Column of the interactions with the item's id.
+        time_column (`str`, *optional*, defaults to `"timestamp"`): Column of the interactions with the time: a number,
+            a timestamp or ISO 8601. `None` takes the order of the rows.
+        rating_column (`str`, *optional*): Column of the interactions with the rating.
+        item_field (`str`, *optional*, defaults to `item_column`): Column of the items with the item's id.
+        title_field (`str`, *optional*, defaults to `"title"`): Column of the items with the title. Like those that
+            follow, it may be absent under its default name.
+        description_field (`str`, *optional*, defaults to `"description"`): Column with the description.
+        brand_field (`str`, *optional*, defaults to `"brand"`): Column with the brand.
+        categories_field (`str`, *optional*, defaults to `"categories"`): Column with the categories: a list, or a
+            string with `|` between them.
+        price_field (`str`, *optional*, defaults to `"price"`): Column with the price.
+        image_field (`str`, *optional*, defaults to `"image"`): Column with the picture: `datasets.Image`, the bytes
+            of an image file, or the path of one. Pictures behind URLs count as missing.
+        text_fields (`list[str]`, *optional*): Columns that an item's text is made of, in order; by default those that
+            are there of title, attributes, genres, brand, categories and description.
+        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, until
+            nothing changes (k-core); 0 keeps all items.
+        min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
+        duplicates (`str`, *optional*, defaults to `"drop"`): What to do with further rows of one user, item and time:
+            `"drop"` or `"keep"`.
+        repeats (`str`, *optional*, defaults to `"keep"`): Which to keep of a user's interactions with one item at
+            different times: `"keep"` (all), `"first"` or `"last"`.
+        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` holds out each user's last two
+            items; `"global_time"` cuts all users at the same two moments.
+        validation_fraction (`float`, *optional*, defaults to `0.1`): Share of interactions between the two moments.
+        test_fraction (`float`, *optional*, defaults to `0.1`): Share of the interactions after the second moment.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): Whether a picture that cannot be read is an `"error"`
+            or counts as `"missing"`.
+        source_name (`str`, *optional*, defaults to `"interactions"`): What the data are called on cards.
+        licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used.
+
+    Returns:
+        [`PreparedDataset`]
+
+    Raises:
+        ValueError: If an argument is none of its choices, a column is missing, or a value cannot be read.
+
+    Example:
+
+    ```python
+    >>> import mmesid
+    >>> data = mmesid.prepare(orders, products, user_column="customer", min_interactions=5)
+    >>> data.num_items, len(data.sequences("test"))
+    ```
+    """
+    settings = SequenceSettings(
+        min_interactions, min_rating, duplicates, repeats, split, validation_fraction, test_fraction
+    )
+    check_on_bad_image(on_bad_image)
+    source = read_tabular(
+        in_memory(interactions, "interactions"),
+        None if items is None else in_memory(items, "items"),
+        user_column=user_column,
+        item_column=item_column,
+        time_column=time_column,
+        rating_column=rating_column,
+        item_field=item_field,
+        title_field=title_field,
+        description_field=description_field,
+        brand_field=brand_field,
+        categories_field=categories_field,
+        price_field=price_field,
+        image_field=image_field,
+        text_fields=text_fields,
+        source_name=source_name,
+        licence=licence,
+    )
+    return prepare_source(source, settings, on_bad_image)
+
+
+def in_memory(data: pd.DataFrame | datasets.Dataset, name: str) -> TableLocation:
+    """
+    A table that is in memory, as readers take tables.
+
+    Raises:
+        ValueError: If it is no such table, or a column holds values of several types.
+    """
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(f"{name} holds the splits {', '.join(data)}; pass one of them, for example {name}['train'].")
+    if isinstance(data, pd.DataFrame):
+        try:
+            data = datasets.Dataset.from_pandas(data, preserve_index=False)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} cannot be read as a table ({one_line(error)}); give every column values of one type."
+            ) from error
+    if not isinstance(data, datasets.Dataset):
+        raise ValueError(f"{name} is a {type(data).__name__}; pass a pandas.DataFrame or a datasets.Dataset.")
+    return TableLocation(name, table=data)
+
+
+def check_on_bad_image(on_bad_image: str) -> None:
+    """Raises `ValueError` if this is no choice."""
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+
+
+def prepare_source(
+    source: Source,
+    settings: SequenceSettings | None = None,
+    on_bad_image: str = "error",
+    image_cache_dir: str | None = None,
+    counts: dict[str, int] | None = None,
+) -> PreparedDataset:
+    """
+    The prepared dataset of a source. Texts are composed and pictures are read when they are asked for; every picture
+    of a kept item is checked here, once.
+
+    Args:
+        source (`Source`): What a reader returned; its catalogue's pictures change to those that are there.
+        settings (`SequenceSettings`, *optional*): Filters and split.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
+            `"missing"` leaves it out and counts it by the reason of [`BadImageError`].
+        image_cache_dir (`str`, *optional*): Folder that pictures behind URLs are downloaded to; without it they count
+            as missing.
+        counts (`dict[str, int]`, *optional*): Further statistics, of what came before.
+
+    Raises:
+        ValueError: If nothing is left of the interactions, or a picture cannot be read and `on_bad_image` is
+            `"error"`.
+    """
+    catalogue = source.catalogue
+    sequences = build_sequences(source.interactions, len(catalogue), settings)
+    counts = (counts or {}) | download_pictures(catalogue, sequences.kept_items, image_cache_dir)
+    fill_in_pictures(catalogue)
+    has_image, bad_images = check_pictures(catalogue, sequences.kept_items, on_bad_image)
+    items = _Items(catalogue, sequences.kept_items, sequences.training_frequencies()[1:], has_image)
+    user_ids = source.interactions.user_ids
+
+    def read_sequences(split: str) -> Sequences:
+        users, histories, offsets, targets = sequences.split(split)
+        return Sequences([user_ids[user] for user in users], histories, offsets, targets)
+
+    statistics = _statistics(source, sequences, items, bad_images, counts)
+    return PreparedDataset(items.features, statistics, items.read, read_sequences)
+
+
+def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None) -> dict[str, int]:
+    """
+    Puts files in the place of the URLs of the kept items' pictures, or, without `cache_dir`, nothing.
+
+    Returns:
+        `dict[str, int]`: How many were downloaded, and how many not, by reason.
+    """
+    images = catalogue.images
+    if not isinstance(images, list):
+        return {}
+    urls = {position: images[position] for position in kept_items.tolist() if isinstance(images[position], str)}
+    if cache_dir is None:
+        files, report = [None] * len(urls), {"not_downloaded": len(urls)} if urls else {}
+    else:
+        files, report = fetch_images(list(urls.values()), cache_dir)
+    images = [None if isinstance(image, str) else image for image in images]
+    for position, file in zip(urls, files, strict=True):
+        images[position] = file
+    catalogue.images = images if any(image is not None for image in images) else None
+    return {f"image_urls_{reason}": count for reason, count in report.items()}
+
+
+def fill_in_pictures(catalogue: Catalogue) -> None:
+    """Gives the items that have no picture those that are called after their ids."""
+    if catalogue.pictures_by_id:
+        images = catalogue.images or [None] * len(catalogue)
+        catalogue.images = [
+            catalogue.pictures_by_id.get(item_id) if image is None else image
+            for item_id, image in zip(catalogue.item_ids, images, strict=True)
+        ]
+
+
+def check_pictures(
+    catalogue: Catalogue, kept_items: np.ndarray, on_bad_image: str
+) -> tuple[np.ndarray, dict[str, int]]:
+    """
+    Decodes the pictures of the kept items, one at a time.
+
+    Returns:
+        `tuple[np.ndarray, dict[str, int]]`: `(catalogue,)` bool, whether the item is kept and has a picture that can
+        be read; and how many pictures cannot be read, by reason.
+
+    Raises:
+        BadImageError: If there is one and `on_bad_image` is `"error"`.
+    """
+    readable, bad_images = np.zeros(len(catalogue), bool), Counter()
+    if catalogue.images is None:
+        return readable, bad_images
+    for position in tqdm(kept_items.tolist(), desc="checking pictures", unit="item", delay=2):
+        image = catalogue.images[position]
+        if image is not None:
+            try:
+                read_image(image, catalogue.item_ids[position])
+                readable[position] = True
+            except BadImageError as error:
+                if on_bad_image == "error":
+                    raise
+                bad_images[error.reason] += 1
+    return readable, bad_images
+
+
+class _Items:
+    """
+    The kept items of a catalogue as the columns of a prepared dataset.
+
+    Args:
+        catalogue (`Catalogue`): All items.
+        kept_items (`np.ndarray`): `(items,)` positions of the kept ones, ascending; the first becomes row 1.
+        frequencies (`np.ndarray`): `(items,)` occurrences in the training split.
+        has_image (`np.ndarray`): `(catalogue,)` bool, whether an item has a picture that can be read.
+    """
+
+    def __init__(self, catalogue: Catalogue, kept_items: np.ndarray, frequencies: np.ndarray, has_image: np.ndarray):
+        self.catalogue = catalogue
+        self.kept_items = kept_items
+        self.frequencies = frequencies
+        self.has_image = has_image
+        self.fields = [name for name in catalogue.fields.column_names if name not in ITEM_FEATURES and name != "image"]
+        self.features = datasets.Features(
+            ITEM_FEATURES
+            | datasets.Features.from_arrow_schema(catalogue.fields.select(self.fields).schema)
+            | ({} if catalogue.images is None else {"image": datasets.Image()})
+        )
+
+    def read(self, names: list[str]) -> Iterator[pa.Table]:
+        """Yields the columns of these names, a row group at a time."""
+        schema = datasets.Features({name: self.features[name] for name in names}).arrow_schema
+        rows = IMAGE_ROW_GROUP if "image" in names else ITEM_ROW_GROUP
+        for start in range(0, len(self.kept_items), rows):
+            positions = self.kept_items[start : start + rows]
+            yield pa.table({name: self._column(name, start, positions) for name in names}, schema=schema)
+
+    def _column(self, name: str, start: int, positions: np.ndarray):
+        stop = start + len(positions)
+        if name == "row":
+            return np.arange(start + 1, stop + 1, dtype=np.int32)
+        if name == "item_id":
+            return [self.catalogue.item_ids[position] for position in positions]
+        if name == "title":
+            return self.catalogue.titles(positions)
+        if name == "text":
+            return self.catalogue.texts(positions)
+        if name == "frequency":
+            return self.frequencies[start:stop]
+        if name == "image":
+            return [None if data is None else {"bytes": data, "path": None} for data in map(self._image, positions)]
+        return self.catalogue.columns([name], positions)[name]
+
+    def _image(self, position: int) -> bytes | None:
+        image = self.catalogue.images[position] if self.has_image[position] else None
+        return image.read_bytes() if isinstance(image, Path) else image
+
+    def without_text(self) -> int:
+        """How many have no field that an item's text is made of."""
+        fields = self.catalogue.columns(self.catalogue.text_fields, self.kept_items)
+        empty = np.ones(len(fields), bool)
+        for column in fields.columns:
+            empty &= pc.is_null(column).to_numpy()
+        return int(empty.sum())
+
+
+def _statistics(
+    source: Source, sequences: UserSequences, items: _Items, bad_images: dict[str, int], counts: dict[str, int]
+) -> dict:
+    lengths = np.diff(sequences.offsets)
+    num_items = len(sequences.kept_items)
+    return {
+        "source": source.name,
+        "licence": source.licence,
+        "synthetic": source.synthetic,
+        "split": "global_time" if sequences.starts else "leave_one_out",
+        **{f"{split}_starts": time for split, time in sequences.starts.items()},
+        "users": len(sequences.users),
+        **{f"{'training' if split == 'train' else split}_users": len(sequences.targets[split][0]) for split in SPLITS},
+        "items": num_items,
+        "interactions": len(sequences.rows),
+        "training_interactions": int(items.frequencies.sum()),
+        "shortest_sequence": int(lengths.min()),
+        "median_sequence": float(np.median(lengths)),
+        "longest_sequence": int(lengths.max()),
+        "items_without_training_interactions": int((items.frequencies == 0).sum()),
+        # A ranking that leaves out the history can never find these.
+        "repeated_test_targets": _repeated_targets(sequences),
+        "missing_text": items.without_text(),
+        "missing_image": num_items - int(items.has_image.sum()),
+        "bad_image": sum(bad_images.values()),
+        **{f"bad_image_{reason}": count for reason, count in sorted(bad_images.items())},
+        **counts,
+        **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
+    }
+
+
+def _repeated_targets(sequences: UserSequences) -> int:
+    """How many test targets the user's history holds already."""
+    _, histories, offsets, targets = sequences.split("test")
+    owners = np.repeat(np.arange(len(targets), dtype=np.int32), np.diff(offsets))
+    return len(np.unique(owners[histories == targets[owners]]))
