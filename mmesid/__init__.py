@@ -16,6 +16,11 @@ if TYPE_CHECKING:
         SASRecForSequentialRecommendation,
     )
 
+    from .trainer.data.preparation import prepare
+    from .trainer.data.prepared import PreparedDataset
+    from .trainer.data.tables import EmbeddingTable
+    from .trainer.encoders.dual_encoder_training import train_dual_encoder
+    from .trainer.encoders.embedding import embed
     from .trainer.publishing.repository import push
     from .trainer.quantizer.trainer import MMRQVAETrainingArguments
     from .trainer.quantizer.training import quantize
@@ -25,6 +30,7 @@ __version__ = version("mmesid")
 
 # Imported when they are asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
 _MODULES = {
+    "EmbeddingTable": ".trainer.data.tables",
     "MMESIDConfig": "modeling_mmesid",
     "MMESIDForSequentialRecommendation": "modeling_mmesid",
     "MMESIDProcessor": "modeling_mmesid",
@@ -35,9 +41,14 @@ _MODULES = {
     "SASRecForSequentialRecommendation": "modeling_mmesid",
     "quantize": ".trainer.quantizer.training",
     "push": ".trainer.publishing.repository",
+    "PreparedDataset": ".trainer.data.prepared",
+    "embed": ".trainer.encoders.embedding",
+    "prepare": ".trainer.data.preparation",
+    "train_dual_encoder": ".trainer.encoders.dual_encoder_training",
 }
 
 __all__ = [
+    "EmbeddingTable",
     "MMESIDConfig",
     "MMESIDForSequentialRecommendation",
     "MMESIDProcessor",
@@ -49,6 +60,10 @@ __all__ = [
     "__version__",
     "quantize",
     "push",
+    "PreparedDataset",
+    "embed",
+    "prepare",
+    "train_dual_encoder",
 ]
 
 

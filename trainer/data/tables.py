@@ -1,4 +1,4 @@
-"""Embedding tables: one safetensors file a modality, one row an item, and a mask of the items that have it."""
+"""Embedding tables: one safetensors file per modality, one row per item, and a mask of the items that have it."""
 
 import os
 from collections.abc import Callable
@@ -61,29 +61,21 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> Embedd
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not such a table, does not match the catalogue, or holds NaN or infinity.
     """
-    path = Path(path)
-    tensors = _read(path)
-    remedy = f"write it with `mmesid embed --modality {modality}`, or import it there with `--from_file`"
+    tensors = _read(Path(path))
     for key in (modality, PRESENT_KEY):
         if key not in tensors:
-            raise ValueError(f"'{path}' has no key '{key}' but only {_names(tensors)}; {remedy}.")
-    embeddings = _validated(path, modality, tensors[modality], num_items)
-    present = _validated_mask(path, tensors[PRESENT_KEY], num_items, remedy)
-    if present[0]:
-        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; {remedy}.")
-    filled = _rows(embeddings, lambda block: (block != 0).any(dim=1)) & ~present
-    if filled.any():
-        raise ValueError(
-            f"'{path}': row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; {remedy}."
-        )
-    return EmbeddingTable(embeddings, present)
+            raise ValueError(
+                f"'{path}' has no key '{key}' but only {_names(tensors)}; write it with `mmesid embed --modality "
+                f"{modality}`, or import it there with --from_file."
+            )
+    return check_table(EmbeddingTable(tensors[modality], tensors[PRESENT_KEY]), modality, num_items, f"'{path}'")
 
 
 def import_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
     """
-    Reads a table that came from elsewhere: `(num_items + 1, dimension)` in any floating-point type, under the
-    modality's name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero
-    row counts as an item without the modality. The padding row 0 is set to zero.
+    Reads a table that came from elsewhere: `(num_items + 1, width)` in any floating-point type, under the modality's
+    name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero row counts
+    as an item without the modality. The padding row 0 is set to zero.
 
     Args and Returns as in [`load_table`].
 
@@ -91,20 +83,17 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> Embe
         FileNotFoundError: If the file does not exist.
         ValueError: If there is no such key, the table does not match the catalogue, or holds NaN or infinity.
     """
-    path = Path(path)
-    tensors = _read(path)
+    tensors = _read(Path(path))
     present = tensors.pop(PRESENT_KEY, None)
     if modality not in tensors and len(tensors) != 1:
         raise ValueError(
             f"'{path}' has no key '{modality}' but {_names(tensors)}; rename the table's key, or leave the others out."
         )
     embeddings = tensors[modality] if modality in tensors else next(iter(tensors.values()))
-    embeddings = _validated(path, modality, embeddings, num_items)
+    embeddings = _check_embeddings(embeddings, modality, num_items, f"'{path}'")
     if present is None:
         present = _rows(embeddings, lambda block: (block != 0).any(dim=1))
-    else:
-        remedy = "correct it, or leave it out to count all-zero rows as missing"
-        present = _validated_mask(path, present, num_items, remedy)
+    _check_mask(present, num_items, f"'{path}'")
     present[0] = False
     embeddings[~present] = 0
     return EmbeddingTable(embeddings, present)
@@ -118,23 +107,51 @@ def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor,
         path (`str` or `os.PathLike`): The safetensors file; its directory must exist.
         modality (`str`): Name of the modality, which becomes the key of the embeddings.
         embeddings (`torch.Tensor`):
-            `(num_items + 1, dimension)`; saved in float32, with the rows that are not present set to zero.
+            `(num_items + 1, width)`; saved in float32, with the rows that are not present set to zero.
         present (`torch.Tensor`):
             `(num_items + 1,)` in bool, whether the row holds an embedding; row 0, the padding, never does.
 
     Raises:
         ValueError: If the shapes do not match, row 0 is present, or a row that is present holds NaN or infinity.
     """
-    path = Path(path)
-    num_items = len(embeddings) - 1
-    present = _validated_mask(path, present.detach().cpu(), num_items, "give one value a row")
-    if present[0]:
-        raise ValueError(f"'{path}': 'present' is true for row 0, which is padding and no item; set it to false.")
+    path, num_items = Path(path), len(embeddings) - 1
+    present = present.detach().cpu()
+    _check_mask(present, num_items, f"'{path}'")
     embeddings = torch.where(present.unsqueeze(1), embeddings.detach().cpu().float(), 0.0)
-    embeddings = _validated(path, modality, embeddings, num_items)
+    table = check_table(EmbeddingTable(embeddings, present), modality, num_items, f"'{path}'")
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({modality: embeddings.contiguous(), PRESENT_KEY: present.contiguous()}, temporary)
+    save_file({modality: table.embeddings.contiguous(), PRESENT_KEY: present.contiguous()}, temporary)
     os.replace(temporary, path)
+
+
+def check_table(table: EmbeddingTable, modality: str, num_items: int, where: str = "The table") -> EmbeddingTable:
+    """
+    Checks that a table belongs to a catalogue.
+
+    Args:
+        table ([`EmbeddingTable`]): The table, in any floating-point type.
+        modality (`str`): Name of the modality, for errors.
+        num_items (`int`): Number of items in the catalogue.
+        where (`str`, *optional*, defaults to `"The table"`): Where it is from, for errors.
+
+    Returns:
+        [`EmbeddingTable`], in float32.
+
+    Raises:
+        ValueError: If types or shapes are others, row 0 is present, a row that is not present is not zero, or a row
+            holds NaN or infinity.
+    """
+    embeddings = _check_embeddings(table.embeddings, modality, num_items, where)
+    _check_mask(table.present, num_items, where)
+    if table.present[0]:
+        raise ValueError(f"{where}: 'present' is true for row 0, which is padding and no item; set it to false.")
+    filled = _rows(embeddings, lambda block: (block != 0).any(dim=1)) & ~table.present
+    if filled.any():
+        raise ValueError(
+            f"{where}: row {_first(filled)} of '{modality}' is not zero though 'present' is false for it; set one "
+            "right by the other."
+        )
+    return EmbeddingTable(embeddings, table.present)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -147,38 +164,37 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"'{path}' is not a safetensors file ({error}); write it again.") from error
 
 
-def _validated(path: Path, modality: str, embeddings: torch.Tensor, num_items: int) -> torch.Tensor:
+def _check_embeddings(embeddings: torch.Tensor, modality: str, num_items: int, where: str) -> torch.Tensor:
     if embeddings.dim() != 2 or embeddings.shape[1] == 0 or not embeddings.dtype.is_floating_point:
         raise ValueError(
-            f"'{path}': '{modality}' is {embeddings.dtype} of shape {tuple(embeddings.shape)} where floating-point "
-            "numbers of shape (items + 1, dimension) are expected; write one row of numbers an item."
+            f"{where}: '{modality}' is {embeddings.dtype} of shape {tuple(embeddings.shape)} where floating-point "
+            "numbers of shape (items + 1, width) are expected; give one row of numbers per item."
         )
     if len(embeddings) != num_items + 1:
         raise ValueError(
-            f"'{path}': '{modality}' has {len(embeddings)} rows where the catalogue of {num_items} items needs "
+            f"{where}: '{modality}' has {len(embeddings)} rows where the catalogue of {num_items} items needs "
             f"{num_items + 1} (row 0 is padding, row i is item i); make the table from this prepared dataset."
         )
     embeddings = embeddings.float()
     bad = _rows(embeddings, lambda block: ~block.isfinite().all(dim=1))
     if bad.any():
         raise ValueError(
-            f"'{path}': row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); "
+            f"{where}: row {_first(bad)} of '{modality}' holds NaN or infinity ({int(bad.sum())} such rows in all); "
             "compute these embeddings again."
         )
     return embeddings
 
 
-def _validated_mask(path: Path, present: torch.Tensor, num_items: int, remedy: str) -> torch.Tensor:
+def _check_mask(present: torch.Tensor, num_items: int, where: str) -> None:
     if present.dtype != torch.bool or present.shape != (num_items + 1,):
         raise ValueError(
-            f"'{path}': 'present' is {present.dtype} of shape {tuple(present.shape)} where torch.bool of shape "
-            f"({num_items + 1},) is expected; {remedy}."
+            f"{where}: 'present' is {present.dtype} of shape {tuple(present.shape)} where torch.bool of shape "
+            f"({num_items + 1},) is expected; give one truth value per row."
         )
-    return present
 
 
-def _rows(table: torch.Tensor, check: Callable[[torch.Tensor], torch.Tensor]) -> torch.BoolTensor:
-    """What holds for each row, `(rows,)`: a mask of a whole large table would be as large again."""
+def _rows(table: torch.Tensor, check: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What holds for each row, `(rows,)` bool: a mask of a whole large table would be as large again."""
     return torch.cat([check(block) for block in table.split(ROWS_PER_BLOCK)])
 
 

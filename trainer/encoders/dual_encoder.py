@@ -2,17 +2,11 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
-import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm.auto import tqdm
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -20,70 +14,21 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
-    Trainer,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..data.images import BadImageError, decode_image
-from ..publishing.hub_trainer import HubTrainerMixin
-from ..running.arguments import BestEpochTrainingArguments, check_ranges
-from .encoding import check_weights, place
+from .encoding import PretrainedEncoder, check_weights, place
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 HEAD_WIDTH = 32
 LARGEST_VOCABULARY = 16384
-# Augmentation of training pairs.
-DROPPED_WORDS = 0.3
-SMALLEST_CROP = 0.9
 
 
-class ItemPictures(Sequence):
-    """
-    The pictures of the items that have one, each decoded to RGB when it is asked for.
-
-    Args:
-        items (`datasets.Dataset`): `PreparedDataset.items()`.
-
-    Attributes:
-        rows (`torch.LongTensor`): `(num_pictures,)` rows of the items in the order of the pictures.
-
-    Raises:
-        ValueError: If no item has a picture.
-    """
-
-    def __init__(self, items: datasets.Dataset):
-        has_picture = items.data.column("image").is_valid().to_numpy() if "image" in items.column_names else []
-        self.rows = torch.from_numpy(np.flatnonzero(has_picture) + 1)
-        if len(self.rows) == 0:
-            raise ValueError(
-                "The prepared dataset has no pictures; prepare it from a source that has, or embed another column."
-            )
-        self._items = items.select_columns(["item_id", "image"]).cast_column("image", datasets.Image(decode=False))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        item = self._items[int(self.rows[index]) - 1]
-        return _decode(item["image"]["bytes"], item["item_id"])
-
-
-def _decode(data: bytes, item_id: str) -> Image.Image:
-    try:
-        return decode_image(data)
-    except BadImageError as error:
-        raise ValueError(
-            f"The image of item '{item_id}' in the prepared dataset cannot be read ({error}); replace it and run "
-            "`mmesid prepare` again, which can also count it as missing."
-        ) from error
-
-
-class DualEncoder:
+class DualEncoder(PretrainedEncoder):
     """
     A model with `get_text_features` and `get_image_features`, and its processor.
 
@@ -92,6 +37,8 @@ class DualEncoder:
         processor (`ProcessorMixin`): The model's tokenizer and image processor.
     """
 
+    model_help = "a CLIP or SigLIP model, or the directory that `mmesid encoder` wrote"
+    reads = ("text", "title", "image")
     pooling = "projected"
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
@@ -121,7 +68,7 @@ class DualEncoder:
         if not {"get_text_features", "get_image_features"} <= set(dir(type(model))):
             raise ValueError(
                 f"'{name_or_path}' is a {type(model).__name__}, which is no dual encoder of texts and pictures; name "
-                "a CLIP or SigLIP model, or use --encoder sentence for texts."
+                "a CLIP or SigLIP model, or choose the encoder sentence for texts."
             )
         check_weights(name_or_path, loading["missing_keys"])
         return cls(model, AutoProcessor.from_pretrained(name_or_path, **source))
@@ -239,147 +186,3 @@ def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: in
         single=f"{bos} $A {eos}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **SPECIAL_TOKENS)
-
-
-class CaptionedPictures(torch.utils.data.Dataset):
-    """
-    Pairs of text and picture. With augmentation, a pair never looks the same twice: words are left out of the text,
-    and the picture is cropped and mirrored.
-
-    Args:
-        captions (`list[str]`): One text a picture.
-        pictures (`Sequence[PIL.Image.Image]`): The pictures.
-        indices (`list[int]`): The pairs of this set.
-        augment (`bool`, *optional*, defaults to `False`): Whether to augment.
-    """
-
-    def __init__(
-        self, captions: list[str], pictures: Sequence[Image.Image], indices: list[int], augment: bool = False
-    ):
-        self.captions = captions
-        self.pictures = pictures
-        self.indices = indices
-        self.augment = augment
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
-        caption, picture = self.captions[self.indices[index]], self.pictures[self.indices[index]]
-        if self.augment:
-            caption, picture = drop_words(caption), crop_and_mirror(picture)
-        return caption, picture
-
-
-def drop_words(caption: str) -> str:
-    words = caption.split()
-    kept = torch.rand(len(words)) >= DROPPED_WORDS
-    return " ".join(word for word, keep in zip(words, kept.tolist()) if keep)
-
-
-def crop_and_mirror(picture: Image.Image) -> Image.Image:
-    scale, x, y, mirror = torch.rand(4).tolist()
-    scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
-    width, height = scale * picture.width, scale * picture.height
-    left, top = x * (picture.width - width), y * (picture.height - height)
-    picture = picture.crop((round(left), round(top), round(left + width), round(top + height)))
-    return ImageOps.mirror(picture) if mirror < 0.5 else picture
-
-
-def shrink(pictures: Sequence[Image.Image], size: int, disable_tqdm: bool = False) -> list[Image.Image]:
-    """The pictures as squares of `size` pixels a side: small enough to be held in memory, and quick to crop."""
-    progress = tqdm(range(len(pictures)), desc="pictures", unit="image", delay=2, disable=disable_tqdm)
-    return [pictures[index].resize((size, size), Image.Resampling.BICUBIC) for index in progress]
-
-
-@dataclass(kw_only=True)
-class DualEncoderTrainingArguments(BestEpochTrainingArguments):
-    """
-    Arguments of [`DualEncoderTrainer`].
-
-    Args:
-        > Training
-
-        held_out_fraction (`float`, *optional*, defaults to `0.1`): Share of the pairs that training does not see.
-    """
-
-    metric_names: ClassVar[tuple[str, ...]] = ("recall@1", "recall@10", "mrr", "loss")
-
-    held_out_fraction: float = 0.1
-    num_train_epochs: float = 25
-    per_device_train_batch_size: int = 64
-    per_device_eval_batch_size: int = 64
-    warmup_steps: float = 0.1
-    weight_decay: float = 0.1
-    early_stopping_patience: int = 10
-    metric_for_best_model: str | None = "mrr"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, share=("held_out_fraction",))
-
-
-class DualEncoderTrainer(HubTrainerMixin, Trainer):
-    """
-    Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
-
-    Args:
-        encoder (`DualEncoder`): What to train.
-        args ([`DualEncoderTrainingArguments`]): The Trainer's arguments.
-        train_dataset (`CaptionedPictures`): The pairs to learn from.
-        eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
-    """
-
-    stage = "encoder"
-    evaluation_name = "held_out"
-
-    def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):
-        super().__init__(
-            encoder.model,
-            args,
-            data_collator=self.collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=encoder.processor,
-            compute_metrics=retrieval_metrics,
-            **kwargs,
-        )
-        self.encoder = encoder
-        # The loss is a mean over the batch, though forward takes keyword arguments.
-        self.model_accepts_loss_kwargs = False
-
-    def collate(self, pairs: list[tuple[str, Image.Image]]) -> BatchFeature:
-        captions, pictures = zip(*pairs)
-        return self.encoder.prepare(list(captions), list(pictures))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, return_loss=True)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.inference_mode(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        embeddings = torch.stack([outputs.text_embeds, outputs.image_embeds], dim=1).float()
-        # Metrics are only computed where there are labels; the right answer to a text is the picture beside it.
-        return loss, embeddings, torch.zeros(len(embeddings), device=embeddings.device)
-
-
-def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """
-    How well pairs find each other, from texts to pictures and back, a tie counting against the right answer.
-
-    Args:
-        prediction (`EvalPrediction`): `predictions` of shape `(num_pairs, 2, dimension)`: texts, pictures.
-
-    Returns:
-        `dict[str, float]`: `recall@1`, `recall@10` and `mrr`, the mean reciprocal rank, over both directions.
-    """
-    texts, images = torch.from_numpy(prediction.predictions).unbind(dim=1)
-    scores = texts @ images.T
-    right = scores.diagonal()
-    ranks = torch.cat([(scores >= right[:, None]).sum(dim=1), (scores >= right[None, :]).sum(dim=0)])
-    return {
-        "recall@1": (ranks <= 1).float().mean().item(),
-        "recall@10": (ranks <= 10).float().mean().item(),
-        "mrr": (1 / ranks).mean().item(),
-    }

@@ -8,10 +8,12 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,9 +32,12 @@ class Encoder(Protocol):
     `images`.
 
     Attributes:
+        reads (`tuple[str, ...]`): What it can read of an item, of `"text"`, `"title"` and `"image"`; by default the
+            first.
         pooling (`str`): How token or patch states become one vector, for the record.
     """
 
+    reads: tuple[str, ...]
     pooling: str
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> Any:
@@ -42,9 +47,40 @@ class Encoder(Protocol):
         """The embeddings of a prepared batch, `(batch, dimension)` in float32, on the CPU."""
 
 
+class PretrainedEncoder(Encoder):
+    """
+    An encoder that is loaded by name: a class of the registry.
+
+    Attributes:
+        model_help (`str`): What the name of its model may be.
+        needs (`dict[str, tuple[str, str]]`): By column, a setting without which it cannot be read, and what that is.
+    """
+
+    model_help: str
+    needs: dict[str, tuple[str, str]] = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> "PretrainedEncoder":
+        """Loads the model; the parameters of a subclass are its settings."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
+        """Name and revision, for records; takes the parameters of `from_pretrained`."""
+        return {"encoder": name_or_path, "revision": resolve_revision(name_or_path, revision)}
+
+
+def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
+    """The commit that a model was loaded at where it came from the Hub; the revision as it is where it did not."""
+    if os.path.isdir(name_or_path):
+        return revision
+    config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else revision
+
+
 def encode(
     encoder: Encoder,
-    shards_dir: str | os.PathLike,
+    shards_dir: str | os.PathLike | None = None,
     *,
     texts: list[str] | None = None,
     images: Sequence[Image.Image] | None = None,
@@ -63,9 +99,10 @@ def encode(
 
     Args:
         encoder (`Encoder`): The encoder.
-        shards_dir (`str` or `os.PathLike`):
+        shards_dir (`str` or `os.PathLike`, *optional*):
             Where the shards lie, made if it does not exist; the caller sees to it that one directory never meets two
-            encoders or two catalogues, and removes it. All processes must see it.
+            encoders or two catalogues, and removes it. All processes must see it. Without it nothing is kept, and
+            every process encodes everything.
         texts (`list[str]`, *optional*): `num_inputs` texts.
         images (`Sequence[PIL.Image.Image]`, *optional*): Instead of texts, `num_inputs` pictures, read one by one.
         batch_size (`int`, *optional*, defaults to 64): Inputs encoded at a time.
@@ -77,6 +114,7 @@ def encode(
         `torch.Tensor`: `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs, in every process.
     """
     state = PartialState()
+    loading = {"num_workers": num_workers, "disable_tqdm": disable_tqdm}
     inputs, kind = (texts, "texts") if images is None else (images, "images")
     order = range(len(inputs))
     if kind == "texts":
@@ -85,11 +123,29 @@ def encode(
     batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     per_shard = max(shard_size // batch_size, 1)
     shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
-    shards_dir = Path(shards_dir)
-    shards_dir.mkdir(parents=True, exist_ok=True)
-    files = [shards_dir / f"{number:06d}.safetensors" for number in range(len(shards))]
+    if shards_dir is None:
+        with TemporaryDirectory() as directory:
+            return _encode_shards(encoder, kind, inputs, shards, range(len(shards)), Path(directory), **loading)
     # Neighbours are equally long: dealt out one by one, every process has the same work.
     mine = range(state.process_index, len(shards), state.num_processes)
+    Path(shards_dir).mkdir(parents=True, exist_ok=True)
+    return _encode_shards(encoder, kind, inputs, shards, mine, Path(shards_dir), **loading)
+
+
+def _encode_shards(
+    encoder: Encoder,
+    kind: str,
+    inputs: Sequence,
+    shards: list[list[list[int]]],
+    mine: range,
+    directory: Path,
+    num_workers: int,
+    disable_tqdm: bool,
+) -> torch.Tensor:
+    """Encodes those of the shards, lists of batches of positions in the inputs, that are this process's and not there,
+    and reads all of them."""
+    state = PartialState()
+    files = [directory / f"{number:06d}.safetensors" for number in range(len(shards))]
     pending = [number for number in mine if not files[number].is_file()]
     loader = DataLoader(
         inputs,

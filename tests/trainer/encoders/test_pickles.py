@@ -32,12 +32,12 @@ def test_weights_in_a_pickle_are_read_and_code_in_it_does_not_run(tmp_path):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     weights = model.state_dict()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    loaded = VisionEncoder(str(tmp_path)).model.state_dict()
+    loaded = VisionEncoder.from_pretrained(str(tmp_path)).model.state_dict()
     assert all(torch.equal(loaded[name].cpu(), weight) for name, weight in weights.items())
 
     torch.save(weights | {"pooler.dense.bias": Touch(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        VisionEncoder(str(tmp_path))
+        VisionEncoder.from_pretrained(str(tmp_path))
     assert not (tmp_path / "ran").exists()
     # What the library, and nothing else, kept it from.
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)

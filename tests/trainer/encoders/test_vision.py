@@ -90,7 +90,7 @@ def test_pooling_is_the_models_own_or_the_class_token_or_the_mean(tmp_path, name
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    encoder = VisionEncoder(str(tmp_path / "model"))
+    encoder = VisionEncoder.from_pretrained(str(tmp_path / "model"))
     assert encoder.pooling == pooling
     embeddings = encode(encoder, tmp_path / "shards", images=PICTURES, batch_size=2, disable_tqdm=True)
 
@@ -109,7 +109,7 @@ def test_half_precision_gives_nearly_the_same_in_float32(tmp_path):
     BitImageProcessorPil(**CROP).save_pretrained(tmp_path)
     tables = []
     for dtype in (torch.float32, torch.bfloat16):
-        encoder = VisionEncoder(str(tmp_path), dtype=dtype)
+        encoder = VisionEncoder.from_pretrained(str(tmp_path), dtype=dtype)
         assert encoder.model.dtype == dtype
         tables.append(encoder.embed(encoder.prepare(images=PICTURES)))
     assert tables[1].dtype == torch.float32
@@ -128,5 +128,5 @@ def test_half_precision_gives_nearly_the_same_in_float32(tmp_path):
 def test_what_is_no_encoder_of_pictures_alone_is_refused(tmp_path, model):
     model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a (Bert|CLIP)Model, which is no encoder of pictures alone") as error:
-        VisionEncoder(str(tmp_path))
+        VisionEncoder.from_pretrained(str(tmp_path))
     assert "\n" not in str(error.value)

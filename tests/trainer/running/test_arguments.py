@@ -123,7 +123,7 @@ def test_a_list_may_be_empty():
         ("sasrec", [*SASREC, "--eval_strategy", "never"], "--eval_strategy: invalid choice: 'never'"),
         ("encoder", [*SASREC, "--held_out_fraction", "1"], "--held_out_fraction is 1.0; it must lie between 0 and 1"),
         ("encoder", [*SASREC, "--image_size", "0"], "--image_size is 0"),
-        ("embed", [*SASREC, "--modality", "text", "--encoder", "x"], "--encoder: invalid choice: 'x'"),
+        ("embed", [*SASREC, "--modality", "text", "--encoder", "x"], "There is no encoder 'x'"),
         ("embed", [*SASREC, "--modality", "text", "--shard_size", "0"], "--shard_size is 0"),
         ("quantize", [*QUANTIZE, "--validation_fraction", "0"], "--validation_fraction is 0.0"),
         ("quantize", [*QUANTIZE, "--codebook_size", "0"], "codebook_size.*0"),

@@ -1,0 +1,254 @@
+"""Training a dual encoder on the catalogue's own pairs of text and picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+from transformers import BatchFeature, EvalPrediction, Trainer, set_seed
+
+from ..data.prepared import PreparedDataset
+from ..publishing.hub_trainer import HubTrainerMixin
+from ..running.arguments import BestEpochTrainingArguments, check_ranges
+from ..running.training import early_stopping, fit, temporary_arguments
+from .dual_encoder import DualEncoder
+from .embedding import ItemPictures
+
+
+FEWEST_PAIRS = 20
+# Retrieval compares all held-out pairs with each other.
+MOST_HELD_OUT_PAIRS = 2000
+# Augmentation of training pairs.
+DROPPED_WORDS = 0.3
+SMALLEST_CROP = 0.9
+
+
+class CaptionedPictures(torch.utils.data.Dataset):
+    """
+    Pairs of text and picture. With augmentation, a pair never looks the same twice: words are left out of the text,
+    and the picture is cropped and mirrored.
+
+    Args:
+        captions (`list[str]`): One text a picture.
+        pictures (`Sequence[PIL.Image.Image]`): The pictures.
+        indices (`list[int]`): The pairs of this set.
+        augment (`bool`, *optional*, defaults to `False`): Whether to augment.
+    """
+
+    def __init__(
+        self, captions: list[str], pictures: Sequence[Image.Image], indices: list[int], augment: bool = False
+    ):
+        self.captions = captions
+        self.pictures = pictures
+        self.indices = indices
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[str, Image.Image]:
+        caption, picture = self.captions[self.indices[index]], self.pictures[self.indices[index]]
+        if self.augment:
+            caption, picture = drop_words(caption), crop_and_mirror(picture)
+        return caption, picture
+
+
+def drop_words(caption: str) -> str:
+    words = caption.split()
+    kept = torch.rand(len(words)) >= DROPPED_WORDS
+    return " ".join(word for word, keep in zip(words, kept.tolist()) if keep)
+
+
+def crop_and_mirror(picture: Image.Image) -> Image.Image:
+    scale, x, y, mirror = torch.rand(4).tolist()
+    scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
+    width, height = scale * picture.width, scale * picture.height
+    left, top = x * (picture.width - width), y * (picture.height - height)
+    picture = picture.crop((round(left), round(top), round(left + width), round(top + height)))
+    return ImageOps.mirror(picture) if mirror < 0.5 else picture
+
+
+def shrink(pictures: Sequence[Image.Image], size: int, disable_tqdm: bool = False) -> list[Image.Image]:
+    """The pictures as squares of `size` pixels a side: small enough to be held in memory, and quick to crop."""
+    progress = tqdm(range(len(pictures)), desc="pictures", unit="image", delay=2, disable=disable_tqdm)
+    return [pictures[index].resize((size, size), Image.Resampling.BICUBIC) for index in progress]
+
+
+@dataclass(kw_only=True)
+class DualEncoderTrainingArguments(BestEpochTrainingArguments):
+    """
+    Arguments of [`DualEncoderTrainer`].
+
+    Args:
+        > Training
+
+        held_out_fraction (`float`, *optional*, defaults to `0.1`): Share of the pairs that training does not see.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("recall@1", "recall@10", "mrr", "loss")
+
+    held_out_fraction: float = 0.1
+    num_train_epochs: float = 25
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
+    warmup_steps: float = 0.1
+    weight_decay: float = 0.1
+    early_stopping_patience: int = 10
+    metric_for_best_model: str | None = "mrr"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, share=("held_out_fraction",))
+
+
+def train_dual_encoder(
+    data: PreparedDataset,
+    args: DualEncoderTrainingArguments | None = None,
+    *,
+    encoder: DualEncoder | None = None,
+    caption_column: str = "text",
+    **sizes: int,
+) -> DualEncoder:
+    """
+    Trains a dual encoder on the pairs of text and picture that the items are, and keeps the epoch that finds held-out
+    pairs best.
+
+    Args:
+        data ([`PreparedDataset`]): Items with texts and pictures.
+        args ([`DualEncoderTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
+            temporary directory.
+        encoder ([`DualEncoder`], *optional*): What to train further; by default a small new CLIP.
+        caption_column (`str`, *optional*, defaults to `"text"`): The text that goes with a picture: `"text"` or
+            `"title"`.
+        **sizes (`int`): Sizes of the new CLIP, as [`DualEncoder.from_captions`] takes them.
+
+    Returns:
+        [`DualEncoder`], which [`embed`] takes for texts and for pictures.
+
+    Raises:
+        ValueError: If the items are too few pairs, or the sizes do not divide.
+    """
+    with temporary_arguments(args, DualEncoderTrainingArguments) as args:
+        trainer = dual_encoder_trainer(data, args, encoder=encoder, caption_column=caption_column, **sizes)
+        fit(trainer)
+    return trainer.encoder
+
+
+def dual_encoder_trainer(
+    data: PreparedDataset,
+    args: DualEncoderTrainingArguments,
+    *,
+    encoder: DualEncoder | None = None,
+    caption_column: str = "text",
+    **sizes: int,
+) -> "DualEncoderTrainer":
+    """The trainer of [`train_dual_encoder`], for whoever wants more of it than the encoder."""
+    if caption_column not in ("text", "title"):
+        raise ValueError(f"caption_column is {caption_column!r}; choose text or title.")
+    set_seed(args.seed)
+    pictures: Sequence[Image.Image] = ItemPictures(data.items())
+    texts = data.titles if caption_column == "title" else data.texts
+    captions = [texts[row] for row in pictures.rows.tolist()]
+    training, held_out = split_pairs(captions, args.held_out_fraction, args.seed)
+    if encoder is None:
+        encoder = DualEncoder.from_captions([captions[index] for index in training], **sizes)
+        # Larger than the model reads, so that a crop is not blurred.
+        image_size = encoder.model.config.vision_config.image_size
+        pictures = shrink(pictures, round(image_size / SMALLEST_CROP), args.disable_tqdm)
+    elif sizes:
+        raise ValueError(
+            f"{', '.join(sizes)} are sizes of a new CLIP, not of one that is trained further; leave them out."
+        )
+    return DualEncoderTrainer(
+        encoder,
+        args,
+        train_dataset=CaptionedPictures(captions, pictures, training, augment=True),
+        eval_dataset=CaptionedPictures(captions, pictures, held_out),
+        callbacks=early_stopping(args),
+    )
+
+
+def split_pairs(captions: list[str], held_out_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """
+    Positions of the captions that are not empty, drawn for training and for validation.
+
+    Raises:
+        ValueError: If there are fewer than training takes.
+    """
+    pairs = [index for index, caption in enumerate(captions) if caption.strip()]
+    if len(pairs) < FEWEST_PAIRS:
+        raise ValueError(
+            f"The prepared dataset has {len(pairs)} items with both text and picture, fewer than the {FEWEST_PAIRS} "
+            "that training takes; use a model that is trained already."
+        )
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    num_held_out = min(max(round(held_out_fraction * len(pairs)), 2), MOST_HELD_OUT_PAIRS)
+    return [pairs[index] for index in order[num_held_out:]], [pairs[index] for index in order[:num_held_out]]
+
+
+class DualEncoderTrainer(HubTrainerMixin, Trainer):
+    """
+    Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
+
+    Args:
+        encoder (`DualEncoder`): What to train.
+        args ([`DualEncoderTrainingArguments`]): The Trainer's arguments.
+        train_dataset (`CaptionedPictures`): The pairs to learn from.
+        eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
+    """
+
+    stage = "encoder"
+    evaluation_name = "held_out"
+
+    def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):
+        super().__init__(
+            encoder.model,
+            args,
+            data_collator=self.collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=encoder.processor,
+            compute_metrics=retrieval_metrics,
+            **kwargs,
+        )
+        self.encoder = encoder
+        # The loss is a mean over the batch, though forward takes keyword arguments.
+        self.model_accepts_loss_kwargs = False
+
+    def collate(self, pairs: list[tuple[str, Image.Image]]) -> BatchFeature:
+        captions, pictures = zip(*pairs)
+        return self.encoder.prepare(list(captions), list(pictures))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, return_loss=True)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        embeddings = torch.stack([outputs.text_embeds, outputs.image_embeds], dim=1).float()
+        # Metrics are only computed where there are labels; the right answer to a text is the picture beside it.
+        return loss, embeddings, torch.zeros(len(embeddings), device=embeddings.device)
+
+
+def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """
+    How well pairs find each other, from texts to pictures and back, a tie counting against the right answer.
+
+    Args:
+        prediction (`EvalPrediction`): `predictions` of shape `(num_pairs, 2, dimension)`: texts, pictures.
+
+    Returns:
+        `dict[str, float]`: `recall@1`, `recall@10` and `mrr`, the mean reciprocal rank, over both directions.
+    """
+    texts, images = torch.from_numpy(prediction.predictions).unbind(dim=1)
+    scores = texts @ images.T
+    right = scores.diagonal()
+    ranks = torch.cat([(scores >= right[:, None]).sum(dim=1), (scores >= right[None, :]).sum(dim=0)])
+    return {
+        "recall@1": (ranks <= 1).float().mean().item(),
+        "recall@10": (ranks <= 10).float().mean().item(),
+        "mrr": (1 / ranks).mean().item(),
+    }
