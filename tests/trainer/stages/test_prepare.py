@@ -48,7 +48,7 @@ def test_synthetic_shop_is_prepared_reproducibly_and_skipped_when_current(tmp_pa
         *(f"sequences/{split}.parquet" for split in ("train", "validation", "test")),
     ]
     first, second = digests(tmp_path / "first"), digests(tmp_path / "second")
-    assert set(first) == {*data_files, "README.md", "record.json"}
+    assert set(first) == {*data_files, "README.md", "companions.json", "record.json"}
     assert {name: first[name] for name in data_files} == {name: second[name] for name in data_files}
 
     capsys.readouterr()
@@ -189,7 +189,7 @@ def test_a_split_in_time_reaches_files_card_and_training(shop):
         assert first_day[user, str(example["target"] - 1)] >= end
 
     card = (shop / "prepared/README.md").read_text()
-    assert f"validation starts at {start}, test at {end}" in card and "split in time" in card
+    assert f"validation starts at {start} and test at {end}" in card and "split in time" in card
     assert "| min rating | 2 |" in card and "| repeats | first |" in card and "| dropped repeats |" in card
     loaded = load_dataset(str(shop / "prepared"), cache_dir=str(shop / "cache"))
     assert {split: len(rows) for split, rows in loaded.items()} == {
