@@ -191,7 +191,7 @@ def _code_health(metrics: dict) -> dict:
     The metrics of the module `codes` by modality, as a table wants them: `{"text": {"levels": [{"use": 1.0,
     "dead": 0, "perplexity": 200.1}, ...], "collisions": 0.01}, ...}`; the modality `""` is the ID of all together.
     """
-    tables = {}
+    tables: dict[str, dict] = {}
     for name, value in metrics.items():
         match = re.fullmatch(r"(use|dead|perplexity)@(\d+)_(.+)|(collisions)(?:_(.+))?", name)
         if match is None:
@@ -244,7 +244,7 @@ def _flat(values, prefix: str = "") -> dict:
     """Nested figures as one level with names for a reader, `{"test": {"hr@5": 0.1}}` as `{"test HR@5": 0.1}`."""
     if not isinstance(values, dict):
         return {prefix or "value": values}
-    flat = {}
+    flat: dict = {}
     for name, inner in values.items():
         flat |= _flat(inner, f"{prefix} {_label(name)}".strip())
     return flat

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -137,13 +138,14 @@ class HubTrainerMixin:
             return None
         (directory / TRAINING_ARGS_NAME).unlink()
         self._complete(directory)
-        return self._send(directory, commit_message, token=token, revision=revision, in_background=not blocking)
+        send = self._upload_of(directory, commit_message, token, revision)
+        return send() if blocking else hf_api().run_as_future(send)
 
     def publish(self, directory: str) -> None:
         """Sends the directory of the finished stage, if `args.push_to_hub` asks for it."""
         if self.args.push_to_hub and self.is_world_process_zero():
             self._finish_current_push()
-            commit = self._send(Path(directory), "End of training")
+            commit = self._upload_of(Path(directory), "End of training")()
             print(f"{self.stage}: wrote {commit.commit_url}", flush=True)
 
     def _publishes_checkpoints(self) -> bool:
@@ -170,7 +172,9 @@ class HubTrainerMixin:
             self._copy_checkpoint(Path(checkpoint_folder), directory / name)
         self._complete(directory)
         message = f"Training in progress, step {self.state.global_step}"
-        self.push_in_progress = PushInProgress([self._send(directory, message, in_background=True)])
+        job = hf_api().run_as_future(self._upload_of(directory, message))
+        # A list, whatever the annotation says.
+        self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
     def _copy_checkpoint(self, checkpoint: Path, target: Path) -> None:
         """Copies what [`~transformers.Trainer.train`] resumes from, and others may read."""
@@ -196,24 +200,21 @@ class HubTrainerMixin:
         """Makes a directory with model and processor into one like a stage's."""
         save_record(directory, self._record(directory, *self.describe(directory)))
 
-    def _send(
-        self,
-        directory: Path,
-        commit_message: str,
-        token: str | None = None,
-        revision: str | None = None,
-        in_background: bool = False,
-    ) -> CommitInfo | Future:
+    def _upload_of(
+        self, directory: Path, commit_message: str | None, token: str | None = None, revision: str | None = None
+    ) -> Callable[[], CommitInfo]:
+        """The upload of a directory like a stage's, to be called now or in the background."""
         repo_type, files = publication(directory, self.hub_model_id)
-        settings = {
-            "private": self.args.hub_private_repo,
-            "revision": revision or self.args.hub_revision,
-            "commit_message": commit_message,
-            "token": token or self.args.hub_token,
-        }
-        if in_background:
-            return hf_api().run_as_future(upload, files, self.hub_model_id, repo_type, **settings)
-        return upload(files, self.hub_model_id, repo_type, **settings)
+        return partial(
+            upload,
+            files,
+            self.hub_model_id,
+            repo_type,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+            token=token or self.args.hub_token,
+        )
 
     def _record(self, directory: Path, metrics: dict, details: dict) -> StageRecord:
         if self.draft_record is not None:

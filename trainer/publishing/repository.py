@@ -146,7 +146,7 @@ def check_private(directory: Path, files: dict[str, Path | bytes]) -> None:
         ValueError: If a file holds the token, or the path of a directory of this machine.
     """
     if "config.json" in files:
-        config = json.loads(files["config.json"].read_bytes())
+        config = json.loads((directory / "config.json").read_bytes())
         require_public_base_model(config.get("base_model_name_or_path"))
     paths = {str(path) for path in (Path.home(), Path.cwd(), directory.resolve()) if len(path.parts) > 1}
     private = [("a directory of this machine", _path_pattern(path)) for path in sorted(paths)]
