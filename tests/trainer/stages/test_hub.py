@@ -232,23 +232,37 @@ def test_every_way_in_gives_bit_equal_recommendations(
     assert [len(ranking) for ranking in printed[0][0]] == [10, 10, 10]
 
 
-def test_the_code_on_every_published_card_runs_as_it_stands(published, tiny_run):
+def printed_by(text):
+    """What every piece of Python in a text prints."""
+    printed = []
+    for code in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        printed.append(out.getvalue())
+    return printed
+
+
+def test_the_code_on_every_published_card_and_in_the_readme_runs_as_it_stands(published, tiny_run):
     said = {}
     for name in FAMILY:
         card = (DatasetCard if name == "shop" else ModelCard).load(f"tester/{name}")
         card.validate()
-        section = card.text.split("## How to load")[1].split("\n## ")[0]
-        said[name] = []
-        for code in re.findall("```python\n(.*?)```", section, re.DOTALL):
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(code, {})
-            said[name].append(out.getvalue())
-    titles = pq.read_table(tiny_run / "prepared" / "items.parquet")["title"].to_pylist()
-    assert said["shop"][0].rstrip().endswith(titles[0])
-    assert said["sasrec"][0].startswith("tensor([[") and "'item_id': 'sku000000'" in said["codes"][0]
-    assert len(said["best"]) == 3 and len(set(said["best"])) == 1
-    ranking = said["best"][0].splitlines()
-    assert len(ranking) == 10 and all(line.split("  ")[-1] in titles for line in ranking)
+        said[name] = printed_by(card.text.split("## How to load")[1].split("\n## ")[0])
+    items = pq.read_table(tiny_run / "prepared" / "items.parquet")
+    (first, *_), titles = items["item_id"].to_pylist(), items["title"].to_pylist()
+    assert said["shop"][0].startswith("{'user_id': ") and said["shop"][0].endswith(f"}} {titles[0]}\n")
+    assert said["codes"][0].startswith(f"[{{'item_id': '{first}', 'collaborative': [")
+    sasrec = SASRecForSequentialRecommendation.from_pretrained(tiny_run / "sasrec")
+    assert said["sasrec"] == [f"{sasrec.recommend([[1, 2, 3]], top_k=10).items}\n"]
+    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
+    best = model.recommend([[1, 2, 3]], top_k=10)
+    expected = "".join(
+        f"{score:8.3f}  {titles[row - 1]}\n" for row, score in zip(best.items[0].tolist(), best.scores[0].tolist())
+    )
+    assert said["best"] == [expected] * 3
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Load a checkpoint and recommend")[1].split("`recommend` also takes")[0]
+    assert printed_by(section.replace("runs/quickstart/recommender", str(tiny_run / "recommender"))) == [expected]
 
 
 def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, tmp_path):
