@@ -172,12 +172,12 @@ class MMRQVAEBranch(nn.Module):
         return self._unstandardize(self.decoder(self.quantizer.decode(codes)))
 
     def forward(
-        self, embeddings: torch.Tensor, mask: torch.BoolTensor
+        self, embeddings: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): Embeddings of items.
-            mask (`torch.BoolTensor` of shape `(batch_size,)`): Which items have the modality; the others take part in
+            rows (`torch.LongTensor` of shape `(present,)`): The items that have the modality; the others take part in
                 no loss.
 
         Returns:
@@ -192,31 +192,31 @@ class MMRQVAEBranch(nn.Module):
         inputs = self.standardize(embeddings)
         latents = self.encoder(inputs)  # (batch_size, codebook_dim)
         codes = self.quantizer.encode(latents)  # (batch_size, num_quantizers)
-        quantized, outputs, losses = objectives[self.config.objective](inputs, latents, codes, mask)
+        quantized, outputs, losses = objectives[self.config.objective](inputs, latents, codes, rows)
         return codes, quantized, self._unstandardize(outputs), losses
 
-    def _follow_distances(self, inputs, latents, codes, mask):
+    def _follow_distances(self, inputs, latents, codes, rows):
         """Distances between quantized items follow those between their embeddings."""
         vectors = self.quantizer.decode(codes)
         # The gradient reaches the code vectors, and past them the encoder; the decoder only reads.
         quantized = vectors + (latents - latents.detach())
         outputs = self.decoder(vectors.detach())
         losses = {
-            "objective_loss": distance_correlation_loss(inputs[mask], quantized[mask], self.config.distance_focus),
-            "decoding_loss": mean_squared_error(outputs[mask], inputs[mask]),
+            "objective_loss": distance_correlation_loss(inputs[rows], quantized[rows], self.config.distance_focus),
+            "decoding_loss": mean_squared_error(outputs[rows], inputs[rows]),
             # Distances leave the scale open: code vectors that outgrow the latents leave no residuals.
-            "codebook_loss": mean_squared_error(vectors[mask], latents[mask].detach()),
-            "commitment_loss": mean_squared_error(latents[mask], vectors[mask].detach()),
+            "codebook_loss": mean_squared_error(vectors[rows], latents[rows].detach()),
+            "commitment_loss": mean_squared_error(latents[rows], vectors[rows].detach()),
         }
         return quantized, outputs, losses
 
-    def _reconstruct(self, reconstruction_loss, inputs, latents, codes, mask):
+    def _reconstruct(self, reconstruction_loss, inputs, latents, codes, rows):
         """Reconstructions follow the embeddings; the gradient passes straight through the codes to the encoder."""
         quantized = latents + (self.quantizer.decode(codes) - latents).detach()
         outputs = self.decoder(quantized)
-        codebook_loss, commitment_loss = self.quantizer.losses(latents[mask], codes[mask])
+        codebook_loss, commitment_loss = self.quantizer.losses(latents[rows], codes[rows])
         losses = {
-            "objective_loss": reconstruction_loss(outputs[mask], inputs[mask]),
+            "objective_loss": reconstruction_loss(outputs[rows], inputs[rows]),
             "decoding_loss": torch.zeros_like(codebook_loss),
             "codebook_loss": codebook_loss,
             "commitment_loss": commitment_loss,
@@ -363,9 +363,9 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         masks, codes, quantized, reconstructions, losses = {}, {}, {}, {}, []
         for name, values in self._checked(embeddings, present).items():
             masks[name] = torch.ones_like(values[:, 0], dtype=torch.bool) if present is None else present[name].bool()
-            codes[name], quantized[name], reconstructions[name], branch_losses = self.branches[name](
-                values, masks[name]
-            )
+            # Once for all losses: a mask would be searched, and the device waited for, at every use.
+            rows = masks[name].nonzero()[:, 0]
+            codes[name], quantized[name], reconstructions[name], branch_losses = self.branches[name](values, rows)
             losses.append(branch_losses)
         total = {name: sum(branch_losses[name] for branch_losses in losses) for name in losses[0]}
         total["alignment_loss"] = self._alignment_loss(quantized, masks)
@@ -422,7 +422,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             return loss
         for name in others:
             if name in quantized:
-                both = masks[anchor] & masks[name]
+                both = (masks[anchor] & masks[name]).nonzero()[:, 0]
                 left, right = quantized[anchor][both], quantized[name][both]
                 loss = loss + info_nce(left, right, self.config.alignment_temperature)
         return loss
