@@ -88,6 +88,8 @@ def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_train
     trainer.push_to_hub(links={"recommender": "tester/best"})
     files = on_hub.files("tester/resumed")
     card = ModelCard(files["README.md"].decode())
+    measured, ranked = {result.metric_type: result.metric_value for result in card.data.eval_results}, trainer.rank()
+    assert measured == pytest.approx({name: ranked[name] for name in measured}) and measured["mrr"] > 0
     assert card.data.datasets is None and "[tester/best](https://huggingface.co/tester/best)" in card.text
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors", "config.json"}
     for name in ("last-checkpoint", "checkpoint-3", "checkpoint-6", "checkpoint-9"):
