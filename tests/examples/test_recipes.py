@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +14,8 @@ from PIL import Image
 from mmesid.trainer.cli import STAGES, main
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.recipes import read_recipe
+
+from ..processes import run_python
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -175,7 +175,7 @@ main(["run", "amazon", "--only", "prepare", "--set", *overrides])
 
 def test_the_recipe_prepares_the_files_of_the_hub(shop_url, tmp_path, hub_environment):
     write_files(tmp_path / "repository", 2023, shop_url)
-    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "repository"), *OVERRIDES[2023]]
-    result = subprocess.run(command, env=hub_environment, cwd=tmp_path, capture_output=True, text=True)
+    arguments = [tmp_path / "repository", *OVERRIDES[2023]]
+    result = run_python("-c", HUB_SCRIPT, *arguments, env=hub_environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     check(tmp_path / "runs" / "amazon" / "prepared", 2023)

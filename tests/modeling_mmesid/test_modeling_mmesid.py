@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -13,6 +11,7 @@ from transformers import AutoModel, LlamaModel
 from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation, MMESIDModel
 from modeling_mmesid.packing import pack_histories
 
+from ..processes import run_python
 from .conftest import NUM_ITEMS, item_tables, llama_config, new_model, settings
 
 
@@ -397,9 +396,7 @@ def test_lora_checkpoint_reloads_bit_equal_in_a_new_process(tmp_path, base_model
         "output = AutoModel.from_pretrained(sys.argv[1]).recommend(json.loads(sys.argv[2]));"
         "print(json.dumps([output.items.tolist(), output.scores.tolist()]))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, json.dumps(HISTORIES)], check=True, capture_output=True, text=True
-    ).stdout
+    printed = run_python("-c", code, tmp_path, json.dumps(HISTORIES)).stdout
     items, scores = json.loads(printed.splitlines()[-1])
     expected = model.recommend(HISTORIES)
     assert items == expected.items.tolist()

@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pyarrow as pa
@@ -36,6 +33,8 @@ from mmesid.trainer.running.records import StageRecord, file_digest
 from mmesid.trainer.stages import encoder, prepare
 from mmesid.trainer.stages.embed import main
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+
+from ...processes import run_in_two, run_python, start_python
 
 
 COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
@@ -432,8 +431,7 @@ def test_code_and_image_processor_of_a_repository_are_those_of_the_pinned_commit
         "--use_cpu",
         "true",
     ]
-    command = [sys.executable, "-c", PINNED_SCRIPT, llm2clip, image_processor, *map(str, common), *flags]
-    result = subprocess.run(command, env=hub_environment, capture_output=True, text=True)
+    result = run_python("-c", PINNED_SCRIPT, llm2clip, image_processor, *common, *flags, env=hub_environment)
     assert result.returncode == 0, result.stderr
     table, _ = load_table(tmp_path / "hub" / "visual.safetensors", "visual", NUM_ITEMS)
     torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5)
@@ -464,17 +462,13 @@ def one_thread():
 def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path, one_thread):
     checkpoint = trained / "encoder"
     main(one_by_one(prepared, tmp_path / "whole", checkpoint))
-    command = [
-        sys.executable,
-        "-m",
-        "mmesid.trainer.stages.embed",
-        *one_by_one(prepared, tmp_path / "killed", checkpoint),
-    ]
-    process = subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))) < 5:
+    flags = one_by_one(prepared, tmp_path / "killed", checkpoint)
+    process = start_python("-m", "mmesid.trainer.stages.embed", *flags, env=one_thread)
+    while process.returncode is None and len(list(tmp_path.glob("killed/checkpoints/*/*/*.safetensors"))) < 5:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
     shards = sorted(tmp_path.glob("killed/checkpoints/*/*/[0-9]*.safetensors"))
     assert 5 <= len(shards) < NUM_ITEMS - 1 and not (tmp_path / "killed" / "visual.safetensors").exists()
 
@@ -495,24 +489,9 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path
 def test_two_processes_give_the_bytes_of_one(prepared, trained, tmp_path, one_thread):
     checkpoint = trained / "encoder"
     main(one_by_one(prepared, tmp_path / "one", checkpoint))
-    command = [
-        sys.executable,
-        "-m",
-        "mmesid.trainer.stages.embed",
-        *one_by_one(prepared, tmp_path / "two", checkpoint),
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # As torchrun starts them; it takes longer than both.
-    common = one_thread | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(command, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    flags = one_by_one(prepared, tmp_path / "two", checkpoint)
+    finished = run_in_two("-m", "mmesid.trainer.stages.embed", *flags)
+    assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "two/visual.safetensors").read_bytes() == (tmp_path / "one/visual.safetensors").read_bytes()
     record = StageRecord.load(tmp_path / "two" / "visual.json")
     assert record.fingerprint == StageRecord.load(tmp_path / "one" / "visual.json").fingerprint

@@ -1,9 +1,6 @@
 """The stages behind the encoders, one after the other, on files and in real processes."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -27,6 +24,7 @@ from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
 from mmesid.trainer.stages.finetune import FinetuneArguments
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
 
+from ...processes import run_in_two, run_python
 from .conftest import finetune_flags
 
 
@@ -174,10 +172,8 @@ def test_checkpoint_recommends_the_same_in_a_new_process(tiny_run):
         "output = model.recommend(processor(json.loads(sys.argv[2])))\n"
         "print(json.dumps([processor.convert_rows_to_item_ids(output.items), output.scores.tolist()]))\n"
     )
-    command = [sys.executable, "-c", code, str(tiny_run / "recommender"), json.dumps(histories)]
-    item_ids, scores = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    process = run_python("-c", code, tiny_run / "recommender", json.dumps(histories))
+    item_ids, scores = json.loads(process.stdout.splitlines()[-1])
     assert item_ids == processor.convert_rows_to_item_ids(expected.items)
     np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-5)
 
@@ -376,23 +372,13 @@ print("STEPS", steps)
 
 def test_killed_training_resumes_where_it_stopped(tiny_run, tmp_path):
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "resumed"), "--num_train_epochs", "3"]
-    killed = subprocess.run([sys.executable, "-c", INTERRUPT, "7", *flags], capture_output=True, text=True)
+    killed = run_python("-c", INTERRUPT, "7", *flags)
     assert killed.returncode == 9, killed.stderr
     assert not (tmp_path / "resumed" / "record.json").exists()
-    again = subprocess.run(
-        [sys.executable, "-c", INTERRUPT, "1000", *flags], capture_output=True, text=True, check=True
-    )
+    again = run_python("-c", INTERRUPT, "1000", *flags)
     # 3 epochs of 3 steps; two epochs had a checkpoint.
     assert "STEPS 3" in again.stdout
     assert (tmp_path / "resumed" / "record.json").is_file()
-
-
-def launch(*arguments: str) -> None:
-    """Two processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
 
 
 def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
@@ -404,7 +390,8 @@ def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
         "--prepared_dir", str(tmp_path / "odd"), "--use_cpu", "true", "--per_device_eval_batch_size", "32",
         "--model_dirs", str(tiny_run / "sasrec"), str(tiny_run / "recommender"), "--output_dir",
     ]  # fmt: skip
-    launch("-m", "mmesid.trainer.stages.evaluate", *flags, str(tmp_path / "two"))
+    finished = run_in_two("-m", "mmesid.trainer.stages.evaluate", *flags, tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr
     assert StageRecord.load(tmp_path / "two").hardware.endswith("2 processes")
     evaluate.main([*flags, str(tmp_path / "one")])
     for split in ("validation", "test"):
@@ -435,10 +422,10 @@ def test_two_processes_train_and_validate_as_one_does(tiny_run, tmp_path):
     prepare.main(
         ["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(tmp_path / "odd")]
     )
-    (tmp_path / "train.py").write_text(KEEP_HISTORY)
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
     flags += ["--prepared_dir", str(tmp_path / "odd"), "--per_device_eval_batch_size", "32"]
-    launch(str(tmp_path / "train.py"), str(tmp_path / "history.json"), *flags)
+    finished = run_in_two("-c", KEEP_HISTORY, tmp_path / "history.json", *flags)
+    assert finished.returncode == 0, finished.stderr
     record = StageRecord.load(tmp_path / "two")
     assert record.hardware.endswith("2 processes")
     model = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "two")

@@ -15,6 +15,8 @@ from mmesid.trainer.data.sources import reader_of
 from mmesid.trainer.data.sources.amazon import read_amazon_2023
 from mmesid.trainer.data.table_files import TableLocation
 
+from ....processes import run_python
+
 
 REVIEWS = [("ann", "B01", 100, 5.0), ("bob", "B02", 200, 3.0), ("ann", "B03", 150, 4.0)]
 THUMBNAIL = "https://images.example/I/b01._SS40_.jpg"
@@ -240,8 +242,7 @@ def test_the_configurations_of_the_hubs_dataset_are_read_whatever_its_loading_sc
     rows = [f"{user},{item},{rating},{time}" for user, item, time, rating in entries]
     write_lines(folder / "benchmark/0core/rating_only/All_Beauty.csv", ["user_id,parent_asin,rating,timestamp", *rows])
 
-    command = [sys.executable, "-c", HUB_SCRIPT, str(folder), str(output)]
-    result = subprocess.run(command, env=hub_environment, capture_output=True, text=True)
+    result = run_python("-c", HUB_SCRIPT, folder, output, env=hub_environment)
     assert result.returncode == 0, result.stderr
     for name in ("reviews", "ratings", "pinned"):
         data = PreparedDataset.load(output / name)

@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import subprocess
-import sys
 import tracemalloc
 
 import datasets
@@ -22,6 +20,8 @@ from mmesid.trainer.data.sources.tabular import (
     read_tabular,
 )
 from mmesid.trainer.data.table_files import TableLocation
+
+from ....processes import run_python
 
 
 # Ids with leading zeros, a comma, a line break and quotes in texts, missing values.
@@ -210,12 +210,7 @@ def test_files_and_repositories_of_the_hub_are_read_at_the_commit_they_are_at(tm
     write_table(tmp_path / "shop/orders.parquet", orders)
     write_table(tmp_path / "shop/products.parquet", ITEMS | {"picture": [None] * 3})
     (tmp_path / "shop/README.md").write_text(CARD)
-    result = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "shop"), str(tmp_path / "runs")],
-        env=hub_environment | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    result = run_python("-c", HUB_SCRIPT, tmp_path / "shop", tmp_path / "runs", env=hub_environment)
     assert "name its files, as hf://datasets/tester/scripted/<file>" in result.stderr.splitlines()[-1], result.stderr
     refused = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
     assert len(refused) == 2 and all("the Hub at http://127.0.0.1" in line for line in refused)
