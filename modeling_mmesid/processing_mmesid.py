@@ -48,10 +48,7 @@ class MMESIDProcessor(ProcessorMixin):
                 item_id for row, item_id in enumerate(self.item_ids, start=1) if self._rows[item_id] != row
             )
             raise ValueError(f"Item id '{repeated}' occurs more than once; ids must be unique.")
-        if user_prompt.count("{items}") != 1:
-            raise ValueError(
-                f"user_prompt must hold {{items}} exactly once, where the items stand; it is '{user_prompt}'."
-            )
+        require_items_place(user_prompt)
 
     def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
         """
@@ -155,6 +152,14 @@ class MMESIDProcessor(ProcessorMixin):
 
 # Stands for the items while a chat template is rendered; any text that no prompt holds.
 _SLOT = "\u241fitems\u241f"
+
+
+def require_items_place(user_prompt: str) -> None:
+    """Raises `ValueError` unless the prompt says once where the items stand."""
+    if user_prompt.count("{items}") != 1:
+        raise ValueError(
+            f"user_prompt must hold {{items}} exactly once, where the items stand; it is '{user_prompt}'."
+        )
 
 
 def _map_rows(rows, names: list[str]):

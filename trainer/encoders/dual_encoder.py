@@ -105,11 +105,7 @@ class DualEncoder(PretrainedEncoder):
         Raises:
             ValueError: If the sizes do not divide.
         """
-        if image_size % patch_size or hidden_size % HEAD_WIDTH:
-            raise ValueError(
-                f"image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size "
-                f"{hidden_size} of {HEAD_WIDTH}."
-            )
+        require_sizes(image_size, patch_size, hidden_size)
         tokenizer = train_tokenizer(captions, max_text_length, min_word_frequency)
         transformer = {
             "hidden_size": hidden_size,
@@ -159,6 +155,15 @@ class DualEncoder(PretrainedEncoder):
         # In remote code the features come as they are.
         features = features if isinstance(features, torch.Tensor) else features.pooler_output
         return features.float().cpu()
+
+
+def require_sizes(image_size: int, patch_size: int, hidden_size: int) -> None:
+    """Raises `ValueError` unless patches make up an image, and heads of 32 the width."""
+    if image_size % patch_size or hidden_size % HEAD_WIDTH:
+        raise ValueError(
+            f"image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size {hidden_size} of "
+            f"{HEAD_WIDTH}."
+        )
 
 
 def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:

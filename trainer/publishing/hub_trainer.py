@@ -16,9 +16,9 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from mmesid.hub_cards import require_links, save_card
 
-from ..running.arguments import BestEpochTrainingArguments, changed_arguments
+from ..running.arguments import BestEpochTrainingArguments, changed_arguments, parse_links
 from ..running.records import StageRecord, file_digest, unstaged_record
-from .repository import parse_links, publication, save_record, upload
+from .repository import publication, save_record, upload
 
 
 # What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.

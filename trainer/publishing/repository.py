@@ -12,20 +12,10 @@ import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from mmesid.hub_cards import CARD_NAME, REPOSITORY, SUBJECTS, render_card, require_links, save_card
+from mmesid.hub_cards import CARD_NAME, REPOSITORY, SUBJECTS, render_card, save_card
 from modeling_mmesid.checkpoints import COMPANIONS_NAME, require_public_base_model
 
 from ..running.records import RECORD_NAME, RESULTS_NAME, StageRecord, StageRun, file_digest, write_text_atomic
-
-
-def parse_links(links: list[str] | None) -> dict[str, str]:
-    """
-    Related repositories by kind, from `kind=owner/name` each.
-
-    Raises:
-        ValueError: If a link does not have that form, or its kind is unknown.
-    """
-    return require_links(dict(link.partition("=")[::2] for link in links or []))
 
 
 def present(run: StageRun, links: dict[str, str] | None = None) -> None:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
-from ..running.arguments import BestEpochTrainingArguments
+from ..running.arguments import BestEpochTrainingArguments, check_ranges
 from .attention_trial import attention_problem, packing_problem, should_try_flex_attention, use_attention
 from .collators import HistoryCollator
 from .description import describe_items
@@ -36,6 +36,10 @@ class MMESIDTrainingArguments(BestEpochTrainingArguments):
 
     num_candidates: int = 0
     num_train_epochs: float = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, not_negative=("num_candidates",))
 
 
 class MMESIDTrainer(SequentialRecommendationTrainer):

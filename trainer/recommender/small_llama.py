@@ -45,6 +45,19 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def num_attention_heads(hidden_size: int) -> int:
+    """
+    One attention head per 64 of the width, and at least one.
+
+    Raises:
+        ValueError: If the heads' width would not be an even number, which rotary positions take.
+    """
+    heads = max(hidden_size // 64, 1)
+    if hidden_size % (2 * heads):
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {2 * heads}; choose one, such as 64 or 128.")
+    return heads
+
+
 def new_llama_config(
     tokenizer: PreTrainedTokenizerFast,
     hidden_size: int,
@@ -57,7 +70,7 @@ def new_llama_config(
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         num_hidden_layers=num_hidden_layers,
-        num_attention_heads=max(hidden_size // 64, 1),
+        num_attention_heads=num_attention_heads(hidden_size),
         attention_dropout=ATTENTION_DROPOUT,
         max_position_embeddings=max_position_embeddings,
         pad_token_id=tokenizer.pad_token_id,

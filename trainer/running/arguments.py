@@ -19,6 +19,8 @@ from transformers import HfArgumentParser, PreTrainedConfig
 from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
+from mmesid.hub_cards import require_links
+
 from .files import read_yaml, to_flags
 from .help import HELP_FLAGS, stage_help
 
@@ -26,8 +28,8 @@ from .help import HELP_FLAGS, stage_help
 logger = logging.get_logger(__name__)
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "positive": (lambda value: value > 0, "must be positive"),
-    "not_negative": (lambda value: value >= 0, "must not be negative"),
+    "positive": (lambda value: value > 0, "must be a positive number"),
+    "not_negative": (lambda value: value >= 0, "must be 0 or a positive number"),
     "share": (lambda value: 0 < value < 1, "must lie between 0 and 1"),
 }
 
@@ -45,7 +47,7 @@ def check_ranges(arguments, **names: tuple[str, ...]) -> None:
         is_in_range, what = _RANGES[kind]
         for name in members:
             value = getattr(arguments, name)
-            if value is not None and not is_in_range(value):
+            if value is not None and not (is_in_range(value) and math.isfinite(value)):
                 raise ValueError(f"--{name} is {value}; it {what}.")
 
 
@@ -63,6 +65,16 @@ def _changed(declared, values: dict) -> dict:
         if value != default:
             changed[argument.name] = value.value if isinstance(value, Enum) else value
     return changed
+
+
+def parse_links(links: list[str] | None) -> dict[str, str]:
+    """
+    Related repositories by kind, from `kind=owner/name` each.
+
+    Raises:
+        ValueError: If a link does not have that form, or its kind is unknown.
+    """
+    return require_links(dict(link.partition("=")[::2] for link in links or []))
 
 
 @dataclass(kw_only=True)
@@ -162,9 +174,13 @@ class BestEpochTrainingArguments(TrainingArguments):
         self.changed = changed_arguments(self)
         check_ranges(
             self,
-            positive=("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            not_negative=("learning_rate", "early_stopping_patience", "weight_decay", "warmup_steps"),
-        )
+            positive=(
+                "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+            ),
+            not_negative=("learning_rate", "early_stopping_patience", "weight_decay", "warmup_steps", "seed"),
+        )  # fmt: skip
+        parse_links(self.hub_links)
         self._settle_best_epoch()
         # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain, unless told to use the CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -173,6 +189,11 @@ class BestEpochTrainingArguments(TrainingArguments):
     def _settle_best_epoch(self) -> None:
         """Lets go of what an evaluation would choose where there is none, and refuses what cannot be had."""
         evaluates, saves = self.eval_strategy, self.save_strategy
+        if evaluates == "no" and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"--lr_scheduler_type {self.lr_scheduler_type} follows evaluations, and --eval_strategy is no; choose "
+                "another scheduler, or evaluate."
+            )
         if evaluates == "no":
             if self.load_best_model_at_end or self.early_stopping_patience:
                 logger.warning("--eval_strategy no: the last epoch is kept, and training does not stop early.")
@@ -184,6 +205,13 @@ class BestEpochTrainingArguments(TrainingArguments):
                 f"does not write one where --eval_strategy {evaluates} evaluates; give both strategies the same "
                 "value, or set --load_best_model_at_end false."
             )
+        every = self.eval_steps or self.logging_steps
+        if self.load_best_model_at_end and saves == "steps" and min(every, self.save_steps) >= 1:
+            if self.save_steps % every:
+                raise ValueError(
+                    f"--save_steps {self.save_steps:g} is no multiple of --eval_steps {every:g}, so that checkpoints "
+                    "would not be evaluated; change either, or set --load_best_model_at_end false."
+                )
         uses_metric = self.load_best_model_at_end or self.early_stopping_patience or saves == "best"
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if uses_metric and not any(fnmatch.fnmatch(metric, pattern) for pattern in self.metric_names):

@@ -115,6 +115,18 @@ def json_digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def require_exists(path: str | os.PathLike) -> None:
+    """
+    Raises:
+        FileNotFoundError: If there is neither a file nor a directory.
+    """
+    if not Path(path).exists():
+        where = "" if Path(path).is_absolute() else f" below '{Path.cwd()}'"
+        raise FileNotFoundError(
+            f"'{path}' does not exist{where}; run the stage that writes it first, or correct the path."
+        )
+
+
 def input_digest(path: str | os.PathLike | list) -> str:
     """
     SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other
@@ -125,11 +137,10 @@ def input_digest(path: str | os.PathLike | list) -> str:
     """
     if isinstance(path, list):
         return json_digest([input_digest(one) for one in path])
+    require_exists(path)
     path = Path(path)
     if path.is_file():
         return file_digests([path], path.name)[0]
-    if not path.is_dir():
-        raise FileNotFoundError(f"'{path}' does not exist; run the stage that writes it first, or correct the path.")
     if (path / RECORD_NAME).is_file():
         outputs = StageRecord.load(path).outputs
         return json_digest({name: digest for name, digest in outputs.items() if name not in _PRESENTING_FILES})

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from ..data.prepared import PreparedDataset
 from ..encoders import load_encoder
-from ..encoders.dual_encoder import DualEncoder
+from ..encoders.dual_encoder import DualEncoder, require_sizes
 from ..encoders.dual_encoder_training import DualEncoderTrainingArguments, dual_encoder_trainer
 from ..encoders.remote_code import refuse_unpinned_code
 from ..publishing.repository import present
@@ -41,8 +41,7 @@ class EncoderArguments(StageArguments):
         > Data
 
         prepared_dir (`str`): Directory written by `mmesid prepare`.
-        caption_column (`str`, *optional*, defaults to `"text"`): The text that goes with a
-            picture.
+        caption_column (`str`, *optional*, defaults to `"text"`): The text that goes with a picture.
 
         > Pretrained model
 
@@ -83,6 +82,7 @@ class EncoderArguments(StageArguments):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, positive=SIZES)
+        require_sizes(self.image_size, self.patch_size, self.hidden_size)
         if self.model_name_or_path is not None:
             for name in set(SIZES) & set(self.changed):
                 raise ValueError(

@@ -56,7 +56,13 @@ class EvaluateArguments(StageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, positive=("per_device_eval_batch_size", "bootstrap_resamples"))
+        check_ranges(self, positive=("per_device_eval_batch_size", "bootstrap_resamples"), not_negative=("seed",))
+        names = [POPULARITY, *(Path(path).name for path in self.model_dirs)]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"Two models are called '{repeated}'; evaluate them apart, or rename one of --model_dirs."
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
             use_cpu=arguments.use_cpu,
             report_to="none",
         )
-        run = StageRun("evaluate", arguments, inputs=inputs)
         check_model_dirs([Path(path) for path in arguments.model_dirs])
+        run = StageRun("evaluate", arguments, inputs=inputs)
         if not run.is_up_to_date():
             evaluate_models(arguments, training_arguments, run)
     if PartialState().is_main_process:
@@ -83,8 +89,7 @@ def check_model_dirs(directories: list[Path]) -> None:
     """
     Raises:
         FileNotFoundError: If a directory is not that of a stage that has finished.
-        ValueError: If the stage that wrote a directory makes nothing that ranks, or two have the same name, which
-            names them in the results.
+        ValueError: If the stage that wrote a directory makes nothing that ranks.
     """
     for directory in directories:
         if not (directory / RECORD_NAME).is_file():
@@ -97,10 +102,6 @@ def check_model_dirs(directories: list[Path]) -> None:
                 f"'{directory}' was written by the stage '{stage}'; give --model_dirs the directories of "
                 f"{' and '.join(RANKING_STAGES)}."
             )
-    names = [POPULARITY, *(directory.name for directory in directories)]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f"Two models are called '{repeated}'; evaluate them apart, or rename one of --model_dirs.")
 
 
 def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:

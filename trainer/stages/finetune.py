@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 
 from mmesid.hub_cards import model_licence
 from modeling_mmesid import MMESIDConfig, MMRQVAEConfig, MMRQVAEModel
-from modeling_mmesid.processing_mmesid import USER_PROMPT
+from modeling_mmesid.processing_mmesid import USER_PROMPT, require_items_place
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import load_table, table_encoders, table_path
@@ -27,10 +27,11 @@ from ..publishing.repository import present
 from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
 from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainingArguments
+from ..recommender.small_llama import num_attention_heads
 from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
-from ..running.records import StageRun
+from ..running.records import StageRun, require_exists
 from ..running.training import fit, trainer_arguments
 
 
@@ -52,8 +53,8 @@ class FinetuneArguments(StageArguments):
 
         paper (`bool`, *optional*, defaults to `False`): The paper's items: a token MLP and a score head, no free
             vector.
-        code_initialization (`str`, *optional*, defaults to `"trained"`): Start code
-            embeddings from the quantizer's code vectors, or at random (ablation).
+        code_initialization (`str`, *optional*, defaults to `"trained"`): Start code embeddings from the
+            quantizer's code vectors, or at random (ablation).
 
         > Decoder
 
@@ -107,6 +108,10 @@ class FinetuneArguments(StageArguments):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, positive=("hidden_size", "num_hidden_layers", "lora_alpha"), not_negative=("lora_r",))
+        num_attention_heads(self.hidden_size)
+        require_items_place(self.user_prompt)
+        if self.lora_r and not self.freeze_backbone and not self.lora_target_modules:
+            raise ValueError("--lora_target_modules names no layer; name some, or set --lora_r 0 for no adapter.")
         if self.modalities != []:
             for name in ("embeddings_dir", "quantizer_dir"):
                 if getattr(self, name) is None:
@@ -126,9 +131,9 @@ class FinetuneArguments(StageArguments):
     def check(self, **settings) -> None:
         if self.paper:
             self.config |= {"share_item_table": False, "use_item_ids": False}
-        # One modality stands for those of the quantizer.
-        content = {} if self.modalities == [] else {"modalities": ["content"], "embedding_dims": [1]}
-        super().check(**content, **settings)
+        # Before the quantizer is asked for its modalities, one stands for them.
+        modalities = ["content"] if self.modalities is None else self.modalities
+        super().check(modalities=modalities, embedding_dims=[1] * len(modalities), **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,6 +199,7 @@ def content_modalities(arguments: FinetuneArguments) -> list[str]:
     """The modalities that items carry: the given ones or all of the quantizer's; none for the ID-only baseline."""
     if arguments.modalities == []:
         return []
+    require_exists(arguments.quantizer_dir)
     available = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).modalities
     unknown = sorted(set(arguments.modalities or []) - set(available))
     if unknown:

@@ -171,7 +171,17 @@ class PrepareArguments(StageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, positive=("num_items", "num_users"), not_negative=("seed",))
+        check_ranges(
+            self,
+            share=("validation_fraction", "test_fraction"),
+            positive=("num_items", "num_users"),
+            not_negative=("min_interactions", "seed"),
+        )
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"--validation_fraction {self.validation_fraction} and --test_fraction {self.test_fraction} leave "
+                "nothing to train on; lower them."
+            )
         check_arguments(self)
         self.sequence_settings()
 

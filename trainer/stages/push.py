@@ -15,8 +15,8 @@ from accelerate import PartialState
 
 from mmesid.hub_cards import CARD_NAME
 
-from ..publishing.repository import parse_links, publication, upload
-from ..running.arguments import CommandArguments, parse
+from ..publishing.repository import publication, upload
+from ..running.arguments import CommandArguments, parse, parse_links
 from ..running.errors import run_as_script
 
 

@@ -67,7 +67,7 @@ class RecommendArguments(CommandArguments):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, positive=("top_k",))
-        if (self.history is None) == (self.histories_file is None):
+        if bool(self.history) == bool(self.histories_file):
             raise ValueError("Give either --history with item ids or --histories_file with one user per line.")
 
 
