@@ -37,7 +37,7 @@ _PICTURE_NOTES = {
 _PATHS = ("_dir", "_file", "_checkpoint")
 # Statistics of the data that a card shows elsewhere.
 _TOLD_ELSEWHERE = ("source", "licence", "synthetic", "split", "validation_starts", "test_starts")
-# Statistics of the items, for what is trained on items alone.
+# Statistics of the items, for models that are trained on items only.
 _OF_ITEMS = ("items", "missing_", "bad_")
 
 # The Hub's classes of size, by their upper bound.

@@ -78,7 +78,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large_files: dict[str, bytes] = {}
-        # Digests of the large files that were taken, one an upload.
+        # Digests of the large files that were taken, one per upload.
         self.uploads: list[str] = []
         # How many more large files are taken before the connection breaks; None never breaks.
         self.uploads_left: int | None = None
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, format, *arguments):
-        """Requests are not worth a line each."""
+        """Nobody reads a line per request."""
 
     def handle_request(self):
         address = urlsplit(self.path)

@@ -1,5 +1,6 @@
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,12 @@ def test_every_module_has_its_folder():
 def test_files_of_the_modeling_folder_can_be_read_in_one_sitting():
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "modeling_mmesid").glob("*.py")}
     assert max(lines.values()) <= 1015, max(lines, key=lines.get)
+
+
+def test_the_modeling_folder_knows_nothing_of_records_cards_and_links():
+    for path in (ROOT / "modeling_mmesid").glob("*.py"):
+        words = re.findall(r"(?i)\b(record|card|link|markdown|readme)s?\b", path.read_text(encoding="utf-8"))
+        assert not words, path.name
 
 
 def test_every_folder_is_installed_under_a_name_of_ours(settings):
