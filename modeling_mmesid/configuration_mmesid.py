@@ -25,52 +25,43 @@ class MMESIDConfig(CheckpointConfig):
     Configuration of [`MMESIDForSequentialRecommendation`] ([Wang et al., 2025](https://arxiv.org/abs/2509.02017)).
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder that reads the histories; a `LlamaConfig` by default.
-        base_model_name_or_path (`str`, *optional*):
-            Where the frozen weights of the backbone come from. `None` means that the checkpoint holds them.
-        base_model_revision (`str`, *optional*):
-            Revision (a commit hash, once loaded from the Hub) of the base model.
-        lora (`dict`, *optional*):
-            Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8, "lora_alpha": 16}`.
-            `None` trains the backbone in full.
-        num_items (`int`, *optional*, defaults to `1`):
-            Number of items; rows 1 to `num_items` are items and row 0 is padding.
-        modalities (`list[str]`, *optional*, defaults to `[]`):
-            Names of the modalities, in order. Empty for a recommender that knows nothing but item IDs.
-        embedding_dims (`list[int]`, *optional*, defaults to `[]`):
-            Width of the frozen embedding of each modality.
-        num_quantizers (`int`, *optional*, defaults to `4`):
-            Codes in the semantic ID of a modality (residual levels); 0 for no semantic IDs.
-        codebook_size (`int`, *optional*, defaults to `256`):
-            Codes to choose from at each level.
-        codebook_dim (`int`, *optional*, defaults to `128`):
-            Width of a code vector. Where it differs from the backbone's hidden size a linear map follows the sum of
-            code vectors.
-        share_item_table (`bool`, *optional*, defaults to `True`):
-            Whether an item's token is its row of the fused table that scores it. `False` is the paper's form: the
-            token is an MLP over projections and codes, and the table fuses a score head with the projections.
-        use_item_ids (`bool`, *optional*, defaults to `True`):
-            Whether each item has a free vector besides its content.
-        fusion_hidden_size (`int`, *optional*, defaults to `16`):
-            Width of the hidden layer that turns an item's frequency into fusion weights.
-        fusion_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the softmax over sources; the published 0.001 makes it a switch.
-        item_token_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on item vectors where they enter the backbone, not where they score. The square root of the hidden
-            size suits a backbone trained from scratch, as in SASRec and Gemma.
-        token_dropout (`float`, *optional*, defaults to `0.4`):
-            Dropout on the item tokens that enter the backbone.
-        output_dropout (`float`, *optional*, defaults to `0.4`):
-            Dropout on the user representations before they are scored.
-        prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`):
-            Tokens before the items.
-        prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`):
-            Tokens after the items; without any the last item's state represents the user.
-        max_history (`int`, *optional*, defaults to `50`):
-            Longest history that is read: only the latest items of a longer one.
-        initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of the initial weights.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the decoder that reads the
+            histories; a `LlamaConfig` by default.
+        base_model_name_or_path (`str`, *optional*): Where the frozen weights of the backbone come from. `None` means
+            that the checkpoint holds them.
+        base_model_revision (`str`, *optional*): Revision (a commit hash, once loaded from the Hub) of the base model.
+        lora (`dict`, *optional*): Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8,
+            "lora_alpha": 16}`. `None` trains the backbone in full.
+        num_items (`int`, *optional*, defaults to `1`): Number of items; rows 1 to `num_items` are items and row 0 is
+            padding.
+        modalities (`list[str]`, *optional*, defaults to `[]`): Names of the modalities, in order. Empty for a
+            recommender that knows nothing but item IDs.
+        embedding_dims (`list[int]`, *optional*, defaults to `[]`): Width of the frozen embedding of each modality.
+        num_quantizers (`int`, *optional*, defaults to `4`): Codes in the semantic ID of a modality (residual levels);
+            0 for no semantic IDs.
+        codebook_size (`int`, *optional*, defaults to `256`): Codes to choose from at each level.
+        codebook_dim (`int`, *optional*, defaults to `128`): Width of a code vector. Where it differs from the
+            backbone's hidden size a linear map follows the sum of code vectors.
+        share_item_table (`bool`, *optional*, defaults to `True`): Whether an item's token is its row of the fused
+            table that scores it. `False` is the paper's form: the token is an MLP over projections and codes, and the
+            table fuses a score head with the projections.
+        use_item_ids (`bool`, *optional*, defaults to `True`): Whether each item has a free vector besides its content.
+        fusion_hidden_size (`int`, *optional*, defaults to `16`): Width of the hidden layer that turns an item's
+            frequency into fusion weights.
+        fusion_temperature (`float`, *optional*, defaults to `1.0`): Temperature of the softmax over sources; the
+            published 0.001 makes it a switch.
+        item_token_scale (`float`, *optional*, defaults to `1.0`): Factor on item vectors where they enter the
+            backbone, not where they score. The square root of the hidden size suits a backbone trained from scratch,
+            as in SASRec and Gemma.
+        token_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the item tokens that enter the backbone.
+        output_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the user representations before they are
+            scored.
+        prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens before the items.
+        prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens after the items; without any the last
+            item's state represents the user.
+        max_history (`int`, *optional*, defaults to `50`): Longest history that is read: only the latest items of a
+            longer one.
+        initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of the initial weights.
     """
 
     model_type = "mmesid"

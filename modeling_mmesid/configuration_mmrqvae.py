@@ -25,55 +25,50 @@ class MMRQVAEConfig(CheckpointConfig):
     returns.
 
     Args:
-        modalities (`list[str]`, *optional*, defaults to `["collaborative", "text"]`):
-            Names of the modalities, in order; the first is the anchor of the alignment. Python identifiers.
-        embedding_dims (`list[int]`, *optional*, defaults to 64 for each modality):
-            Width of the embeddings of each modality, in the same order.
+        modalities (`list[str]`, *optional*, defaults to `["collaborative", "text"]`): Names of the modalities, in
+            order; the first is the anchor of the alignment. Python identifiers.
+        embedding_dims (`list[int]`, *optional*, defaults to 64 for each modality): Width of the embeddings of each
+            modality, in the same order.
 
         > Codes
 
-        num_quantizers (`int`, *optional*, defaults to `4`):
-            Codes of an item in each modality (residual levels).
-        codebook_size (`int`, *optional*, defaults to `256`):
-            Codes that a level chooses from; fewer than there are items.
-        codebook_dim (`int`, *optional*, defaults to `128`):
-            Width of the code vectors; that of the decoder which will read them spares a map between the two.
-        sinkhorn_epsilons (`list[float]`, *optional*, defaults to 0 for each level):
-            Temperatures of Sinkhorn's algorithm, one per level and relative to the mean squared distance, which
-            balance the use of the codes; 0 leaves a level to the nearest code. The paper balances the last of four:
-            `0 0 0 0.003`.
-        resolve_collisions (`bool`, *optional*, defaults to `False`):
-            Make the semantic IDs of a catalogue unique within each modality: of the items that share one, all but the
-            first move to the nearest ID that is free.
-        initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of code vectors before the k-means initialization.
+        num_quantizers (`int`, *optional*, defaults to `4`): Codes of an item in each modality (residual levels).
+        codebook_size (`int`, *optional*, defaults to `256`): Codes that a level chooses from; fewer than there are
+            items.
+        codebook_dim (`int`, *optional*, defaults to `128`): Width of the code vectors; that of the decoder which will
+            read them spares a map between the two.
+        sinkhorn_epsilons (`list[float]`, *optional*, defaults to 0 for each level): Temperatures of Sinkhorn's
+            algorithm, one per level and relative to the mean squared distance, which balance the use of the codes; 0
+            leaves a level to the nearest code. The paper balances the last of four: `0 0 0 0.003`.
+        resolve_collisions (`bool`, *optional*, defaults to `False`): Make the semantic IDs of a catalogue unique
+            within each modality: of the items that share one, all but the first move to the nearest ID that is free.
+        initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of code vectors before the
+            k-means initialization.
 
         > Encoder
 
-        encoder_hidden_dims (`list[int]`, *optional*):
-            Widths of the hidden layers of every encoder. Defaults to `[512]` for the objective `"distance"` and to
-            `[512, 256]` for the others.
-        encoder_projection (`bool`, *optional*):
-            Whether encoders add their output to a fixed orthogonal projection of the embedding, which keeps items
-            apart, and decoders are linear; otherwise decoders mirror the encoders. Without hidden layers the
-            projection is the whole encoder. Defaults to `True` for the objective `"distance"`.
+        encoder_hidden_dims (`list[int]`, *optional*): Widths of the hidden layers of every encoder. Defaults to
+            `[512]` for the objective `"distance"` and to `[512, 256]` for the others.
+        encoder_projection (`bool`, *optional*): Whether encoders add their output to a fixed orthogonal projection of
+            the embedding, which keeps items apart, and decoders are linear; otherwise decoders mirror the encoders.
+            Without hidden layers the projection is the whole encoder. Defaults to `True` for the objective
+            `"distance"`.
 
         > Loss
 
-        objective (`str`, *optional*, defaults to `"distance"`):
-            What the quantizer is trained for: `"distance"`, that the distances between quantized items follow those
-            between their embeddings; `"paper"`, that the reconstructions are distributed as the embeddings are (MMD);
-            `"mse"`, that each reconstruction is near its embedding.
-        distance_focus (`float`, *optional*, defaults to `1.0`):
-            How much more the distances to near items count in the objective `"distance"`; 0 weighs all alike.
-        codebook_loss_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the pull of code vectors to what they stand for.
-        commitment_loss_weight (`float`, *optional*, defaults to `0.25`):
-            Weight of the pull of latents to their code vectors.
-        alignment_loss_weight (`float`, *optional*, defaults to `0.01`):
-            Weight of the InfoNCE between the quantized anchor and every other quantized modality; 0 leaves it out.
-        alignment_temperature (`float`, *optional*, defaults to `0.1`):
-            Temperature of the InfoNCE.
+        objective (`str`, *optional*, defaults to `"distance"`): What the quantizer is trained for: `"distance"`, that
+            the distances between quantized items follow those between their embeddings; `"paper"`, that the
+            reconstructions are distributed as the embeddings are (MMD); `"mse"`, that each reconstruction is near its
+            embedding.
+        distance_focus (`float`, *optional*, defaults to `1.0`): How much more the distances to near items count in the
+            objective `"distance"`; 0 weighs all alike.
+        codebook_loss_weight (`float`, *optional*, defaults to `1.0`): Weight of the pull of code vectors to what they
+            stand for.
+        commitment_loss_weight (`float`, *optional*, defaults to `0.25`): Weight of the pull of latents to their code
+            vectors.
+        alignment_loss_weight (`float`, *optional*, defaults to `0.01`): Weight of the InfoNCE between the quantized
+            anchor and every other quantized modality; 0 leaves it out.
+        alignment_temperature (`float`, *optional*, defaults to `0.1`): Temperature of the InfoNCE.
     """
 
     model_type = "mmrqvae"

@@ -12,28 +12,20 @@ class SASRecConfig(CheckpointConfig):
     ([Kang and McAuley, 2018](https://arxiv.org/abs/1808.09781)).
 
     Args:
-        num_items (`int`, *optional*, defaults to `1`):
-            Number of items; rows 1 to `num_items` are items and row 0 is padding.
-        hidden_size (`int`, *optional*, defaults to `64`):
-            Width of item embeddings and hidden states.
-        num_hidden_layers (`int`, *optional*, defaults to `2`):
-            Number of self-attention blocks.
-        num_attention_heads (`int`, *optional*, defaults to `2`):
-            Number of attention heads; must divide `hidden_size`.
-        intermediate_size (`int`, *optional*):
-            Width of the feed-forward layer; four times `hidden_size` by default.
-        max_history (`int`, *optional*, defaults to `50`):
-            Longest history; of a longer one the latest items are read.
-        embedding_dropout (`float`, *optional*, defaults to `0.5`):
-            Dropout on the item embeddings that enter the first block.
-        hidden_dropout (`float`, *optional*, defaults to `0.5`):
-            Dropout on the output of attention and feed-forward layers.
-        attention_dropout (`float`, *optional*, defaults to `0.2`):
-            Dropout on attention weights.
-        layer_norm_eps (`float`, *optional*, defaults to `1e-8`):
-            Epsilon of the layer normalisations.
-        initializer_range (`float`, *optional*, defaults to `0.02`):
-            Standard deviation of the initial weights.
+        num_items (`int`, *optional*, defaults to `1`): Number of items; rows 1 to `num_items` are items and row 0 is
+            padding.
+        hidden_size (`int`, *optional*, defaults to `64`): Width of item embeddings and hidden states.
+        num_hidden_layers (`int`, *optional*, defaults to `2`): Number of self-attention blocks.
+        num_attention_heads (`int`, *optional*, defaults to `2`): Number of attention heads; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*): Width of the feed-forward layer; four times `hidden_size` by default.
+        max_history (`int`, *optional*, defaults to `50`): Longest history; of a longer one the latest items are read.
+        embedding_dropout (`float`, *optional*, defaults to `0.5`): Dropout on the item embeddings that enter the first
+            block.
+        hidden_dropout (`float`, *optional*, defaults to `0.5`): Dropout on the output of attention and feed-forward
+            layers.
+        attention_dropout (`float`, *optional*, defaults to `0.2`): Dropout on attention weights.
+        layer_norm_eps (`float`, *optional*, defaults to `1e-8`): Epsilon of the layer normalisations.
+        initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of the initial weights.
     """
 
     model_type = "mmesid_sasrec"
