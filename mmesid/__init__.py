@@ -19,51 +19,69 @@ if TYPE_CHECKING:
     from .trainer.data.preparation import prepare
     from .trainer.data.prepared import PreparedDataset
     from .trainer.data.tables import EmbeddingTable
-    from .trainer.encoders.dual_encoder_training import train_dual_encoder
+    from .trainer.encoders.dual_encoder_training import DualEncoderTrainingArguments, train_dual_encoder
     from .trainer.encoders.embedding import embed
     from .trainer.publishing.repository import push
     from .trainer.quantizer.trainer import MMRQVAETrainingArguments
     from .trainer.quantizer.training import quantize
+    from .trainer.recommender.evaluation import evaluate
+    from .trainer.recommender.mmesid_trainer import MMESIDTrainingArguments
+    from .trainer.recommender.sasrec_trainer import SASRecTrainingArguments
+    from .trainer.recommender.training import build_recommender, finetune, train_sasrec
 
 
 __version__ = version("mmesid")
 
-# Imported when they are asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
-_MODULES = {
-    "EmbeddingTable": ".trainer.data.tables",
-    "MMESIDConfig": "modeling_mmesid",
-    "MMESIDForSequentialRecommendation": "modeling_mmesid",
-    "MMESIDProcessor": "modeling_mmesid",
-    "MMRQVAEConfig": "modeling_mmesid",
-    "MMRQVAEModel": "modeling_mmesid",
-    "MMRQVAETrainingArguments": ".trainer.quantizer.trainer",
-    "SASRecConfig": "modeling_mmesid",
-    "SASRecForSequentialRecommendation": "modeling_mmesid",
-    "quantize": ".trainer.quantizer.training",
-    "push": ".trainer.publishing.repository",
-    "PreparedDataset": ".trainer.data.prepared",
-    "embed": ".trainer.encoders.embedding",
-    "prepare": ".trainer.data.preparation",
-    "train_dual_encoder": ".trainer.encoders.dual_encoder_training",
+# Imported when a name is asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
+_NAMES = {
+    "modeling_mmesid": (
+        "MMESIDConfig",
+        "MMESIDForSequentialRecommendation",
+        "MMESIDProcessor",
+        "MMRQVAEConfig",
+        "MMRQVAEModel",
+        "SASRecConfig",
+        "SASRecForSequentialRecommendation",
+    ),
+    ".trainer.data.preparation": ("prepare",),
+    ".trainer.data.prepared": ("PreparedDataset",),
+    ".trainer.data.tables": ("EmbeddingTable",),
+    ".trainer.encoders.dual_encoder_training": ("DualEncoderTrainingArguments", "train_dual_encoder"),
+    ".trainer.encoders.embedding": ("embed",),
+    ".trainer.publishing.repository": ("push",),
+    ".trainer.quantizer.trainer": ("MMRQVAETrainingArguments",),
+    ".trainer.quantizer.training": ("quantize",),
+    ".trainer.recommender.evaluation": ("evaluate",),
+    ".trainer.recommender.mmesid_trainer": ("MMESIDTrainingArguments",),
+    ".trainer.recommender.sasrec_trainer": ("SASRecTrainingArguments",),
+    ".trainer.recommender.training": ("build_recommender", "finetune", "train_sasrec"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "DualEncoderTrainingArguments",
     "EmbeddingTable",
     "MMESIDConfig",
     "MMESIDForSequentialRecommendation",
     "MMESIDProcessor",
+    "MMESIDTrainingArguments",
     "MMRQVAEConfig",
     "MMRQVAEModel",
     "MMRQVAETrainingArguments",
+    "PreparedDataset",
     "SASRecConfig",
     "SASRecForSequentialRecommendation",
+    "SASRecTrainingArguments",
     "__version__",
-    "quantize",
-    "push",
-    "PreparedDataset",
+    "build_recommender",
     "embed",
+    "evaluate",
+    "finetune",
     "prepare",
+    "push",
+    "quantize",
     "train_dual_encoder",
+    "train_sasrec",
 ]
 
 
