@@ -169,7 +169,11 @@ def push_with_companions(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=directory, revision=revision, create_pr=create_pr, **commit_arguments
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            create_pr=create_pr,
+            **{"commit_message": "Upload model"} | commit_arguments,
         )
 
 

@@ -114,7 +114,7 @@ def publication(
             f"'{directory}' was written by the stage '{record.stage}'; what goes to the Hub comes from "
             f"{', '.join(SUBJECTS)}."
         )
-    for name in record.outputs:
+    for name in [*record.outputs, COMPANIONS_NAME]:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"'{directory / name}' is gone; run `mmesid {record.stage}` again.")
     listed = json.loads((directory / COMPANIONS_NAME).read_text(encoding="utf-8"))

@@ -28,10 +28,10 @@ class PushArguments(CommandArguments):
     Args:
         > Repository
 
-        directory (`str`): Directory that prepare, sasrec, quantize or finetune wrote.
-        repo_id (`str`): Repository on the Hub, owner/name; made if it does not exist.
+        directory (`str`): Directory that prepare, sasrec, encoder, quantize or finetune wrote.
+        repo_id (`str`): Repository on the Hub, owner/name; created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private; by default as the account is set up.
-        revision (`str`, *optional*): Branch to push to, made if it does not exist.
+        revision (`str`, *optional*): Branch to push to, created if it does not exist.
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request with the files instead of changing the
             branch.
         commit_message (`str`, *optional*): Message of the commit.

@@ -130,9 +130,11 @@ def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_p
     (tmp_path / "record.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="written by the stage 'evaluate'"):
         publication(tmp_path, "me/model")
-    (recommender / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json' is gone; run `mmesid finetune` again"):
-        publication(recommender, "me/model")
+    for name in ("companions.json", "config.json"):
+        (recommender / name).rename(recommender / "elsewhere")
+        with pytest.raises(FileNotFoundError, match=rf"{name}' is gone; run `mmesid finetune` again"):
+            publication(recommender, "me/model")
+        (recommender / "elsewhere").rename(recommender / name)
 
 
 def test_later_figures_reach_card_and_results_and_leave_what_others_made_of_the_outputs_current(recommender):
