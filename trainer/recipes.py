@@ -137,7 +137,7 @@ def plan(
     root = Path(recipe["output_dir"])
 
     def output_dir(stage: str, settings: dict) -> str:
-        return str(root / (settings.get("output_dir") or stages[stage].writes))
+        return str(root / (settings.get("output_dir") or stages[stage].writes or stage))
 
     for stage in only or ():
         if stage not in recipe or stage == "output_dir":
@@ -153,14 +153,16 @@ def plan(
                     f"Section '{stage}' of '{path}' sets '{unknown}', which the stage does not have; "
                     f"see `mmesid {stage} --help`."
                 )
-            filled = {one.read_as: str(root / one.writes) for one in stages.values() if one.read_as in names}
+            filled: dict = {
+                one.read_as: str(root / str(one.writes)) for one in stages.values() if one.read_as in names
+            }
             if stage == "evaluate":
                 ranking = [(one, model) for one in ("sasrec", "finetune") for model in recipe.get(one, ())]
                 filled["model_dirs"] = [output_dir(*model) for model in ranking]
             if stage == "embed" and "from_file" not in settings:
                 encoder = settings.get("encoder", USUAL_ENCODERS.get(settings.get("modality")))
-                trained = TRAINED_ENCODERS.get(encoder)
-                if trained in recipe:
+                trained = TRAINED_ENCODERS.get(str(encoder))
+                if trained is not None and trained in recipe:
                     filled["model_name_or_path"] = output_dir(trained, recipe[trained][0])
             filled |= settings
             if stages[stage].writes is not None:

@@ -168,6 +168,8 @@ class BestEpochTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = True
     restore_callback_states_from_checkpoint: bool = True
     metric_for_best_model: str | None = "ndcg@10"
+    greater_is_better: bool | None = None
+    use_cpu: bool = False
 
     def __post_init__(self):
         # Before `TrainingArguments` derives values that nobody asked for.
@@ -286,10 +288,10 @@ def _flags_of_file(path: Path, names: set[str], command: str) -> list[str]:
 
 def _model_dataclass(arguments_class: type[CommandArguments]) -> type | None:
     """The settings of the model that a stage offers, as a dataclass that [`~transformers.HfArgumentParser`] reads."""
-    names = [name for members in arguments_class.model_settings.values() for name in members]
-    if not names:
+    if arguments_class.config_class is None:
         return None
-    declared = {one.name: one for one in fields(arguments_class.config_class)}
+    names = [name for members in arguments_class.model_settings.values() for name in members]
+    declared: dict = {one.name: one for one in fields(arguments_class.config_class)}
     return dataclasses.make_dataclass(
         "ModelSettings",
         [(name, _flag_type(declared[name].type), field(default=declared[name].default)) for name in names],

@@ -50,13 +50,11 @@ class Declaration:
     @property
     def settings(self) -> dict[str, Setting]:
         """The settings of the class and of its base, in the order of the docstrings; a subclass redeclares."""
-        settings = {}
-        if self.base is not None:
-            settings |= self.base.settings
+        settings = dict(self.base.settings) if self.base is not None else {}
         helps = dict(_docstring_entries(ast.get_docstring(self.node) or ""))
         for item in self.node.body:
             if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).startswith("ClassVar"):
-                name = item.target.id
+                name = ast.unparse(item.target)
                 inherited = settings.get(name)
                 group, help = helps.get(name, (inherited.group, inherited.help) if inherited else ("", ""))
                 default = self._default(item.value)
@@ -78,7 +76,8 @@ class Declaration:
 
     def constant(self, name: str) -> ast.expr | None:
         """The value that the class body gives a name, or `None`."""
-        return next((item.value for item in self.node.body if _defines(item, name)), None)
+        found = (item.value for item in self.node.body if isinstance(item, ast.Assign) and _defines(item, name))
+        return next(found, None)
 
     def named_class(self, constant: str) -> "Declaration | None":
         """The class that a constant of this class names."""
@@ -107,7 +106,8 @@ def inherited_settings(stage: str) -> dict[str, Setting]:
 
 def stage_summary(stage: str) -> str:
     """What a stage does, in the first sentences of its docstring."""
-    return " ".join(ast.get_docstring(stage_declaration(stage).node).partition("\n\n")[0].split())
+    docstring = ast.get_docstring(stage_declaration(stage).node) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def stage_declaration(stage: str) -> Declaration:
@@ -118,12 +118,11 @@ def stage_declaration(stage: str) -> Declaration:
 
 
 def _model_settings(declaration: Declaration) -> dict[str, Setting]:
-    names = declaration.constant("model_settings")
-    if names is None:
+    names, config = declaration.constant("model_settings"), declaration.named_class("config_class")
+    if names is None or config is None:
         return {}
-    declared = declaration.named_class("config_class").settings
     return {
-        name: dataclasses.replace(declared[name], group=group)
+        name: dataclasses.replace(config.settings[name], group=group)
         for group, members in ast.literal_eval(names).items()
         for name in members
     }
@@ -132,8 +131,8 @@ def _model_settings(declaration: Declaration) -> dict[str, Setting]:
 def find_class(file: Path, name: str) -> Declaration | None:
     """A class by the name that a module knows it by, imports followed; `None` for one of another library than this
     project and transformers' modules."""
-    found = _find(file, name)
-    return None if found is None else Declaration(*found)
+    home, node = _find(file, name) or (file, None)
+    return Declaration(home, node) if isinstance(node, ast.ClassDef) else None
 
 
 def _find(file: Path, name: str) -> tuple[Path, ast.stmt] | None:
@@ -158,8 +157,9 @@ def _module_file(file: Path, node: ast.ImportFrom) -> Path | None:
     parts = (node.module or "").split(".")
     if node.level:
         base = file.parents[node.level - 1]
-    elif parts[0] in ("modeling_mmesid", "transformers") and (spec := importlib.util.find_spec(parts[0])):
-        base, parts = Path(spec.origin).parent, parts[1:]
+    elif parts[0] in ("modeling_mmesid", "transformers"):
+        spec = importlib.util.find_spec(parts[0])
+        base, parts = Path(str(spec and spec.origin)).parent, parts[1:]
     else:
         return None
     path = base.joinpath(*parts)

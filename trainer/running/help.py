@@ -70,12 +70,12 @@ def _as_tuple(tree: ast.expr) -> ast.expr:
     return tree if isinstance(tree, ast.Tuple) else ast.Tuple([tree], ast.Load())
 
 
-def _shown(default: str) -> str:
+def _shown(default: str | None) -> str:
     """A default as it would be given: lists and words without Python's signs."""
     try:
-        value = ast.literal_eval(default)
+        value = ast.literal_eval(default or "None")
     except ValueError:
-        return default
+        return str(default)
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

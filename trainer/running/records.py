@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -182,7 +182,7 @@ class StageRun:
     """
 
     def __init__(
-        self, stage: str, arguments, inputs: dict[str, str | os.PathLike | list], record_name: str = RECORD_NAME
+        self, stage: str, arguments, inputs: Mapping[str, str | os.PathLike | list], record_name: str = RECORD_NAME
     ):
         self.stage = stage
         self.output_dir = Path(arguments.output_dir)
