@@ -27,7 +27,7 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
 class Letters:
     """An encoder of one's own: how often each letter occurs."""
 
-    pooling, model = "counts", torch.nn.Identity()
+    reads, pooling = ("text",), "counts"
 
     def prepare(self, texts: list[str]) -> list[str]:
         return texts
@@ -44,7 +44,7 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     sasrec = mmesid.train_sasrec(
         data, mmesid.SASRecConfig(hidden_size=16), mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4)
     )
-    tables = {"collaborative": mmesid.embed(data, sasrec), "text": mmesid.embed(data, Letters(), column="text")}
+    tables = {"collaborative": mmesid.embed(data, sasrec), "text": mmesid.embed(data, Letters())}
     quantizer, codes = mmesid.quantize(
         data,
         tables,

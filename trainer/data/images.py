@@ -378,8 +378,9 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]
             with tarfile.open(archive) as opened:
                 for member in opened:
                     # Links and devices are left out.
-                    if member.isreg() and _is_picture(member.name):
-                        yield _normal(member.name), opened.extractfile(member).read(max_bytes + 1)
+                    file = opened.extractfile(member) if member.isreg() and _is_picture(member.name) else None
+                    if file is not None:
+                        yield _normal(member.name), file.read(max_bytes + 1)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise ValueError(
             f"'{archive}' is no zip or tar archive that can be read to its end ({' '.join(str(error).split())}); "

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -41,9 +42,9 @@ def prepare(
     text_fields: list[str] | None = None,
     min_interactions: int = 0,
     min_rating: float | None = None,
-    duplicates: str = "drop",
-    repeats: str = "keep",
-    split: str = "leave_one_out",
+    duplicates: Literal["drop", "keep"] = "drop",
+    repeats: Literal["keep", "first", "last"] = "keep",
+    split: Literal["leave_one_out", "global_time"] = "leave_one_out",
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     on_bad_image: str = "error",
@@ -76,17 +77,9 @@ def prepare(
             of an image file, or the path of one. Pictures behind URLs count as missing.
         text_fields (`list[str]`, *optional*): Columns that an item's text is made of, in order; by default those that
             are there of title, attributes, genres, brand, categories and description.
-        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, until
-            nothing changes (k-core); 0 keeps all items.
-        min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
-        duplicates (`str`, *optional*, defaults to `"drop"`): What to do with further rows of one user, item and time:
-            `"drop"` or `"keep"`.
-        repeats (`str`, *optional*, defaults to `"keep"`): Which to keep of a user's interactions with one item at
-            different times: `"keep"` (all), `"first"` or `"last"`.
-        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` holds out each user's last two
-            items; `"global_time"` cuts all users at the same two moments.
-        validation_fraction (`float`, *optional*, defaults to `0.1`): Share of interactions between the two moments.
-        test_fraction (`float`, *optional*, defaults to `0.1`): Share of the interactions after the second moment.
+        min_interactions, min_rating, duplicates, repeats, split, validation_fraction, test_fraction:
+            See [`SequenceSettings`]: filters (k-core, ratings, repetition) and the split, `"leave_one_out"` or
+            `"global_time"`.
         on_bad_image (`str`, *optional*, defaults to `"error"`): Whether a picture that cannot be read is an `"error"`
             or counts as `"missing"`.
         source_name (`str`, *optional*, defaults to `"interactions"`): What the data are called on cards.
@@ -107,7 +100,7 @@ def prepare(
     ```
     """
     settings = SequenceSettings(
-        min_interactions, min_rating, duplicates, repeats, split, validation_fraction, test_fraction
+        min_rating, duplicates, repeats, min_interactions, split, validation_fraction, test_fraction
     )
     check_on_bad_image(on_bad_image)
     source = read_tabular(
@@ -243,7 +236,8 @@ def check_pictures(
     Raises:
         BadImageError: If there is one and `on_bad_image` is `"error"`.
     """
-    readable, bad_images = np.zeros(len(catalogue), bool), Counter()
+    readable = np.zeros(len(catalogue), bool)
+    bad_images: Counter[str] = Counter()
     if catalogue.images is None:
         return readable, bad_images
     for position in tqdm(kept_items.tolist(), desc="checking pictures", unit="item", delay=2):
@@ -306,8 +300,10 @@ class _Items:
             return [None if data is None else {"bytes": data, "path": None} for data in map(self._image, positions)]
         return self.catalogue.columns([name], positions)[name]
 
-    def _image(self, position: int) -> bytes | None:
-        image = self.catalogue.images[position] if self.has_image[position] else None
+    def _image(self, position: int) -> str | bytes | None:
+        if self.catalogue.images is None or not self.has_image[position]:
+            return None
+        image = self.catalogue.images[position]
         return image.read_bytes() if isinstance(image, Path) else image
 
     def without_text(self) -> int:

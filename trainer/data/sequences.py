@@ -1,6 +1,7 @@
 """From interactions to sequences: filters to a fixed point, order in time, split, frequencies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -9,8 +10,6 @@ from .source import Interactions
 
 
 SPLITS = ("train", "validation", "test")
-DUPLICATES = ("drop", "keep")
-REPEATS = ("keep", "first", "last")
 
 # How many items at a user's end are not in the history of a leave-one-out example; the first of them is its target.
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
@@ -199,38 +198,49 @@ def split_global_time(
     return targets, {"validation": validation_start, "test": test_start}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequenceSettings:
     """
     Which interactions count, and how they are split.
 
     Args:
-        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, to a
-            fixed point. With 0 every item of the catalogue stays, those without interactions too.
+        > Filters
+
         min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
-        duplicates (`str`, *optional*, defaults to `"drop"`): See [`keep_unrepeated`].
-        repeats (`str`, *optional*, defaults to `"keep"`): See [`keep_unrepeated`].
-        split (`str`, *optional*, defaults to `"leave_one_out"`): `"leave_one_out"` or `"global_time"`.
-        validation_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
-        test_fraction (`float`, *optional*, defaults to `0.1`): See [`split_global_time`].
+        duplicates (`str`, *optional*, defaults to `"drop"`): What to do with further entries of one user, item and
+            time.
+        repeats (`str`, *optional*, defaults to `"keep"`): Which to keep of a user's interactions with one item at
+            different times; keep: all.
+        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, until
+            nothing changes (k-core). 0 keeps all items of the catalogue, those without interactions too.
+
+        > Split
+
+        split (`str`, *optional*, defaults to `"leave_one_out"`): leave_one_out: each user's last item is the test
+            target, the one before it the validation target; global_time: two moments for all users, and the target is
+            a user's first item after them.
+        validation_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions between
+            the two moments.
+        test_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions after the second
+            moment.
 
     Raises:
-        ValueError: If a value is none of these, `min_interactions` is negative, or the shares are no shares.
+        ValueError: If a value is none of its choices, `min_interactions` is negative, or the shares are no shares.
     """
 
-    min_interactions: int = 0
     min_rating: float | None = None
-    duplicates: str = "drop"
-    repeats: str = "keep"
-    split: str = "leave_one_out"
+    duplicates: Literal["drop", "keep"] = "drop"
+    repeats: Literal["keep", "first", "last"] = "keep"
+    min_interactions: int = 0
+    split: Literal["leave_one_out", "global_time"] = "leave_one_out"
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
 
     def __post_init__(self):
-        choices = {"duplicates": DUPLICATES, "repeats": REPEATS, "split": tuple(SHORTEST_SEQUENCE)}
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(values)}.")
+        for setting in fields(SequenceSettings):
+            value, choices = getattr(self, setting.name), get_args(setting.type)
+            if get_origin(setting.type) is Literal and value not in choices:
+                raise ValueError(f"{setting.name} is {value!r}; choose one of {', '.join(choices)}.")
         if self.min_interactions < 0:
             raise ValueError(f"min_interactions is a count, 0 or more, got {self.min_interactions}.")
         shares = (self.validation_fraction, self.test_fraction)
@@ -298,7 +308,7 @@ def build_sequences(
         progress.update()
         kept_items = np.unique(items) if min_interactions > 0 else np.arange(num_items)
         if split == "leave_one_out":
-            targets, starts = split_leave_one_out(offsets), {}
+            targets, starts = split_leave_one_out(offsets), dict[str, int]()
         else:
             targets, starts = split_global_time(times, offsets, settings.validation_fraction, settings.test_fraction)
     return UserSequences(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -164,7 +165,7 @@ class CatalogueBuilder:
             number = self.positions[item_id] + 1
             raise ValueError(f"{place} repeats item '{item_id}', number {number} of the items; keep one of them.")
         self.positions[item_id] = len(self.positions)
-        row = {}
+        row: dict[str, Any] = {}
         for name in self.schema.names:
             value = values.get(name)
             if name == "price":
@@ -179,7 +180,7 @@ class CatalogueBuilder:
         if len(self._rows) == _ITEMS_AT_ONCE:
             self._flush()
 
-    def image_location(self, image: str | float | None, folder: Path) -> str | Path | None:
+    def image_location(self, image: Any, folder: Path) -> str | Path | None:
         """What a field says of a picture: a URL stays one, any other string names a picture or a file in `folder`."""
         if is_missing(image) or image == "":
             return None
@@ -240,7 +241,7 @@ class ArrowStrings(Sequence):
         for part in self._array.chunks:
             yield from part.to_pylist()
 
-    def __getitem__(self, position: int) -> str:
+    def __getitem__(self, position):
         return self._array[int(position)].as_py()
 
 

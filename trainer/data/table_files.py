@@ -145,7 +145,7 @@ def csv_batches(
         return pa_csv.open_csv(
             pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
             pa_csv.ReadOptions(block_size=_CSV_BLOCK),
-            pa_csv.ParseOptions(delimiter=SEPARATORS[format_suffix(path)], newlines_in_values=True),
+            pa_csv.ParseOptions(delimiter=SEPARATORS[str(format_suffix(path))], newlines_in_values=True),
             # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
             pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
         )

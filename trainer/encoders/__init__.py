@@ -8,6 +8,11 @@ the stage's flags.
 
 import inspect
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .encoding import PretrainedEncoder
 
 
 # Module and class, imported when the encoder is used: an extra that one of them takes is not missed by the others.
@@ -20,7 +25,7 @@ ENCODERS = {
 }
 
 
-def encoder_class(kind: str | None) -> type:
+def encoder_class(kind: str | None) -> "type[PretrainedEncoder]":
     """
     The class of an encoder.
 
@@ -38,12 +43,12 @@ def encoder_class(kind: str | None) -> type:
         ) from error
 
 
-def settings_of(kind: str) -> set[str]:
+def settings_of(kind: str | None) -> set[str]:
     """The settings that an encoder uses besides the name of its model."""
     return set(inspect.signature(encoder_class(kind).from_pretrained).parameters) - {"name_or_path"}
 
 
-def load_encoder(kind: str, name_or_path: str, **settings):
+def load_encoder(kind: str | None, name_or_path: str, **settings):
     """
     Loads an encoder.
 

@@ -148,9 +148,10 @@ def dual_encoder_trainer(
     if caption_column not in ("text", "title"):
         raise ValueError(f"caption_column is {caption_column!r}; choose text or title.")
     set_seed(args.seed)
-    pictures: Sequence[Image.Image] = ItemPictures(data.items())
+    items = ItemPictures(data.items())
+    pictures: Sequence[Image.Image] = items
     texts = data.titles if caption_column == "title" else data.texts
-    captions = [texts[row] for row in pictures.rows.tolist()]
+    captions = [texts[row] for row in items.rows.tolist()]
     training, held_out = split_pairs(captions, args.held_out_fraction, args.seed)
     if encoder is None:
         encoder = DualEncoder.from_captions([captions[index] for index in training], **sizes)

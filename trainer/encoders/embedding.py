@@ -14,14 +14,14 @@ from modeling_mmesid import SASRecForSequentialRecommendation
 from ..data.images import BadImageError, decode_image
 from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable
-from . import encoder_class, load_encoder
-from .encoding import Encoder, encode
+from . import load_encoder
+from .encoding import Encoder, PretrainedEncoder, encode
 from .sasrec import SASRecEncoder
 
 
 def embed(
     data: PreparedDataset,
-    encoder: SASRecForSequentialRecommendation | Encoder | str,
+    encoder: SASRecForSequentialRecommendation | SASRecEncoder | Encoder | str,
     kind: str | None = None,
     *,
     column: str | None = None,
@@ -66,7 +66,6 @@ def embed(
     ```
     """
     if isinstance(encoder, str):
-        encoder_class(kind)
         encoder = load_encoder(kind, encoder)
     elif isinstance(encoder, SASRecForSequentialRecommendation):
         encoder = SASRecEncoder(encoder)
@@ -86,7 +85,7 @@ def embed(
     return as_table(rows, embeddings, data.num_items, normalize)
 
 
-def check_column(encoder: Encoder | type[Encoder], column: str | None) -> None:
+def check_column(encoder: Encoder | PretrainedEncoder | type[PretrainedEncoder], column: str | None) -> None:
     """Raises `ValueError` if an encoder, or the class of one, does not read a column."""
     if column is not None and column not in encoder.reads:
         name = encoder.__name__ if isinstance(encoder, type) else type(encoder).__name__
@@ -150,7 +149,7 @@ class ItemPictures(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index):
         item = self._items[int(self.rows[index]) - 1]
         return _decode(item["image"]["bytes"], item["item_id"])
 

@@ -6,7 +6,7 @@ divided among processes.
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -28,8 +28,7 @@ ALIGNMENT = 64
 
 class Encoder(Protocol):
     """
-    Of texts, of pictures, or of both: one that reads no texts takes no `texts`, one that reads no pictures takes no
-    `images`.
+    An encoder of texts, of pictures, or of both.
 
     Attributes:
         reads (`tuple[str, ...]`): What it can read of an item, of `"text"`, `"title"` and `"image"`; by default the
@@ -40,29 +39,30 @@ class Encoder(Protocol):
     reads: tuple[str, ...]
     pooling: str
 
-    def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> Any:
-        """One batch as [`~Encoder.embed`] takes it, on the CPU; a data loader's worker may call it."""
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of `texts` (`list[str]`) or of `images` (`list[PIL.Image.Image]`) as [`~Encoder.embed`] takes it,
+        on the CPU; a data loader's worker may call it."""
 
     def embed(self, batch: Any) -> torch.Tensor:
         """The embeddings of a prepared batch, `(batch, dimension)` in float32, on the CPU."""
 
 
-class PretrainedEncoder(Encoder):
+class PretrainedEncoder:
     """
     An encoder that is loaded by name: a class of the registry.
 
     Attributes:
+        reads, pooling: See [`Encoder`].
         model_help (`str`): What the name of its model may be.
         needs (`dict[str, tuple[str, str]]`): By column, a setting without which it cannot be read, and what that is.
     """
 
+    reads: tuple[str, ...]
+    pooling: str
     model_help: str
     needs: dict[str, tuple[str, str]] = {}
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str) -> "PretrainedEncoder":
-        """Loads the model; the parameters of a subclass are its settings."""
-        raise NotImplementedError
+    # Loads the model by its name; its further parameters are the encoder's settings.
+    from_pretrained: Callable[..., "PretrainedEncoder"]
 
     @classmethod
     def describe(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
@@ -114,22 +114,23 @@ def encode(
         `torch.Tensor`: `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs, in every process.
     """
     state = PartialState()
-    loading = {"num_workers": num_workers, "disable_tqdm": disable_tqdm}
-    inputs, kind = (texts, "texts") if images is None else (images, "images")
-    order = range(len(inputs))
+    inputs: Sequence[Any] = texts or [] if images is None else images
+    kind = "texts" if images is None else "images"
+    order = list(range(len(inputs)))
     if kind == "texts":
         # Little padding; and the batch that needs most memory comes first.
-        order = sorted(order, key=lambda index: len(texts[index]), reverse=True)
-    batches = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+        order.sort(key=lambda index: len(inputs[index]), reverse=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     per_shard = max(shard_size // batch_size, 1)
     shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
+    loading = num_workers, disable_tqdm
     if shards_dir is None:
         with TemporaryDirectory() as directory:
-            return _encode_shards(encoder, kind, inputs, shards, range(len(shards)), Path(directory), **loading)
+            return _encode_shards(encoder, kind, inputs, shards, range(len(shards)), Path(directory), *loading)
     # Neighbours are equally long: dealt out one by one, every process has the same work.
     mine = range(state.process_index, len(shards), state.num_processes)
     Path(shards_dir).mkdir(parents=True, exist_ok=True)
-    return _encode_shards(encoder, kind, inputs, shards, mine, Path(shards_dir), **loading)
+    return _encode_shards(encoder, kind, inputs, shards, mine, Path(shards_dir), *loading)
 
 
 def _encode_shards(
@@ -168,10 +169,10 @@ def _encode_shards(
             os.replace(partial, files[number])
     state.wait_for_everyone()
 
-    embeddings = None
+    embeddings = torch.empty(0)
     for file, shard in zip(files, shards):
         part = load_file(file)[KEY]
-        if embeddings is None:
+        if not len(embeddings):
             embeddings = torch.empty(len(inputs), part.shape[1])
         embeddings[[index for batch in shard for index in batch]] = part
     return embeddings

@@ -7,6 +7,8 @@ The checkpoints are `microsoft/LLM2CLIP-Openai-L-14-336` (CLIP, with code of its
 `openai/clip-vit-large-patch14-336`.
 """
 
+from typing import Any
+
 import torch
 from PIL import Image
 from transformers import (
@@ -67,9 +69,9 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         image_processor: BaseImageProcessor | None = None,
     ):
         self.clip = clip
-        self.llama = llama
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.llama: Any = llama
+        self.tokenizer: Any = tokenizer
+        self.image_processor: Any = image_processor
         texts = () if llama is None else ("text", "title")
         self.reads = texts if image_processor is None else (*texts, "image")
         self.pooling = "projected" if llama is None else "mean, bidirectional, projected"
@@ -134,7 +136,7 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         """`pixel_values`, or `input_ids`, `attention_mask` and `pooling_mask`, each `(batch, length)`."""
         if images is not None:
             return self.image_processor(images=images, return_tensors="pt")
-        return tokenize(texts, self.tokenizer)
+        return tokenize(texts or [], self.tokenizer)
 
     @torch.inference_mode()
     def embed(self, batch: BatchFeature) -> torch.Tensor:

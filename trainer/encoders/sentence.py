@@ -93,4 +93,4 @@ def packaged_model_path() -> Path:
             f"The package that holds the encoder '{PACKAGED_MODEL}' is not installed; "
             "run `pip install mmesid[quickstart]`."
         )
-    return Path(package.origin).parent / "model"
+    return Path(str(package.origin)).parent / "model"

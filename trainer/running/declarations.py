@@ -44,13 +44,20 @@ class Declaration:
 
     @property
     def base(self) -> "Declaration | None":
-        """The class that this one extends."""
-        return find_class(self.file, ast.unparse(self.node.bases[0])) if self.node.bases else None
+        """The first class that this one extends."""
+        return next(self.bases, None)
+
+    @property
+    def bases(self) -> Iterator["Declaration | None"]:
+        """The classes that this one extends."""
+        return (find_class(self.file, ast.unparse(base)) for base in self.node.bases)
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """The settings of the class and of its base, in the order of the docstrings; a subclass redeclares."""
-        settings = dict(self.base.settings) if self.base is not None else {}
+        """The settings of the class and of its bases, in the order of the docstrings; a subclass redeclares."""
+        settings: dict[str, Setting] = {}
+        for base in self.bases:
+            settings |= base.settings if base is not None else {}
         helps = dict(_docstring_entries(ast.get_docstring(self.node) or ""))
         for item in self.node.body:
             if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).startswith("ClassVar"):

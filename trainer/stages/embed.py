@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
 def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: StageRun) -> EmbeddingTable:
     """Loads the encoder and embeds the items, in shards that the stage's next run goes on from."""
     settings = arguments.encoder_settings()
-    encoder = load_encoder(arguments.encoder, arguments.model_name_or_path, **settings)
+    encoder = load_encoder(arguments.encoder, str(arguments.model_name_or_path), **settings)
     run.details.update(type(encoder).describe(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
     if encoder.reads:
         run.details.update(column=arguments.column_read() or encoder.reads[0], dtype=arguments.dtype)

@@ -41,7 +41,7 @@ FILTERS = ("min_rating", "duplicates", "repeats", "min_interactions")
 
 
 @dataclass(kw_only=True)
-class PrepareArguments(StageArguments):
+class PrepareArguments(StageArguments, SequenceSettings):
     """
     Turn interactions, item texts and item images into the prepared dataset that every other stage reads.
 
@@ -103,26 +103,6 @@ class PrepareArguments(StageArguments):
         on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that
             cannot be read: stop, or count it as missing.
 
-        > Filters
-
-        min_rating (`float`, *optional*): Keep interactions with this rating or a better one.
-        duplicates (`str`, *optional*, defaults to `"drop"`): What to do with further entries of
-            one user, item and time.
-        repeats (`str`, *optional*, defaults to `"keep"`): Which to keep of a user's
-            interactions with one item at different times.
-        min_interactions (`int`, *optional*, defaults to `0`): Keep users and items with this many interactions, until
-            nothing changes (k-core); 0: all.
-
-        > Split
-
-        split (`str`, *optional*, defaults to `"leave_one_out"`): leave_one_out:
-            each user's last item is the test target, the one before it the validation target; global_time: two moments
-            for all users, and the target is a user's first item after them.
-        validation_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions between
-            the two moments.
-        test_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions after the second
-            moment.
-
         > Synthetic
 
         num_items (`int`, *optional*, defaults to `600`): synthetic: items in the catalogue.
@@ -158,13 +138,6 @@ class PrepareArguments(StageArguments):
     download_images: bool = False
     image_cache_dir: str | None = None
     on_bad_image: Literal["error", "missing"] = "error"
-    min_rating: float | None = None
-    duplicates: Literal["drop", "keep"] = "drop"
-    repeats: Literal["keep", "first", "last"] = "keep"
-    min_interactions: int = 0
-    split: Literal["leave_one_out", "global_time"] = "leave_one_out"
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
     num_items: int = 600
     num_users: int = 3000
     seed: int = 0
@@ -183,12 +156,7 @@ class PrepareArguments(StageArguments):
                 "nothing to train on; lower them."
             )
         check_arguments(self)
-        self.sequence_settings()
-
-    def sequence_settings(self) -> SequenceSettings:
-        """Filters and split, checked."""
-        names = [field.name for field in dataclasses.fields(SequenceSettings)]
-        return SequenceSettings(**{name: getattr(self, name) for name in names})
+        SequenceSettings.__post_init__(self)
 
 
 def check_arguments(arguments: PrepareArguments) -> None:
@@ -247,7 +215,7 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PrepareArguments, argv)
     locations = data_locations(arguments)
-    inputs = {name: location.path for name, location in locations.items() if not location.is_repository()}
+    inputs: dict = {name: location.path for name, location in locations.items() if not location.is_repository()}
     if arguments.source_dir is not None:
         inputs["source_dir"] = arguments.source_dir
     if arguments.image_dir is not None:
@@ -257,13 +225,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     with run as staging:
         if PartialState().is_main_process:
-            pictures, counts = {}, {}
+            pictures: dict[str, Path] = {}
+            counts: dict[str, int] = {}
             if arguments.image_dir is not None:
                 pictures, report = list_images(arguments.image_dir, arguments.image_cache_dir or staging)
                 counts = {f"image_dir_{reason}": count for reason, count in report.items()}
             data = prepare_source(
                 read_source(arguments, locations, pictures),
-                arguments.sequence_settings(),
+                arguments,
                 arguments.on_bad_image,
                 arguments.image_cache_dir if arguments.download_images else None,
                 counts,

@@ -62,14 +62,13 @@ def test_splits_follow_from_the_sequences_in_time(pairs, min_interactions, seed)
         if kept[position]:
             user, item = pairs[position]
             expected.setdefault(user, []).append(item)
+    settings = SequenceSettings(min_interactions=min_interactions, duplicates="keep")
     if not expected:
         with pytest.raises(ValueError, match="No user of 12 is left"):
-            build_sequences(interactions_of(pairs, times), 9, SequenceSettings(min_interactions, duplicates="keep"))
+            build_sequences(interactions_of(pairs, times), 9, settings)
         return
 
-    sequences = build_sequences(
-        interactions_of(pairs, times), 9, SequenceSettings(min_interactions, duplicates="keep")
-    )
+    sequences = build_sequences(interactions_of(pairs, times), 9, settings)
     assert sequences.users.tolist() == sorted(expected)
     assert len(set(sequences.kept_items.tolist())) == len(sequences.kept_items)
     if min_interactions == 0:

@@ -45,7 +45,7 @@ def reader_of(source: str) -> Callable:
 
 def settings_of(source: str) -> dict[str, bool]:
     """The settings that a source uses, and whether it needs them."""
-    settings = {}
+    settings: dict[str, bool] = {}
     for name, parameter in inspect.signature(reader_of(source)).parameters.items():
         first, *others = SETTINGS.get(name, (name,))
         settings |= {first: parameter.default is parameter.empty} | dict.fromkeys(others, False)

@@ -166,7 +166,7 @@ def _parse(line: str, path: Path, number: int) -> dict:
 
 
 def _reviews(path: Path, columns: InteractionColumns) -> Iterator[tuple[str, str, int, float | None]]:
-    names = [columns.user, columns.item, columns.time, columns.rating]
+    names = columns.names
     for number, line in read_lines(path):
         review = _parse(line, path, number)
         require(review, names, path, number)

@@ -72,18 +72,7 @@ class InteractionColumns:
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """
-    Names of the columns of items. A column that keeps its default name may be absent.
-
-    Args:
-        item (`str`): Raw id of the item.
-        title (`str`, *optional*, defaults to `"title"`): Its title.
-        description (`str`, *optional*, defaults to `"description"`): Its description.
-        brand (`str`, *optional*, defaults to `"brand"`): Its brand.
-        categories (`str`, *optional*, defaults to `"categories"`): Its categories, a list or one string.
-        price (`str`, *optional*, defaults to `"price"`): Its price.
-        image (`str`, *optional*, defaults to `"image"`): Its picture: a URL, a file, or the picture itself.
-    """
+    """Names of the columns of items, as [`~mmesid.prepare`] takes them. One with its default name may be absent."""
 
     item: str
     title: str = "title"
@@ -123,12 +112,8 @@ def read_tabular(
     Args:
         interactions (`TableLocation`): The table of interactions.
         items (`TableLocation`, *optional*): The table of items; without it they have nothing but ids.
-        user_column, item_column, time_column, rating_column (`str`): See [`InteractionColumns`]; no time is empty or
-            `None`.
-        item_field (`str`, *optional*, defaults to `item_column`), title_field, description_field, brand_field,
-            categories_field, price_field, image_field (`str`): See [`ItemColumns`].
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order: those of
-            `ItemColumns` and any other column of the table.
+        user_column, item_column, time_column, rating_column, item_field, title_field, description_field, brand_field,
+            categories_field, price_field, image_field, text_fields: See [`~mmesid.prepare`].
         pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; other pictures are looked for beside the
             table.
         source_name (`str`, *optional*, defaults to where the interactions are): What the data are called.
@@ -317,7 +302,7 @@ def _read_items(location: TableLocation, columns: ItemColumns, builder: Catalogu
         rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
     else:
         embedded = False
-        rows = _item_rows(path, wanted, required)
+        rows = _item_rows(Path(location.path if path is None else path), wanted, required)
     for where, row in rows:
         values = {field: row.get(name) for field, name in vars(columns).items()} | {
             name: row.get(name) for name in own_fields
@@ -377,7 +362,7 @@ class EmbeddedImages(Sequence):
     def __len__(self) -> int:
         return self.num_items
 
-    def __getitem__(self, position: int) -> bytes | Path | None:
+    def __getitem__(self, position):
         if not 0 <= position < self.num_items:
             raise IndexError(f"There are {self.num_items} pictures, not one at {position}.")
         if position >= len(self.table):
