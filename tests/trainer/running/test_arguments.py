@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -232,6 +233,26 @@ def test_the_help_has_the_names_types_and_defaults_that_the_parser_has(stage):
     for name, setting in settings.items():
         if name not in inherited:
             assert setting.help.endswith(".") and setting.group, f"{stage}.{name} is not explained"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_docstrings_say_of_defaults_is_so(stage):
+    settings = stage_settings(stage)
+    own = {field.name for field in dataclasses.fields(CLASSES[stage])}
+    classes = (CLASSES[stage], CLASSES[stage].config_class, CLASSES[stage].training_class)
+    said = 0
+    for declaring in filter(None, classes):
+        for name, text in re.findall(r"^ +(\w+) \((`[^)]*)\):", declaring.__doc__, flags=re.MULTILINE):
+            default = re.search(r"defaults to\s+`(.*?)`", text)
+            if name not in settings or (name in own and declaring is not CLASSES[stage]):
+                continue
+            assert ("*optional*" in text) == (settings[name].default is not None), f"{stage}.{name}"
+            if default is not None:
+                values = [ast.literal_eval(one) for one in (default[1], settings[name].default)]
+                as_said, as_declared = (list(one) if isinstance(one, tuple) else one for one in values)
+                assert as_said == as_declared, f"{stage}.{name}"
+                said += 1
+    assert said > 0
 
 
 def test_the_help_is_there_without_torch_and_says_what_is_required():
