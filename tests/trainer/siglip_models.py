@@ -14,12 +14,12 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from mmesid.trainer.encoders.dual_encoder import train_tokenizer
+from mmesid.trainer.encoders.dual_encoder import train_word_tokenizer
 
 
 def save_siglip(directory: Path, version: int, captions: list[str]) -> str:
     """`version` 1: square pictures; 2: pictures of any shape, as sequences of patches."""
-    tokenizer = train_tokenizer(captions, max_length=16, min_word_frequency=1)
+    tokenizer = train_word_tokenizer(captions, max_length=16, min_word_frequency=1)
     transformer = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = transformer | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "projection_size": 32}
     torch.manual_seed(0)

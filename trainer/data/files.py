@@ -1,4 +1,4 @@
-"""Files of raw data: where they come from, and their lines with the place to name if one is wrong."""
+"""Files of raw data: where they come from, and their lines with what to call one that is wrong."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ def local_file(location: str | Path) -> Path:
     return path
 
 
-def place(path: Path, number: int) -> str:
+def line_of(path: Path, number: int) -> str:
     """How a line is called in an error."""
     return f"'{path}', line {number}"
 
@@ -77,8 +77,8 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
                 yield number, line.decode(encoding).rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{place(path, number)} is not {encoding.upper()} ({error.reason} at byte {error.start}); convert the "
-                "file."
+                f"{line_of(path, number)} is not {encoding.upper()} ({error.reason} at byte {error.start}); convert "
+                "the file."
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
@@ -97,11 +97,12 @@ def parse_json(line: str, path: Path, number: int) -> dict:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{place(path, number)} is not JSON ({error.msg} at column {error.colno}); write one JSON object a line."
+            f"{line_of(path, number)} is not JSON ({error.msg} at column {error.colno}); write one JSON object per "
+            "line."
         ) from error
     if not isinstance(value, dict):
         raise ValueError(
-            f"{place(path, number)} holds {type(value).__name__}, not a JSON object; write one JSON object a line."
+            f"{line_of(path, number)} holds {type(value).__name__}, not a JSON object; write one JSON object per line."
         )
     return value
 
@@ -116,7 +117,7 @@ def require(fields: dict, names: tuple[str, ...] | list[str], path: Path, number
     for name in names:
         if name not in fields:
             raise ValueError(
-                f"{place(path, number)} has no field '{name}', only {', '.join(fields) or 'none at all'}; add it or "
+                f"{line_of(path, number)} has no field '{name}', only {', '.join(fields) or 'none at all'}; add it or "
                 "name another."
             )
 
@@ -129,5 +130,5 @@ def raw_id(value, field: str, path: Path, number: int) -> str:
         ValueError: If it is neither an integer nor a string, or is empty.
     """
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise ValueError(f"{place(path, number)} has {field}={value!r}; an id is an integer or a string.")
+        raise ValueError(f"{line_of(path, number)} has {field}={value!r}; an id is an integer or a string.")
     return str(value)

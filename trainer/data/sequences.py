@@ -14,8 +14,8 @@ SPLITS = ("train", "validation", "test")
 # How many items at a user's end are not in the history of a leave-one-out example; the first of them is its target.
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
 
-# Leave-one-out needs one item to train on, one to validate on, one to test on. Of a split in time a user with one
-# interaction can be no example either.
+# Leave-one-out needs one item to train on, one to validate on, one to test on. A user with one interaction is no
+# example of a split in time either.
 SHORTEST_SEQUENCE = {"leave_one_out": 3, "global_time": 2}
 
 # Interactions that a step copies at a time: copies of them all would be the most that a preparation holds.

@@ -36,7 +36,7 @@ class Catalogue:
 
     Args:
         item_ids (`list[str]`): Raw id of every item, no two alike.
-        fields (`pa.Table`): One row an item, nulls where it lacks a field: `title`, and those of `description`,
+        fields (`pa.Table`): One row per item, nulls where it lacks a field: `title`, and those of `description`,
             `brand`, `categories`, `price` and of the source's own fields that it has.
         text_fields (`list[str]`): Which of them an item's text is made of, in this order.
         images (`Sequence[str | Path | bytes | None]`, *optional*): Picture of every item, as a URL, as a file or as
@@ -86,7 +86,7 @@ class Catalogue:
 @dataclass
 class Interactions:
     """
-    One entry an interaction, in any order.
+    One entry per interaction, in any order.
 
     Args:
         user_ids (`Sequence[str]`): Raw id of every user, no two alike.
@@ -147,7 +147,7 @@ class CatalogueBuilder:
         self._rows: list[dict] = []
         self._batches: list[pa.RecordBatch] = []
 
-    def append(self, item_id: str, values: dict, image: str | Path | bytes | None, place: str) -> None:
+    def append(self, item_id: str, values: dict, image: str | Path | bytes | None, where: str) -> None:
         """
         Adds an item.
 
@@ -156,14 +156,14 @@ class CatalogueBuilder:
             values (`dict`): Its fields: strings, numbers, lists of them, or null; others than those wanted are left
                 out.
             image (`str`, `Path` or `bytes`, *optional*): Its picture.
-            place (`str`): Where it was read, for errors.
+            where (`str`): Where it was read, for errors.
 
         Raises:
             ValueError: If the item was added before, or a field is none of these.
         """
         if item_id in self.positions:
             number = self.positions[item_id] + 1
-            raise ValueError(f"{place} repeats item '{item_id}', number {number} of the items; keep one of them.")
+            raise ValueError(f"{where} repeats item '{item_id}', number {number} of the items; keep one of them.")
         self.positions[item_id] = len(self.positions)
         row: dict[str, Any] = {}
         for name in self.schema.names:
@@ -172,9 +172,9 @@ class CatalogueBuilder:
                 row[name] = price_of(value)
             elif name == "categories":
                 elements = value if isinstance(value, list) else [value]
-                row[name] = [text for element in elements if (text := field_text(element, name, place))] or None
+                row[name] = [text for element in elements if (text := field_text(element, name, where))] or None
             else:
-                row[name] = field_text(value, name, place) or None
+                row[name] = field_text(value, name, where) or None
         self._rows.append(row)
         self.images.append(image)
         if len(self._rows) == _ITEMS_AT_ONCE:

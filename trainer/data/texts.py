@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html.parser import HTMLParser
 
 
-# The fields an item's text is made of where nobody chooses them, in this order.
+# The fields that an item's text is made of by default, in this order.
 TEXT_FIELDS = ("title", "attributes", "genres", "brand", "categories", "description")
 
 # Tags inside a word's line; every other tag separates words.
@@ -51,17 +51,17 @@ def is_missing(value) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def field_text(value, field: str, place: str) -> str:
+def field_text(value, field: str, where: str) -> str:
     """
     A field as text: numbers and strings as they are, lists joined by commas, what is missing empty.
 
     Raises:
-        ValueError: If it is anything else; the sentence names the place and the field.
+        ValueError: If it is anything else; the sentence names where it was read and the field.
     """
     values = value if isinstance(value, list) else [value]
     for element in values:
         if not isinstance(element, str | int | float | None):
-            raise ValueError(f"{place} has {field}={value!r}; text is a string, a number, a list of them, or null.")
+            raise ValueError(f"{where} has {field}={value!r}; text is a string, a number, a list of them, or null.")
     return ", ".join(str(element).strip() for element in values if not is_missing(element) and str(element).strip())
 
 

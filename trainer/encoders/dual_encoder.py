@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .encoding import PretrainedEncoder, check_weights, place
+from .encoding import PretrainedEncoder, check_weights, on_device
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -42,7 +42,7 @@ class DualEncoder(PretrainedEncoder):
     pooling = "projected"
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.model = place(model)
+        self.model = on_device(model)
         self.processor = processor
 
     @classmethod
@@ -97,7 +97,7 @@ class DualEncoder(PretrainedEncoder):
             hidden_size (`int`, *optional*, defaults to 128): Width of both transformers, a multiple of 32.
             num_hidden_layers (`int`, *optional*, defaults to 2): Blocks of either transformer.
             projection_dim (`int`, *optional*, defaults to 128): Width of the common space.
-            max_text_length (`int`, *optional*, defaults to 32): Tokens a text is cut to, its two ends included.
+            max_text_length (`int`, *optional*, defaults to 32): Tokens that a text is cut to, its two ends included.
             min_word_frequency (`int`, *optional*, defaults to 5):
                 Occurrences in the captions below which a word is unknown. Rare words name single items: learning them
                 by heart teaches nothing that holds for other items.
@@ -106,7 +106,7 @@ class DualEncoder(PretrainedEncoder):
             ValueError: If the sizes do not divide.
         """
         require_sizes(image_size, patch_size, hidden_size)
-        tokenizer = train_tokenizer(captions, max_text_length, min_word_frequency)
+        tokenizer = train_word_tokenizer(captions, max_text_length, min_word_frequency)
         transformer = {
             "hidden_size": hidden_size,
             "intermediate_size": 4 * hidden_size,
@@ -166,14 +166,14 @@ def require_sizes(image_size: int, patch_size: int, hidden_size: int) -> None:
         )
 
 
-def train_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:
+def train_word_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:
     """
     A tokenizer that knows the frequent words of the captions, in lower case and without accents, Chinese characters
     being words of their own; it puts every text between `<bos>` and `<eos>`.
 
     Args:
         captions (`list[str]`): The texts to learn from.
-        max_length (`int`): Tokens a text is cut to, its two ends included.
+        max_length (`int`): Tokens that a text is cut to, its two ends included.
         min_word_frequency (`int`, *optional*, defaults to 5): A word that is rarer becomes `<unk>`.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))

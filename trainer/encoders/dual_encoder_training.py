@@ -31,7 +31,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
     and the picture is cropped and mirrored.
 
     Args:
-        captions (`list[str]`): One text a picture.
+        captions (`list[str]`): One text per picture.
         pictures (`Sequence[PIL.Image.Image]`): The pictures.
         indices (`list[int]`): The pairs of this set.
         augment (`bool`, *optional*, defaults to `False`): Whether to augment.

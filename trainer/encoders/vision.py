@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, BatchFeature, PreTrainedModel
 
-from .encoding import PretrainedEncoder, check_weights, place
+from .encoding import PretrainedEncoder, check_weights, on_device
 
 
 class VisionEncoder(PretrainedEncoder):
@@ -27,7 +27,7 @@ class VisionEncoder(PretrainedEncoder):
     reads = ("image",)
 
     def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor, has_pooler: bool = True):
-        self.model = place(model.eval())
+        self.model = on_device(model.eval())
         self.processor = processor
         outputs = self._outputs(self.prepare(images=[Image.new("RGB", (64, 64))]))
         if has_pooler and getattr(outputs, "pooler_output", None) is not None:

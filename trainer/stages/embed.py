@@ -204,7 +204,7 @@ def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
     """Loads the encoder and embeds the items, in shards that the stage's next run goes on from."""
     settings = arguments.encoder_settings()
     encoder = load_encoder(arguments.encoder, str(arguments.model_name_or_path), **settings)
-    run.details.update(type(encoder).describe(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
+    run.details.update(type(encoder).details_of(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
     if encoder.reads:
         run.details.update(column=arguments.column_read() or encoder.reads[0], dtype=arguments.dtype)
     return embed(

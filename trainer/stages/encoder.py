@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
             encoder, sizes = load_encoder("dual_encoder", arguments.model_name_or_path, **source), {}
             run.details.update(
-                DualEncoder.describe(arguments.model_name_or_path, arguments.revision),
+                DualEncoder.details_of(arguments.model_name_or_path, arguments.revision),
                 base_model=arguments.model_name_or_path,
             )
         trainer = dual_encoder_trainer(

@@ -13,7 +13,7 @@ from transformers import (
     CLIPModel,
 )
 
-from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
+from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_word_tokenizer
 from mmesid.trainer.encoders.encoding import encode
 
 from ..siglip_models import save_siglip
@@ -59,7 +59,7 @@ def test_texts_are_read_at_their_end_token_whatever_stands_beside_them(clip):
 
 
 def test_tokenizer_knows_frequent_words_of_any_script():
-    tokenizer = train_tokenizer([*CAPTIONS, "Red lamps", "É red Shirt 赤"], max_length=16, min_word_frequency=2)
+    tokenizer = train_word_tokenizer([*CAPTIONS, "Red lamps", "É red Shirt 赤"], max_length=16, min_word_frequency=2)
     words = [tokenizer.decode([token]) for token in tokenizer("a RED shirt, 赤 e rare-word")["input_ids"]]
     assert words == ["<bos>", "a", "red", "shirt", "<unk>", "赤", "<unk>", "<unk>", "<unk>", "<unk>", "<eos>"]
     assert len(tokenizer) == len(tokenizer.get_vocab()) and tokenizer.pad_token_id == 0

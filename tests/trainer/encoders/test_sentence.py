@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from mmesid.trainer.encoders import sentence
-from mmesid.trainer.encoders.dual_encoder import train_tokenizer
+from mmesid.trainer.encoders.dual_encoder import train_word_tokenizer
 from mmesid.trainer.encoders.encoding import encode
 from mmesid.trainer.encoders.sentence import PACKAGED_MODEL, SentenceEncoder, packaged_model_path
 
@@ -20,7 +20,7 @@ TEXTS = ["a red shirt of cotton", "blue", "", "a green lamp for the table, made 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentence")
-    tokenizer = train_tokenizer(TEXTS, max_length=64, min_word_frequency=1)
+    tokenizer = train_word_tokenizer(TEXTS, max_length=64, min_word_frequency=1)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

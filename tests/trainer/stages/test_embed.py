@@ -26,7 +26,7 @@ from transformers import (
 
 from mmesid.trainer.data.prepared import ITEMS_FILE, PreparedDataset
 from mmesid.trainer.data.tables import load_table
-from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_tokenizer
+from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_word_tokenizer
 from mmesid.trainer.encoders.llm2clip import LLM2CLIPEncoder
 from mmesid.trainer.encoders.vision import VisionEncoder
 from mmesid.trainer.running.records import StageRecord, file_digest
@@ -68,7 +68,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sentence_model(tmp_path_factory):
     root = tmp_path_factory.mktemp("sentence_model")
-    tokenizer = train_tokenizer(
+    tokenizer = train_word_tokenizer(
         [f"flag of {colour} and {colour}" for colour in COLOURS], max_length=32, min_word_frequency=1
     )
     config = BertConfig(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..files import local_file, parse_json, place, raw_id, read_lines, require
+from ..files import line_of, local_file, parse_json, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 from ..table_files import TableLocation, is_line_file, parquet_batches, readable
 from ..texts import is_missing, plain_text
@@ -132,7 +132,7 @@ def read_amazon(
         if item_id in collector.item_positions and item_id not in builder.positions:
             item = {field: value for field, value in item.items() if not is_missing(value)}
             values = {field: _plain(item.get(field)) for field in text_fields or ()} | generation.fields(item)
-            builder.append(item_id, values, generation.image(item), place(metadata, number))
+            builder.append(item_id, values, generation.image(item), line_of(metadata, number))
     return join(name, licence, collector, builder, items.path)
 
 
@@ -160,7 +160,7 @@ def _parse(line: str, path: Path, number: int) -> dict:
             return ast.literal_eval(line)
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise ValueError(
-                f"{place(path, number)} is neither JSON nor a Python literal ({error}); download the file again."
+                f"{line_of(path, number)} is neither JSON nor a Python literal ({error}); download the file again."
             ) from error
     return parse_json(line, path, number)
 
@@ -173,8 +173,8 @@ def _reviews(path: Path, columns: InteractionColumns) -> Iterator[tuple[str, str
         user, item, time, rating = (review[name] for name in names)
         if not isinstance(time, int) or not isinstance(rating, int | float):
             raise ValueError(
-                f"{place(path, number)} has {columns.time}={time!r} and {columns.rating}={rating!r}; they must be an "
-                "integer and a number."
+                f"{line_of(path, number)} has {columns.time}={time!r} and {columns.rating}={rating!r}; they must be "
+                "an integer and a number."
             )
         yield raw_id(user, columns.user, path, number), raw_id(item, columns.item, path, number), time, rating
 

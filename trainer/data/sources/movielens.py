@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import place, read_lines
+from ..files import line_of, read_lines
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 
 
@@ -70,7 +70,7 @@ def read_movielens(
     collector.finish()
     builder = CatalogueBuilder(text_fields, pictures)
     for number, line in read_lines(films, _ENCODING):
-        where = place(films, number)
+        where = line_of(films, number)
         film, title, genres = release.parse_film(line, where)
         builder.append(film, {"title": title, "categories": genres}, None, where)
     return join(source_name or release.name, licence, collector, builder, str(films))
@@ -83,7 +83,7 @@ def _ratings(path: Path, separator: str) -> Iterator[tuple[str, str, int, float]
             yield user, film, int(time), float(rating)
         except ValueError as error:
             raise ValueError(
-                f"{place(path, number)} is {line!r}, not user, film, rating and time separated by {separator!r}; "
+                f"{line_of(path, number)} is {line!r}, not user, film, rating and time separated by {separator!r}; "
                 "unpack the archive again."
             ) from error
 

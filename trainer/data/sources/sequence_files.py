@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import parse_json, place, read_lines, require
+from ..files import line_of, parse_json, read_lines, require
 from ..source import Catalogue, CatalogueBuilder, Interactions, Source
 from ..texts import is_missing
 
@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_items(path: Path, builder: CatalogueBuilder, item_field: str, image_field: str) -> Catalogue:
     for number, line in _lines(path):
-        where = place(path, number)
+        where = line_of(path, number)
         item = parse_json(line, path, number)
         require(item, [item_field, "title", *(builder.text_fields or ())], path, number)
         item_id, title, image = item[item_field], item["title"], item.get(image_field)
@@ -89,7 +89,7 @@ def _read_sequences(path: Path, item_ids: list[str]) -> Interactions:
     places: dict[str, str] = {}
     sequences = []
     for number, line in _lines(path):
-        where = place(path, number)
+        where = line_of(path, number)
         user_id, *items = line.split() or [""]
         if not items:
             problem = f"has no item for user '{user_id}'" if user_id else "is empty"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..files import local_file, parse_json, place, raw_id, read_lines, require
+from ..files import line_of, local_file, parse_json, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 from ..table_files import (
     LINE_SUFFIXES,
@@ -325,7 +325,7 @@ def _item_rows(path: Path, wanted: list[str], required: dict[str, str]) -> Itera
         for number, line in read_lines(path):
             row = parse_json(line, path, number)
             require(row, sorted(required), path, number)
-            yield place(path, number), row
+            yield line_of(path, number), row
     elif suffix in SEPARATORS:
         # Text in any case: an id keeps its leading zeros.
         batches = csv_batches(path, required, dict.fromkeys(wanted, pa.string()), optional=wanted)
