@@ -5,6 +5,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+# Of the published MMD: Gaussian kernels, and the ratio between neighbouring bandwidths.
+KERNELS = 5
+KERNEL_FACTOR = 2.0
+
+
 def pairwise_squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean distances `(n, m)` between the rows of `left` `(n, d)` and `right` `(m, d)`, from one matrix
     product."""
@@ -17,35 +22,22 @@ def mean_squared_error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left.float() - right.float()).square().sum() / max(left.numel(), 1)
 
 
-def _kernel_sums(
-    block: torch.Tensor,
-    points: torch.Tensor,
-    signs: torch.Tensor,
-    bandwidth: torch.Tensor,
-    kernels: int,
-    factor: float,
-):
-    kernel = torch.exp(pairwise_squared_distances(block, points) / (-bandwidth * factor ** (kernels - 1)))
+def _kernel_sums(block: torch.Tensor, points: torch.Tensor, signs: torch.Tensor, bandwidth: torch.Tensor):
+    kernel = torch.exp(pairwise_squared_distances(block, points) / (-bandwidth * KERNEL_FACTOR ** (KERNELS - 1)))
     total = kernel @ signs
-    for _ in range(kernels - 1):
+    for _ in range(KERNELS - 1):
         # The next narrower kernel is a power of this one, which is cheaper than another exponential.
-        kernel = kernel.pow(factor)
+        kernel = kernel.pow(KERNEL_FACTOR)
         total = total + kernel @ signs
     return total
 
 
-def mmd(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    kernel_count: int = 5,
-    kernel_factor: float = 2.0,
-    block_size: int = 1024,
-) -> torch.Tensor:
+def mmd(source: torch.Tensor, target: torch.Tensor, block_size: int = 1024) -> torch.Tensor:
     r"""
-    Squared maximum mean discrepancy between two sets under a sum of Gaussian kernels, in the biased estimate
+    Squared maximum mean discrepancy between two sets under a sum of five Gaussian kernels, in the biased estimate
     \\(\overline{k(x, x')} + \overline{k(y, y')} - 2 \overline{k(x, y)}\\).
 
-    The kernels' bandwidths are `kernel_factor` apart, around the mean squared distance between the points of both sets
+    The kernels' bandwidths are a factor of two apart, around the mean squared distance between the points of both sets
     together, which is a constant to the gradient. Distances come from matrix products, block of rows by block of rows,
     and the kernels of a block are computed again in the backward pass: memory is `block_size * (n + m)` for the
     kernels and `(n + m) * d` for the points.
@@ -53,8 +45,6 @@ def mmd(
     Args:
         source (`torch.Tensor` of shape `(n, d)`): First set.
         target (`torch.Tensor` of shape `(m, d)`): Second set.
-        kernel_count (`int`, *optional*, defaults to 5): Number of kernels.
-        kernel_factor (`float`, *optional*, defaults to 2.0): Ratio between neighbouring bandwidths.
         block_size (`int`, *optional*, defaults to 1024): Rows of the kernel matrix held at a time.
 
     Returns:
@@ -70,10 +60,10 @@ def mmd(
         with torch.no_grad():
             # The sum of all pairwise squared distances of centred points is 2 * count * sum of squares.
             bandwidth = 2 * points.square().sum() / (n + m - 1)
-            bandwidth = bandwidth.clamp_min(torch.finfo(torch.float32).tiny) / kernel_factor ** (kernel_count // 2)
+            bandwidth = bandwidth.clamp_min(torch.finfo(torch.float32).tiny) / KERNEL_FACTOR ** (KERNELS // 2)
         signs = torch.cat([points.new_full((n,), 1.0 / n), points.new_full((m,), -1.0 / m)])
         sums = [
-            checkpoint(_kernel_sums, block, points, signs, bandwidth, kernel_count, kernel_factor, use_reentrant=False)
+            checkpoint(_kernel_sums, block, points, signs, bandwidth, use_reentrant=False)
             for block in points.split(block_size)
         ]
         return signs @ torch.cat(sums)
@@ -102,25 +92,19 @@ def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1
         return (nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, answers)) / 2
 
 
-def near_weights(distances: torch.Tensor, others: torch.Tensor, focus: float) -> torch.Tensor:
+def _near_weights(distances: torch.Tensor, focus: float) -> torch.Tensor:
     r"""
-    What the distances of an item to others weigh: \\(\exp(-focus \cdot z)\\), where z is the distance in standard
-    deviations above the item's mean. Near items, which a sequence is made of, count for more than the many far ones.
-
-    Args:
-        distances (`torch.Tensor` of shape `(n, m)`): Distances of n items to m.
-        others (`torch.Tensor` of shape `(n, m)`): 1 where a distance counts, 0 where an item meets itself.
-        focus (`float`): How fast weights fall with the distance; 0 weighs all alike.
-
-    Returns:
-        `torch.Tensor` of shape `(n, m)`: Weights that sum to 1 in every row; 0 in a row in which none counts.
+    What the distances `(n, n)` of each item to the others weigh, every row summing to 1: \\(\exp(-focus \cdot z)\\),
+    where z is the distance in standard deviations above the item's mean, and 0 where an item meets itself. Near items,
+    which a sequence is made of, count for more than the many far ones.
     """
-    count = others.sum(1, keepdim=True).clamp_min(1)
+    others = 1 - torch.eye(len(distances), device=distances.device)
+    count = len(distances) - 1
     mean = (distances * others).sum(1, keepdim=True) / count
     deviation = ((distances - mean).square() * others).sum(1, keepdim=True).div(count).sqrt().clamp_min(1e-12)
     # Near duplicates, many deviations below the mean, must not take the whole weight.
     weights = torch.exp(-focus * ((distances - mean) / deviation).clamp_min(-3)) * others
-    return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:
@@ -131,7 +115,8 @@ def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor,
     Args:
         embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
         quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
-        focus (`float`, *optional*, defaults to 1.0): As in [`near_weights`].
+        focus (`float`, *optional*, defaults to 1.0): How fast the weights of distances fall as they grow; 0 weighs all
+            alike.
 
     Returns:
         `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing
@@ -144,7 +129,7 @@ def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor,
             return quantized.sum() * 0.0
         with torch.no_grad():
             before = pairwise_squared_distances(embeddings, embeddings).sqrt()
-            weights = near_weights(before, 1 - torch.eye(n, device=embeddings.device), focus)
+            weights = _near_weights(before, focus)
             before = before - (weights * before).sum(1, keepdim=True)
             before = before / (weights * before.square()).sum(1, keepdim=True).sqrt().clamp_min(1e-12)
         squared = pairwise_squared_distances(quantized, quantized)

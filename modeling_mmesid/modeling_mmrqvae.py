@@ -23,10 +23,9 @@ OBJECTIVE_WEIGHT = 3.0
 class MMRQVAEEncoderOutput(ModelOutput):
     """
     Args:
-        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality):
-            Semantic IDs.
-        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality):
-            Sums of the code vectors.
+        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality): Semantic IDs.
+        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality): Sums of the
+            code vectors.
     """
 
     codes: dict[str, torch.Tensor] | None = None
@@ -36,28 +35,23 @@ class MMRQVAEEncoderOutput(ModelOutput):
 @dataclass
 class MMRQVAEOutput(ModelOutput):
     """
+    The losses are scalars, each summed over the modalities.
+
     Args:
-        loss (`torch.FloatTensor` of shape `()`):
-            The weighted sum of the losses below.
-        objective_loss (`torch.FloatTensor` of shape `()`):
-            `config.objective`, summed over the modalities.
-        decoding_loss (`torch.FloatTensor` of shape `()`):
-            Mean squared error of reconstructions that train nothing but the decoder, for the objective `"distance"`;
-            0 for the others.
-        codebook_loss (`torch.FloatTensor` of shape `()`):
-            Squared distance of code vectors to (constant) residuals, mean over levels, summed over the modalities; for
-            the objective `"distance"` of their sum to the (constant) latent.
-        commitment_loss (`torch.FloatTensor` of shape `()`):
-            Squared distance of residuals to (constant) code vectors, mean over levels, summed over the modalities; for
-            the objective `"distance"` of the latent to the (constant) sum of its code vectors.
-        alignment_loss (`torch.FloatTensor` of shape `()`):
-            InfoNCE between the anchor and every other quantized modality, summed.
-        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality):
-            Semantic IDs. Codes of an item that lacks the modality mean nothing.
-        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality):
-            Sums of the code vectors.
-        reconstructions (`dict[str, torch.FloatTensor]` of shape `(batch_size, embedding_dim)` for each modality):
-            What the decoders make of the quantized vectors, in the space of the embeddings.
+        loss (`torch.FloatTensor`): The weighted sum of the losses below.
+        objective_loss (`torch.FloatTensor`): What `config.objective` asks for.
+        decoding_loss (`torch.FloatTensor`): Mean squared error of reconstructions that train nothing but the decoder,
+            for the objective `"distance"`; 0 for the others.
+        codebook_loss (`torch.FloatTensor`): Squared distance of code vectors to (constant) residuals, mean over
+            levels; for the objective `"distance"` of their sum to the (constant) latent.
+        commitment_loss (`torch.FloatTensor`): The same, but it is the code vectors that are constant.
+        alignment_loss (`torch.FloatTensor`): InfoNCE between the anchor and every other quantized modality.
+        codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality): Semantic IDs.
+            Codes of an item that lacks the modality mean nothing.
+        quantized (`dict[str, torch.FloatTensor]` of shape `(batch_size, codebook_dim)` for each modality): Sums of the
+            code vectors.
+        reconstructions (`dict[str, torch.FloatTensor]` of shape `(batch_size, embedding_dim)` for each modality): What
+            the decoders make of the quantized vectors, in the space of the embeddings.
     """
 
     loss: torch.Tensor | None = None
@@ -288,18 +282,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         self.post_init()
 
     def code_vectors(self, modality: str) -> torch.Tensor:
-        """
-        The code vectors of one modality.
-
-        Args:
-            modality (`str`): One of `config.modalities`.
-
-        Returns:
-            `torch.Tensor` of shape `(num_quantizers, codebook_size, codebook_dim)`.
-
-        Raises:
-            ValueError: If the model does not have the modality.
-        """
+        """The code vectors of one modality, `(num_quantizers, codebook_size, codebook_dim)`."""
         return torch.stack([layer.codebook for layer in self._branch(modality).quantizer.layers])
 
     def encode(self, embeddings: dict[str, torch.Tensor]) -> MMRQVAEEncoderOutput:
@@ -308,11 +291,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         unique, for which the other items must be known.
 
         Args:
-            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality):
-                Any of the model's modalities.
-
-        Returns:
-            [`MMRQVAEEncoderOutput`].
+            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality): Any of the
+                model's modalities.
 
         Raises:
             ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
@@ -351,11 +331,8 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
         Args:
             embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality): Embeddings
                 of the same items.
-            present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` for each modality, *optional*):
-                Which items have the modality; all by default. The others take part in no loss.
-
-        Returns:
-            [`MMRQVAEOutput`].
+            present (`dict[str, torch.BoolTensor]` of shape `(batch_size,)` for each modality, *optional*): Which items
+                have the modality; all by default. The others take part in no loss.
 
         Raises:
             ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
