@@ -21,15 +21,16 @@ quickstart: $(INSTALLED)
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) $(TYPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	MYPYPATH=$(TYPED) $(BIN)/mypy -p mmesid -p modeling_mmesid
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m hypothesis
 
 # The folders under the names that they are installed by, for the type checker does not follow editable installs.
-$(TYPED): Makefile
+$(TYPED): Makefile | $(INSTALLED)
 	@rm -rf $@ && mkdir -p $@/mmesid
 	@ln -s $(CURDIR)/modeling_mmesid $@/modeling_mmesid
 	@ln -s $(addprefix $(CURDIR)/,mmesid/__init__.py mmesid/py.typed trainer hub_cards) $@/mmesid

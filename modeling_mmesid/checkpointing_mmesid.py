@@ -110,7 +110,7 @@ class BaseModelMixin:
         missing = set(keys.missing_keys) - model._keys_to_ignore_on_save
         require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
         model = model.to(backbone.device).eval()
-        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        nothing: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, nothing) if with_loading_info else model
 
     def save_pretrained(

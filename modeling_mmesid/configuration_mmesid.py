@@ -105,10 +105,10 @@ class MMESIDConfig(CheckpointConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the backbone's hidden states, of item tokens and of the fused table."""
-        return self.backbone_config.get_text_config().hidden_size
+        return self.get_text_config().hidden_size
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
-        return self.backbone_config.get_text_config(*args, **kwargs)
+        return self.backbone_config.get_text_config(*args, **kwargs)  # type: ignore[union-attr]
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""

@@ -91,7 +91,7 @@ class MMESIDModality(nn.Module):
         items = self.present.nonzero()[:, 0]
         if isinstance(self.code_projection, nn.Linear):
             hidden_size, width = self.code_projection.weight.shape
-            total, products = 0, 0
+            total = products = torch.zeros((), device=self.code_vectors.device)
             for block in items.split(ITEMS_PER_BLOCK):
                 summed = self._summed(block).double()
                 total, products = total + summed.sum(0), products + summed.T @ summed

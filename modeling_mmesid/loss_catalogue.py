@@ -48,7 +48,8 @@ def catalogue_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, table = hidden.to(dtype), table.to(dtype)
-    kernel = fused_kernel(hidden.device.type, hidden.dtype, *hidden.shape, num_items=len(table) - 1)
+    rows, width = hidden.shape
+    kernel = fused_kernel(hidden.device.type, hidden.dtype, rows, width, num_items=len(table) - 1)
     if kernel is not None:
         return fused_cross_entropy(kernel, hidden, table, targets)
     # Inside `apply` a Parameter needs a gradient even where gradients are off.

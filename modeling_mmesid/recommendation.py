@@ -21,8 +21,8 @@ class SequentialRecommendationOutput(ModelOutput):
             at its end.
     """
 
-    loss: torch.FloatTensor | None = None
-    user_embeddings: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    user_embeddings: torch.Tensor | None = None
 
 
 @dataclass
@@ -36,9 +36,9 @@ class RecommendationOutput(ModelOutput):
             and each modality by its name; they sum to the scores.
     """
 
-    items: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
-    contributions: dict[str, torch.FloatTensor] | None = None
+    items: torch.Tensor | None = None  # type: ignore[assignment]
+    scores: torch.Tensor | None = None
+    contributions: dict[str, torch.Tensor] | None = None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ named; `mmesid embed --encoder dual_encoder` reads it.
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from accelerate import PartialState
 
@@ -107,7 +107,10 @@ def main(argv: list[str] | None = None) -> None:
             run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
         else:
             source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-            encoder, sizes = load_encoder("dual_encoder", arguments.model_name_or_path, **source), {}
+            encoder, sizes = (
+                cast(DualEncoder, load_encoder("dual_encoder", arguments.model_name_or_path, **source)),
+                {},
+            )
             run.details.update(
                 DualEncoder.details_of(arguments.model_name_or_path, arguments.revision),
                 base_model=arguments.model_name_or_path,

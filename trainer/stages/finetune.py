@@ -217,7 +217,7 @@ def base_model(name_or_path: str | None) -> str | None:
 
 
 def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, str | list[Path]]:
-    inputs = {"prepared_dir": arguments.prepared_dir}
+    inputs: dict[str, str | list[Path]] = {"prepared_dir": arguments.prepared_dir}
     if modalities:
         inputs["quantizer_dir"] = arguments.quantizer_dir
         inputs["embeddings_dir"] = [table_path(arguments.embeddings_dir, modality) for modality in modalities]

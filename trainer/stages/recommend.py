@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         "denied_items": arguments.denied_items,
         "return_contributions": arguments.return_contributions,
     }
-    users = []
+    users: list = []
     for start in tqdm(range(0, len(histories), BATCH_SIZE), desc="Recommending", unit="batch", delay=2):
         users += recommender(histories[start : start + BATCH_SIZE], batch_size=BATCH_SIZE, **settings)
     if arguments.output_file is None:
