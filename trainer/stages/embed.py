@@ -207,6 +207,9 @@ def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
     run.details.update(type(encoder).details_of(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
     if encoder.reads:
         run.details.update(column=arguments.column_read() or encoder.reads[0], dtype=arguments.dtype)
+    # The run's settings and inputs do not tell which commit a branch stands at, nor how many inputs a batch has, which
+    # is where shards end.
+    belongs_to = json_digest([run.details, arguments.per_device_eval_batch_size])[:16]
     return embed(
         data,
         encoder,
@@ -214,8 +217,7 @@ def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
         batch_size=arguments.per_device_eval_batch_size,
         normalize=arguments.normalize,
         num_workers=arguments.dataloader_num_workers,
-        # The run's settings and inputs do not tell which commit a branch stands at.
-        shards_dir=run.checkpoints_dir / f"shards-{json_digest(run.details)[:16]}",
+        shards_dir=run.checkpoints_dir / f"shards-{belongs_to}",
         shard_size=arguments.shard_size,
     )
 

@@ -459,6 +459,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def test_shards_of_other_batches_are_not_read(prepared, trained, tmp_path, monkeypatch):
+    flags = ["--model_name_or_path", trained / "encoder", "--shard_size", "20", "--per_device_eval_batch_size"]
+    whole, _, _ = embed(prepared, tmp_path / "whole", "visual", *flags, "10")
+    saved = []
+
+    def interrupted(tensors, path):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmesid.trainer.encoders.encoding.save_file", interrupted)
+        embed(prepared, tmp_path / "again", "visual", *flags, "7")
+    again, _, _ = embed(prepared, tmp_path / "again", "visual", *flags, "10")
+    torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path, one_thread):
     checkpoint = trained / "encoder"
     main(one_by_one(prepared, tmp_path / "whole", checkpoint))

@@ -91,6 +91,14 @@ def test_patience_0_trains_to_the_end(training, tmp_path):
     assert training.curve != sorted(training.curve)
 
 
+def test_without_evaluation_the_last_epoch_is_kept(training, tmp_path):
+    training(tmp_path / "out", "--eval_strategy", "no", "--save_strategy", "no", "--num_train_epochs", "2")
+    # The one evaluation is the stage's, of what it saves.
+    assert training.curve == [] and training.trainer.state.epoch == 2
+    assert_same_weights(tmp_path / "out", training.trainer.model.state_dict())
+    assert StageRecord.load(tmp_path / "out").metrics["validation"]["mrr"] > 0
+
+
 def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
     """Batches, dropout, optimizer and patience go on as if nothing had been: the interruption comes in the epoch that
     exhausts the patience."""
