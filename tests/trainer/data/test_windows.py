@@ -25,13 +25,6 @@ def test_the_latest_window_is_the_full_one():
     assert windows.lengths == [2, 2, 1]
 
 
-def test_targets_can_be_capped_apart_from_histories():
-    windows = TrainingWindows(sequences([[1, 2, 3, 4, 5]], [6]), 4, max_targets=2)
-    assert examples(windows) == [([2, 3, 4, 5], [-100, -100, 5, 6])]
-    windows = TrainingWindows(sequences([[1, 2, 3, 4, 5]], [6]), 2, max_targets=3)
-    assert examples(windows) == [([4, 5], [5, 6]), ([2, 3], [-100, 4])]
-
-
 def test_a_user_with_one_training_item_gives_no_example():
     assert examples(TrainingWindows(sequences([[], [3]], [9, 4]), 5)) == [([3], [4])]
 
