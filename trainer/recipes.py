@@ -159,8 +159,8 @@ def plan(
             if stage == "evaluate":
                 ranking = [(one, model) for one in ("sasrec", "finetune") for model in recipe.get(one, ())]
                 filled["model_dirs"] = [output_dir(*model) for model in ranking]
-            if stage == "embed" and "from_file" not in settings:
-                encoder = settings.get("encoder", USUAL_ENCODERS.get(settings.get("modality")))
+            if stage == "embed" and settings.get("from_file") is None:
+                encoder = settings.get("encoder") or USUAL_ENCODERS.get(settings.get("modality"))
                 trained = TRAINED_ENCODERS.get(str(encoder))
                 if trained is not None and trained in recipe:
                     filled["model_name_or_path"] = output_dir(trained, recipe[trained][0])

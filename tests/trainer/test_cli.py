@@ -304,6 +304,7 @@ def test_embed_reads_the_encoders_that_the_recipe_trains(tmp_path):
         ("{modality: collaborative}", "o/sasrec"),
         ("{modality: collaborative, from_file: table.safetensors}", None),
         ("{modality: collaborative, encoder: sentence}", None),
+        ("{modality: collaborative, encoder: null, from_file: null}", "o/sasrec"),
         ("{modality: visual}", "o/encoder"),
         ("{modality: visual, encoder: vision}", None),
         ("{modality: text, encoder: dual_encoder}", "o/encoder"),

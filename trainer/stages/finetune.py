@@ -106,6 +106,9 @@ class FinetuneArguments(StageArguments):
     freeze_backbone: bool = False
 
     def __post_init__(self):
+        if self.modalities == []:
+            # Not read, and so no part of the record.
+            self.embeddings_dir = self.quantizer_dir = None
         super().__post_init__()
         check_ranges(self, positive=("hidden_size", "num_hidden_layers", "lora_alpha"), not_negative=("lora_r",))
         num_attention_heads(self.hidden_size)

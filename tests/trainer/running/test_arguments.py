@@ -105,7 +105,8 @@ def test_a_file_is_checked_as_flags_are(settings_file):
 
 
 def test_a_list_may_be_empty():
-    assert parse(FinetuneArguments, [*SASREC, "--modalities"]).modalities == []
+    baseline, elsewhere = (parse(FinetuneArguments, [*flags, "--modalities"]) for flags in (SASREC, FINETUNE))
+    assert baseline.modalities == [] and baseline.changed == elsewhere.changed, "what is not read counts for nothing"
     assert parse(FinetuneArguments, FINETUNE).modalities is None
 
 
