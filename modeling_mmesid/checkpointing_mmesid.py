@@ -62,7 +62,7 @@ class BaseModelMixin:
         # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
         # mask.
         backbone_config = deepcopy(backbone.config)
-        # Often a path of this machine, which a checkpoint that is published must not tell.
+        # Often a path of this machine, which a published checkpoint must not reveal.
         backbone_config._name_or_path = ""
         return cls(MMESIDConfig(backbone_config=backbone_config, **config_kwargs), backbone=backbone)
 

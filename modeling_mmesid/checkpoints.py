@@ -206,7 +206,7 @@ class SafetensorsMixin:
             *model_args,
             **kwargs | {"use_safetensors": True, "output_loading_info": True},
         )
-        # The library would draw a missing weight at random, and say so in a table that nobody reads.
+        # The library would draw a missing weight at random and only print a table of such weights.
         require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
         return (model, loading) if with_loading_info else model
 

@@ -94,7 +94,7 @@ class MMESIDConfig(CheckpointConfig):
         self.embedding_dims = [] if self.embedding_dims is None else self.embedding_dims
         self.prompt_prefix_ids = [] if self.prompt_prefix_ids is None else self.prompt_prefix_ids
         self.prompt_suffix_ids = [] if self.prompt_suffix_ids is None else self.prompt_suffix_ids
-        # The installed package has registered the task: `pipeline` is not to ask for the checkpoint's own code.
+        # The installed package has registered the task: `pipeline` must not ask for the checkpoint's own code.
         if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)

@@ -9,8 +9,8 @@ from torch import nn
 from .checkpoints import CheckpointConfig
 
 
-# What the encoders of each objective are unless the settings say otherwise. A network alone that follows the distances
-# gives up the spread of the codes, which a projection keeps.
+# The encoders of each objective unless the settings say otherwise. A network without a projection follows the
+# distances but loses the spread of the codes.
 ENCODERS: dict[str, dict[str, Any]] = {
     "distance": {"encoder_hidden_dims": [512], "encoder_projection": True},
     "paper": {"encoder_hidden_dims": [512, 256], "encoder_projection": False},
@@ -41,7 +41,7 @@ class MMRQVAEConfig(CheckpointConfig):
             algorithm, one per level and relative to the mean squared distance, which balance the use of the codes; 0
             leaves a level to the nearest code. The paper balances the last of four: `0 0 0 0.003`.
         resolve_collisions (`bool`, *optional*, defaults to `False`): Make the semantic IDs of a catalogue unique
-            within each modality: of the items that share one, all but the first move to the nearest ID that is free.
+            within each modality: all but the first of the items that share an ID move to the nearest free one.
         initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of code vectors before the
             k-means initialization.
 

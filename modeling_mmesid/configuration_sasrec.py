@@ -18,7 +18,8 @@ class SASRecConfig(CheckpointConfig):
         num_hidden_layers (`int`, *optional*, defaults to `2`): Number of self-attention blocks.
         num_attention_heads (`int`, *optional*, defaults to `2`): Number of attention heads; must divide `hidden_size`.
         intermediate_size (`int`, *optional*): Width of the feed-forward layer; four times `hidden_size` by default.
-        max_history (`int`, *optional*, defaults to `50`): Longest history; of a longer one the latest items are read.
+        max_history (`int`, *optional*, defaults to `50`): Longest history that is read: only the latest
+            items of a longer one.
         embedding_dropout (`float`, *optional*, defaults to `0.5`): Dropout on the item embeddings that enter the first
             block.
         hidden_dropout (`float`, *optional*, defaults to `0.5`): Dropout on the output of attention and feed-forward

@@ -14,8 +14,8 @@ from .modeling_mmrqvae import MMRQVAEModel
 # Items of a large catalogue whose vectors are computed at a time: a few hundred MiB at most for wide embeddings.
 ITEMS_PER_BLOCK = 2**15
 
-# Known items whose codes tell whether a quantizer is the model's, and the share of their codes that must agree: of an
-# unrelated quantizer's codes one in `codebook_size` does.
+# Known items whose codes tell whether a quantizer is the model's, and the share of their codes that must agree: for an
+# unrelated quantizer it is one in `codebook_size`.
 QUANTIZER_PROBES = 64
 MINIMUM_AGREEMENT = 0.3
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# Of the published MMD: Gaussian kernels, and the ratio between neighbouring bandwidths.
+# The published MMD has five Gaussian kernels, each twice as wide as the one before.
 KERNELS = 5
 KERNEL_FACTOR = 2.0
 

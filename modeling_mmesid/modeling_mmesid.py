@@ -90,7 +90,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         elif config.base_model_name_or_path is not None:
             self.backbone.requires_grad_(False)
         if config.base_model_name_or_path is not None:
-            # Of the state rather than the parameters: a quantized weight also has the constants to unpack it.
+            # The state, not only the parameters: a quantized weight also has the constants to unpack it.
             trained = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
         self.post_init()

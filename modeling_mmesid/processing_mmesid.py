@@ -142,7 +142,7 @@ class MMESIDProcessor(ProcessorMixin):
 
         try:
             text = rendered(system=self.system_prompt, user=user_turn)
-        except Exception:  # jinja2's, which is not for this package to import.
+        except Exception:  # jinja2's own, and this package does not import jinja2.
             text = None
         # Other templates drop a system turn without a word.
         if text is None or self.system_prompt.strip() not in text:

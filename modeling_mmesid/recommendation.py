@@ -161,7 +161,7 @@ class RecommendationMixin:
                 item's sources (ID vector, modalities) add to it.
             allowed_items (`list[int]`, *optional*): Rows to choose from, for all users; the whole catalogue by
                 default.
-            denied_items (`list[int]`, *optional*): Rows never to return, to no user.
+            denied_items (`list[int]`, *optional*): Rows that no user may get.
 
         Returns:
             [`RecommendationOutput`] with `items` and `scores` of shape `(batch, top_k)`.

@@ -40,7 +40,7 @@ class Shop(BaseHTTPRequestHandler):
         self.wfile.write(b"<html>" if item == UNREADABLE else file.getvalue())
 
     def log_message(self, *arguments):
-        """Requests are not worth a line each."""
+        """Requests print nothing."""
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def lora_model(base_model: str, **kwargs) -> MMESIDForSequentialRecommendation:
 
 @pytest.mark.parametrize("suffix", [[7, 8], [7], []])
 @pytest.mark.parametrize("seed", range(3))
-def test_packed_prefixes_equal_one_prefix_a_row(seed, suffix):
+def test_packed_prefixes_equal_one_prefix_per_row(seed, suffix):
     """Hidden states, loss and every gradient, in float32."""
     random = np.random.default_rng(seed)
     model = new_model(prompt_suffix_ids=suffix)
@@ -160,7 +160,7 @@ def test_codes_start_at_the_distances_that_the_quantizer_kept(codebook_dim):
 
 
 def test_code_vectors_start_trained_and_stay_trainable():
-    """Trained up to one factor a modality, which makes the sums of code vectors as long as ID vectors."""
+    """Trained up to one factor per modality, which makes the sums of code vectors as long as ID vectors."""
     model = new_model()
     text, start = model.model.items.modalities["text"], item_tables()["code_vectors"]["text"]
     factor = (text.code_vectors / start).detach()

@@ -87,7 +87,7 @@ def read_image(image: Path | bytes, item_id: str, max_bytes: int = MAX_BYTES) ->
 
 def decode_image(data: bytes) -> Image.Image:
     """
-    A picture as an encoder reads it: the first frame, turned as the camera says, in RGB, what is transparent on white.
+    A picture as an encoder reads it: the first frame, turned as the camera says, in RGB on a white ground.
 
     Args:
         data (`bytes`): A picture file.
@@ -168,7 +168,7 @@ def fetch_images(
     rerun fetches only what is not there, which includes what failed before. Its name is the SHA-256 of the URL.
 
     Args:
-        sources (`list[str | Path | bytes | None]`): One entry an item; a string is an http(s) URL.
+        sources (`list[str | Path | bytes | None]`): One entry per item; a string is an http(s) URL.
         cache_dir (`str` or `os.PathLike`): Where the files go, and nowhere else; made if it does not exist.
         workers (`int`, *optional*, defaults to 16): Pictures fetched at a time.
         timeout (`float`, *optional*, defaults to 20.0):

@@ -110,10 +110,10 @@ def keep_unrepeated(
         users (`np.ndarray`): `(interactions,)` user of every interaction.
         items (`np.ndarray`): `(interactions,)` item of every interaction.
         times (`np.ndarray`): `(interactions,)` time of every interaction.
-        duplicates (`str`, *optional*, defaults to `"drop"`): Of entries with one user, item and time `"drop"` keeps
-            the first, `"keep"` all.
-        repeats (`str`, *optional*, defaults to `"keep"`): Of what is left with one user and item `"first"` keeps the
-            earliest, `"last"` the latest, `"keep"` all.
+        duplicates (`str`, *optional*, defaults to `"drop"`): `"drop"` keeps the first of several entries with one
+            user, item and time, `"keep"` keeps all.
+        repeats (`str`, *optional*, defaults to `"keep"`): `"first"` keeps the earliest of the remaining interactions
+            of one user with one item, `"last"` the latest, `"keep"` all.
 
     Returns:
         `tuple[np.ndarray, int, int]`: `(interactions,)` bool, whether an interaction is kept, and the numbers of
@@ -158,7 +158,7 @@ def split_global_time(
     A split at two moments that are the same for all users, so that nothing is learnt from what happened later.
 
     Training has every user's interactions before validation starts. The target of a user in validation or test is the
-    first interaction of the period, and the history everything before it; who has none is not in the split.
+    first interaction of the period, and the history everything before it; users without one are not in the split.
 
     Args:
         times (`np.ndarray`): `(interactions,)` user by user, ascending within a user.

@@ -229,7 +229,7 @@ class ArrowStrings(Sequence):
     """
 
     def __init__(self, strings: list[str]):
-        # Of one array the last doubling of its memory would need as much again.
+        # A single array would need as much memory again for the last time that it doubles.
         starts = range(0, len(strings), _IDS_AT_ONCE)
         parts = [pa.array(strings[start : start + _IDS_AT_ONCE], pa.string()) for start in starts]
         self._array = pa.chunked_array(parts, pa.string())

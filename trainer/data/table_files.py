@@ -32,7 +32,7 @@ class TableLocation:
 
     Args:
         path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, a folder, or a repository
-            `owner/name` of the Hub. Of folders and repositories `datasets` makes tables.
+            `owner/name` of the Hub. `datasets` makes tables of folders and repositories.
         config (`str`, *optional*): Configuration of a folder or repository.
         split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
         revision (`str`, *optional*): Branch, tag or commit of a repository.

@@ -144,7 +144,7 @@ def dual_encoder_trainer(
     caption_column: str = "text",
     **sizes: int,
 ) -> "DualEncoderTrainer":
-    """The trainer of [`train_dual_encoder`], for whoever wants more of it than the encoder."""
+    """The trainer of [`train_dual_encoder`], for users who need more than the encoder."""
     if caption_column not in ("text", "title"):
         raise ValueError(f"caption_column is {caption_column!r}; choose text or title.")
     set_seed(args.seed)

@@ -93,16 +93,16 @@ def encode(
     Encodes texts or pictures.
 
     Batches, and the shards that they make up, depend on the inputs alone. Every process encodes its share of the
-    shards and writes each in one move; shards that are there already are not encoded again. So an interrupted run that
-    is started again gives the bytes of one that was not, and so do several processes on equal machines with an equal
-    number of threads.
+    shards and writes each in one move; shards that exist are not encoded again. So a run that is started again after
+    an interruption gives the same bytes as one that was never interrupted, and so do several processes on equal
+    machines with an equal number of threads.
 
     Args:
         encoder (`Encoder`): The encoder.
         shards_dir (`str` or `os.PathLike`, *optional*):
-            Where the shards lie, made if it does not exist; the caller sees to it that one directory never meets two
-            encoders or two catalogues, and removes it. All processes must see it. Without it nothing is kept, and
-            every process encodes everything.
+            Folder of the shards, made if it does not exist. All processes must see it. The caller uses one folder for
+            one encoder and one catalogue, and removes it. Without it nothing is kept, and every process encodes
+            everything.
         texts (`list[str]`, *optional*): `num_inputs` texts.
         images (`Sequence[PIL.Image.Image]`, *optional*): Instead of texts, `num_inputs` pictures, read one by one.
         batch_size (`int`, *optional*, defaults to 64): Inputs encoded at a time.
@@ -143,8 +143,7 @@ def _encode_shards(
     num_workers: int,
     disable_tqdm: bool,
 ) -> torch.Tensor:
-    """Encodes those of the shards, lists of batches of positions in the inputs, that are this process's and not there,
-    and reads all of them."""
+    """Encodes this process's missing shards (lists of batches of positions in the inputs), then reads all shards."""
     state = PartialState()
     files = [directory / f"{number:06d}.safetensors" for number in range(len(shards))]
     pending = [number for number in mine if not files[number].is_file()]

@@ -23,7 +23,7 @@ from .repository import publication, save_record, upload
 
 # What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.
 TRAINING_STATE = ("*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, "global_step*", "latest", "pytorch_model_fsdp*")
-# Of these, tensors and numbers, which `resume_from_checkpoint` reads with `weights_only`.
+# Those of them that hold tensors and numbers, which `resume_from_checkpoint` reads with `weights_only`.
 RESUMABLE_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 # Where a published checkpoint holds the weights that `load_best_model_at_end` would load, if not its own.
 BEST_NAME = "best"

@@ -168,8 +168,8 @@ def held_out_metrics(
     What quantization does to held-out items.
 
     Args:
-        prediction ([`~transformers.EvalPrediction`]): What [`MMRQVAETrainer`] makes of them; of less than three items
-            that have a modality, nothing is said.
+        prediction ([`~transformers.EvalPrediction`]): What [`MMRQVAETrainer`] makes of them; a modality that
+            fewer than three items have is left out.
         trained (`dict[str, tuple[np.ndarray, np.ndarray]]`): Items of the training set, by [`sample_items`].
 
     Returns:

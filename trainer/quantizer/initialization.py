@@ -143,7 +143,7 @@ def fit_linear_decoder(branch: MMRQVAEBranch, dataset: ItemTables, modality: str
     (decoder,) = branch.decoder
     width = decoder.in_features
     vectors = torch.cat([layer.codebook for layer in branch.quantizer.layers]).float()
-    # The solution lies in the span of the code vectors, which a wide space is far from filled by.
+    # The solution lies in the span of the code vectors, which may be far smaller than a wide space.
     basis = torch.linalg.qr(vectors.T).Q if len(vectors) < width else None
     # One more for the bias.
     size = 1 + (width if basis is None else basis.shape[1])
@@ -203,7 +203,7 @@ def revive_codes(
     chosen = rows[torch.randint(len(rows), (int(dead.sum(1).max()),), generator=generator)]
     residual = _latents(branch, dataset, modality, chosen)
     for layer, codes in zip(branch.quantizer.layers, dead, strict=True):
-        # What the next level is left with does not know of the move, which leaves nothing of these items.
+        # The next level sees residuals from before the move: after it, nothing would be left of these items.
         rest = residual - layer.decode(layer.encode(residual))
         layer.codebook[codes] = residual[: int(codes.sum())].to(layer.codebook.dtype)
         residual = rest

@@ -21,7 +21,7 @@ def write_semantic_ids(path: str | os.PathLike, item_ids: list[str], codes: dict
     Args:
         path (`str` or `os.PathLike`): The file.
         item_ids (`list[str]`): Raw ids by row; row 0 is padding.
-        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)` a modality): Codes by row, -1 where missing.
+        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)`): Codes by row, -1 where missing.
     """
     columns = {"item_id": pa.array(item_ids[1:], pa.string())}
     for modality, values in codes.items():
@@ -78,17 +78,17 @@ def semantic_id_examples(
     codes: dict[str, torch.Tensor], frequencies: torch.Tensor, item_ids: list[str], titles: list[str]
 ) -> list[dict]:
     """
-    The most frequent items, each followed by the most frequent of those that share the most leading codes with it in
-    the last modality: whether the two are alike shows what the codes mean.
+    Pairs of items whose codes begin alike, which shows what the codes mean: a frequent item, then the most frequent of
+    the items that share most leading codes with it in the last modality.
 
     Args:
-        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)` a modality): Codes by row, -1 where missing.
+        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)`): Codes by row, -1 where missing.
         frequencies (`torch.LongTensor` of shape `(items + 1,)`): Occurrences in training.
         item_ids (`list[str]`): Raw ids by row; row 0 is padding.
         titles (`list[str]`): Titles by row.
 
     Returns:
-        `list[dict]`: Dictionaries of `item_id`, `title` and `codes`, the latter a list or `None` a modality.
+        `list[dict]`: Dictionaries of `item_id`, `title` and `codes`, the latter by modality, a list or `None`.
     """
     modality = list(codes)[-1]
     # Stable, so that ties fall in the order of the rows.
@@ -101,7 +101,7 @@ def semantic_id_examples(
         most_frequent = int(left.long().argmax())
         left[most_frequent] = False
         shared = (ids == ids[most_frequent]).long().cumprod(1).sum(1)
-        # Of equal ones the first, which is the most frequent.
+        # `argmax` takes the first of equals, which is the most frequent.
         kin = int(shared.masked_fill(~left, -1).argmax())
         left[kin] = False
         for row in (int(order[most_frequent]), int(order[kin])):

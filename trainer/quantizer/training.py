@@ -61,7 +61,7 @@ def quantizer_trainer(
     args: MMRQVAETrainingArguments,
     data: PreparedDataset | None = None,
 ) -> MMRQVAETrainer:
-    """The trainer of [`quantize`], its model initialized, for whoever wants more of it than model and codes."""
+    """The trainer of [`quantize`], its model initialized, for users who need more than the model and the codes."""
     training, held_out = ItemTables(tables).split(args.validation_fraction, torch.Generator().manual_seed(args.seed))
     config = copy.deepcopy(config)
     config.modalities = list(tables)

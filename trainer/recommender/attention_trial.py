@@ -96,7 +96,7 @@ def _trial(model: MMESIDModel, lengths: Sequence[int], packed: bool) -> tuple[to
         vectors.requires_grad_()
         item_tokens = nn.functional.embedding((inputs["items"] - 1).clamp(min=0), vectors)
         states = model(**inputs, item_tokens=item_tokens).last_hidden_state[labels != -100]
-        # Of half the dimensions: over all of them a normalised state sums to a constant.
+        # Half the dimensions are summed: over all of them a normalised state sums to a constant.
         (gradient,) = torch.autograd.grad(states[:, ::2].sum(), vectors)
     return states.detach().float(), gradient.float()
 

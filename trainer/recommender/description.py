@@ -50,7 +50,7 @@ def describe_items(
 
 
 def semantic_ids(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:
-    """Codes `(items + 1, levels)` a modality, -1 where the item lacks it; empty if items have none."""
+    """Codes `(items + 1, levels)` by modality, -1 where the item lacks it; empty if items have none."""
     if not model.config.num_quantizers:
         return {}
     return {

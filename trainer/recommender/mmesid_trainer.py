@@ -28,8 +28,8 @@ class MMESIDTrainingArguments(BestEpochTrainingArguments):
     Args:
         > Loss
 
-        num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from so many sampled items, for millions
-            of items; 0 takes all.
+        num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, for
+            millions of items; 0 takes all.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = RANKING_METRICS

@@ -55,7 +55,7 @@ def train_sasrec(
 
 
 def sasrec_trainer(data: PreparedDataset, config: SASRecConfig, args: SASRecTrainingArguments) -> SASRecTrainer:
-    """The trainer of [`train_sasrec`], for whoever wants more of it than the model."""
+    """The trainer of [`train_sasrec`], for users who need more than the model."""
     set_seed(args.seed)
     config.num_items = data.num_items
     return SASRecTrainer(
@@ -218,7 +218,7 @@ def finetune_trainer(
     args: MMESIDTrainingArguments,
     flex_attention: bool = True,
 ) -> MMESIDTrainer:
-    """The trainer of [`finetune`], for whoever wants more of it than the model; `flex_attention` as in
+    """The trainer of [`finetune`], for users who need more than the model; `flex_attention` as in
     [`MMESIDTrainer`]."""
     return MMESIDTrainer(
         model,

@@ -189,7 +189,7 @@ class BestEpochTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def _settle_best_epoch(self) -> None:
-        """Lets go of what an evaluation would choose where there is none, and refuses what cannot be had."""
+        """Drops what needs an evaluation where there is none, and refuses settings that contradict each other."""
         evaluates, saves = self.eval_strategy, self.save_strategy
         if evaluates == "no" and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(

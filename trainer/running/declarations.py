@@ -101,8 +101,8 @@ def stage_settings(stage: str) -> dict[str, Setting]:
 
 
 def inherited_settings(stage: str) -> dict[str, Setting]:
-    """Those of them that [`~transformers.TrainingArguments`] declares, as it does; none where the stage has a setting
-    of that name itself."""
+    """The settings of a stage that [`~transformers.TrainingArguments`] declares, as it declares them, less those that
+    the stage declares itself."""
     declaration = stage_declaration(stage)
     ancestor = declaration.named_class("training_class")
     while ancestor is not None and ancestor.base is not None:

@@ -1,4 +1,4 @@
-"""`mmesid <stage> --help`: from the source text of the classes that declare the settings, in no time."""
+"""`mmesid <stage> --help`: from the source text of the classes that declare the settings, without importing them."""
 
 import ast
 import textwrap

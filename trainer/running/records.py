@@ -129,8 +129,8 @@ def require_exists(path: str | os.PathLike) -> None:
 
 def input_digest(path: str | os.PathLike | list) -> str:
     """
-    SHA-256 of a file's bytes; of the recorded outputs of a directory that a stage wrote; of all files of any other
-    directory; of the digests of a list of those.
+    SHA-256 of an input. A file counts by its bytes, a directory that a stage wrote by its recorded outputs, any other
+    directory by all its files, and a list by the digests of its members.
 
     Raises:
         FileNotFoundError: If the input does not exist.

@@ -40,7 +40,7 @@ class EvaluateArguments(StageArguments):
 
         > Computation
 
-        per_device_eval_batch_size (`int`, *optional*, defaults to `256`): Users a device ranks at a time.
+        per_device_eval_batch_size (`int`, *optional*, defaults to `256`): Users that a device ranks at a time.
         bootstrap_resamples (`int`, *optional*, defaults to `1000`): Draws of all users that the confidence intervals
             come from.
         seed (`int`, *optional*, defaults to `0`): Seed of these draws.
@@ -128,7 +128,7 @@ def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingAr
             columns = {"user_id": sequences.user_ids, "target": sequences.targets}
             columns |= {name: by_split[split].astype(np.int32) for name, by_split in ranks.items()}
             pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
-        # With every model, for whoever takes the figures of one.
+        # With every model, because users may take the figures of one alone.
         marked = {name: {"synthetic": data.statistics["synthetic"]} | result for name, result in results.items()}
         (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")

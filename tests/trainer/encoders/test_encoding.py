@@ -47,7 +47,7 @@ def test_embeddings_come_in_the_order_of_the_texts_and_batches_in_that_of_their_
     assert embeddings[:, 0].tolist() == [len(text) for text in TEXTS] and embeddings.dtype == torch.float32
     lengths = [len(text) for batch in encoder.batches for text in batch]
     assert lengths == sorted(lengths, reverse=True) and [len(batch) for batch in encoder.batches] == [4] * 12 + [2]
-    assert len(list(tmp_path.iterdir())) == 5, "13 batches, 3 a shard"
+    assert len(list(tmp_path.iterdir())) == 5, "13 batches, 3 per shard"
     assert not list(tmp_path.glob(".*")), "a partial shard was left behind"
 
 

@@ -442,7 +442,7 @@ def test_code_and_image_processor_of_a_repository_are_those_of_the_pinned_commit
 
 
 def one_by_one(prepared, output_dir, checkpoint) -> list[str]:
-    """One picture a shard, so that there is time to kill it."""
+    """One picture per shard, so that there is time to kill it."""
     return [
         "--prepared_dir", str(prepared), "--output_dir", str(output_dir), "--modality", "visual",
         "--model_name_or_path", str(checkpoint), "--use_cpu", "true",

@@ -382,7 +382,7 @@ def test_killed_training_resumes_where_it_stopped(tiny_run, tmp_path):
 
 
 def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
-    """Exact: no user dropped, none counted twice, although 151 users do not divide by two batches of 32 a process."""
+    """Exact: no user is dropped or counted twice, although batches of 32 in two processes do not divide 151 users."""
     prepare.main(
         ["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(tmp_path / "odd")]
     )

@@ -279,7 +279,7 @@ def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
             self.wfile.write(png("red") if found else b"")
 
         def log_message(self, *arguments):
-            """Requests are not worth a line each."""
+            """Requests print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

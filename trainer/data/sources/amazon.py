@@ -67,7 +67,7 @@ class Generation:
 def file_of(location: TableLocation, kind: str) -> TableLocation:
     """
     The file of a configuration where the location is the Hub's dataset of 2023, the location itself where it is not:
-    `datasets` runs no loading scripts, and of a repository with one it loads nothing by name.
+    `datasets` runs no loading scripts, and loads nothing by name from a repository that has one.
 
     Args:
         location (`TableLocation`): With the configuration `raw_review_All_Beauty`, for example.
@@ -245,7 +245,7 @@ def _image_2018(item: dict) -> str | None:
 
 def _image_2023(item: dict) -> str | None:
     images = item.get("images") or []
-    # The Parquet files of the repository have a list a size where the raw ones have a list of pictures.
+    # The Parquet files of the repository have one list per size where the raw ones have a list of pictures.
     if isinstance(images, dict):
         images = [dict(zip(images, sizes)) for sizes in zip(*images.values())]
     main = next((image for image in images if image.get("variant") == "MAIN"), images[0] if images else {})

@@ -1,4 +1,4 @@
-"""Full-ranking metrics with one target a user, as an `evaluate` module that is fed batch by batch."""
+"""Full-ranking metrics with one target per user, as an `evaluate` module that is fed batch by batch."""
 
 from collections.abc import Sequence
 

@@ -260,7 +260,7 @@ def test_ids_of_users_leave_pythons_memory_when_the_last_has_come():
     collector.finish()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert before - after > 30_000 * 60, "an object a user"
+    assert before - after > 30_000 * 60, "one object per user"
     interactions = collector.interactions({"item": 0})
     assert len(interactions.user_ids) == 30_000 and interactions.user_ids[29_999] == "user-00029999"
 
