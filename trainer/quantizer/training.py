@@ -9,7 +9,7 @@ from modeling_mmesid.configuration_mmrqvae import MMRQVAEConfig
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from ..data.prepared import PreparedDataset
-from ..data.tables import EmbeddingTable
+from ..data.tables import EmbeddingTable, check_table
 from ..running.training import early_stopping, fit, temporary_arguments
 from .evaluation import encode_items
 from .initialization import initialize
@@ -43,12 +43,7 @@ def quantize(
         ValueError: If the tables do not fit the data, hold NaN or infinity, or have fewer items of a modality than
             there are codes.
     """
-    for modality, table in tables.items():
-        if len(table.present) != data.num_items + 1:
-            raise ValueError(
-                f"The table of '{modality}' has {len(table.present)} rows and the data have {data.num_items} items, "
-                "which take one row each and the padding row 0; embed these data."
-            )
+    tables = {modality: check_table(table, modality, data.num_items) for modality, table in tables.items()}
     with temporary_arguments(args, MMRQVAETrainingArguments) as args:
         trainer = quantizer_trainer(tables, config or MMRQVAEConfig(), args, data)
         fit(trainer)

@@ -19,7 +19,7 @@ from modeling_mmesid import (
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 
 from ..data.prepared import PreparedDataset
-from ..data.tables import EmbeddingTable
+from ..data.tables import EmbeddingTable, check_table
 from ..data.windows import EvaluationHistories, TrainingWindows
 from ..running.training import early_stopping, fit, temporary_arguments
 from .mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
@@ -119,7 +119,8 @@ def build_recommender(
         ValueError: If tables, codes and quantizer do not fit each other or the data, or the backbone has none of the
             layers that are to get an adapter.
     """
-    tables, codes = tables or {}, codes or {}
+    tables = {modality: check_table(table, modality, data.num_items) for modality, table in (tables or {}).items()}
+    codes = codes or {}
     if codes and (quantizer is None or sorted(codes) != sorted(tables)):
         raise ValueError(
             f"codes are given for {sorted(codes)} and tables for {sorted(tables)}; give both for the same modalities, "

@@ -130,7 +130,7 @@ def test_tables_that_do_not_fit_the_data_are_refused(inputs):
     shorter = EmbeddingTable(table.embeddings[:-1], table.present[:-1])
     broken = EmbeddingTable(table.embeddings.clone().fill_(torch.nan), table.present)
     for tables, named in [
-        ({"text": shorter}, "'text' has 80 rows and the data have 80 items"),
+        ({"text": shorter}, "'text' has 80 rows where the catalogue of 80 items needs 81"),
         ({"text": EmbeddingTable(table.embeddings[:-1], table.present)}, "one row per item"),
         ({"text": broken}, "'text' hold NaN or infinity"),
         ({}, "one row per item"),
