@@ -131,8 +131,9 @@ def test_tables_that_do_not_fit_the_data_are_refused(inputs):
     broken = EmbeddingTable(table.embeddings.clone().fill_(torch.nan), table.present)
     for tables, named in [
         ({"text": shorter}, "'text' has 80 rows where the catalogue of 80 items needs 81"),
-        ({"text": EmbeddingTable(table.embeddings[:-1], table.present)}, "one row per item"),
-        ({"text": broken}, "'text' hold NaN or infinity"),
+        ({"text": EmbeddingTable(table.embeddings[:-1], table.present)}, "'text' has 80 rows where the catalogue"),
+        ({"text": EmbeddingTable(table.embeddings, table.present.long())}, "'present' is torch.int64 .* torch.bool"),
+        ({"text": broken}, "of 'text' holds NaN or infinity"),
         ({}, "one row per item"),
     ]:
         with pytest.raises(ValueError, match=named):
