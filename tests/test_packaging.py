@@ -170,6 +170,18 @@ def test_commits_are_checked_by_the_pinned_ruff(pins):
     assert ruff["rev"] == f"v{pins['ruff']}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"])
+def test_documents_name_files_that_exist(page):
+    pages = sorted((ROOT / page).glob("*.md")) if (ROOT / page).is_dir() else [ROOT / page]
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:modeling_mmesid|trainer|hub_cards|examples|tests|docs)/[\w./]+)`", text)
+        linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+        missing = [name for name in named if not (ROOT / name).exists()]
+        missing += [name for name in linked if not (path.parent / name).exists()]
+        assert pages and not missing, path.name
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The names in a wheel that is built offline, from a copy of what git would hand out."""
