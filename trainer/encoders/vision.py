@@ -46,11 +46,7 @@ class VisionEncoder(PretrainedEncoder):
         trust_remote_code: bool = False,
     ) -> "VisionEncoder":
         """
-        Args:
-            name_or_path (`str`): A repository on the Hub or a directory.
-            revision (`str`, *optional*): Branch, tag or commit of the repository.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
-            trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+        Args as in [`PretrainedEncoder`].
 
         Raises:
             ValueError: If the model does not read pictures alone, or its checkpoint lacks weights.
