@@ -202,14 +202,6 @@ def test_related_repositories_are_named():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_energy_is_told_only_where_it_was_measured(stage):
-    record = make_record(stage)
-    assert "Energy: not measured." in render_card(record)
-    record["details"]["energy_kwh"] = 0.25
-    assert "Energy: 0.25 kWh of the processors" in render_card(record)
-
-
-@pytest.mark.parametrize("stage", STAGES)
 def test_synthetic_data_are_called_synthetic_and_real_data_are_not(stage):
     record = make_record(stage)
     card = ModelCard(render_card(record))

@@ -22,8 +22,6 @@ from transformers.utils import logging
 
 from modeling_mmesid.checkpoints import COMPANIONS_NAME
 
-from .energy import EnergyMeter
-
 
 logger = logging.get_logger(__name__)
 
@@ -222,7 +220,6 @@ class StageRun:
 
     def __enter__(self) -> Path:
         self._start = time.perf_counter()
-        self._meter = EnergyMeter()
         if PartialState().is_main_process:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
@@ -230,7 +227,6 @@ class StageRun:
         return self.staging
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        self._meter.stop()
         if exception_type is not None:
             shutil.rmtree(self.staging, ignore_errors=True)
             return
@@ -250,7 +246,7 @@ class StageRun:
             inputs=self.inputs,
             outputs=dict(zip(names, file_digests(files, f"outputs of {self.stage}"), strict=True)),
             metrics=self.metrics,
-            details=self.details | ({} if (kwh := self._meter.kwh) is None else {"energy_kwh": kwh}),
+            details=self.details,
             seconds=round(time.perf_counter() - self._start, 1),
         )
 
