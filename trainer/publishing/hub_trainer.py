@@ -17,7 +17,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 from mmesid.hub_cards import require_links, save_card
 
 from ..running.arguments import BestEpochTrainingArguments, changed_arguments, parse_links
-from ..running.records import StageRecord, file_digest, unstaged_record
+from ..running.records import StageRecord, digests_below, unstaged_record
 from .repository import publication, save_record, upload
 
 
@@ -221,11 +221,10 @@ class HubTrainerMixin:
             record = self.draft_record()
         else:
             record = unstaged_record(self.stage, changed_arguments(self.args), time.perf_counter() - self._start)
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
         evaluated = self._latest_evaluation()
         return dataclasses.replace(
             record,
-            outputs={path.relative_to(directory).as_posix(): file_digest(path) for path in files},
+            outputs=digests_below(directory, directory.name),
             metrics=record.metrics | ({self.evaluation_name: evaluated} if evaluated else {}) | metrics,
             details={"parameters": self.model.num_parameters()}
             | record.details

@@ -13,9 +13,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from mmesid.hub_cards import CARD_NAME, REPOSITORY, SUBJECTS, render_card, save_card
-from modeling_mmesid.checkpoints import COMPANIONS_NAME, require_public_base_model
+from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, require_public_base_model
 
-from ..running.records import RECORD_NAME, RESULTS_NAME, StageRecord, StageRun, file_digest, write_text_atomic
+from ..running.records import RECORD_NAME, RESULTS_NAME, StageRecord, StageRun, write_text_atomic
 
 
 def present(run: StageRun, links: dict[str, str] | None = None) -> None:

@@ -1,16 +1,17 @@
 """The record a stage leaves beside its outputs: what makes a rerun skip, a resume safe and a model card honest."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +19,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from modeling_mmesid.checkpoints import COMPANIONS_NAME
 
-
-logger = logging.get_logger(__name__)
 
 RECORD_NAME = "record.json"
 RESULTS_NAME = "eval_results.json"
@@ -44,47 +42,56 @@ _PRESENTATION_ARGUMENTS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
+def installed_versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far; the stages of one `mmesid run` share a process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def hardware() -> str:
+    """Processor, and the accelerators or, on the processor alone, the processes if there are several."""
+    device, count = PartialState().device, PartialState().num_processes
+    processor = f"{os.cpu_count()} x {processor_name()}"
+    if device.type == "cpu":
+        return processor if count == 1 else f"{processor}, {count} processes"
+    return f"{processor}, {count} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+
+
+def processor_name(cpuinfo: str | os.PathLike = CPUINFO) -> str:
+    """The processor's model as Linux writes it to the file `cpuinfo`, or its architecture where that is not told."""
+    text = Path(cpuinfo).read_text(encoding="utf-8") if Path(cpuinfo).is_file() else ""
+    model = re.search(r"^model name\s*:[ \t]*(\S.*)", text, flags=re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+@dataclass(kw_only=True)
 class StageRecord:
-    """
-    Args:
-        stage (`str`): Name of the stage.
-        fingerprint (`str`): Digest of the stage's name, changed arguments and inputs; equal fingerprints mean equal
-            work.
-        arguments (`dict`): The arguments that differ from their defaults.
-        inputs (`dict[str, str]`): SHA-256 of every input, by argument name.
-        outputs (`dict[str, str]`): SHA-256 of every file written, by path relative to the output directory.
-        metrics (`dict`): What the stage measured.
-        details (`dict`): What a model card says besides (data statistics, encoder, number of parameters ...).
-        versions (`dict[str, str]`): Versions of Python and of the libraries.
-        hardware (`str`): Processor and accelerator.
-        seconds (`float`): Wall-clock time.
-        peak_memory_bytes (`int`): Largest resident size of the process so far (stages run by one `mmesid run` share a
-            process).
-        finished_at (`str`): UTC time in ISO format.
-    """
+    """What a stage did, of what, and on what machine."""
 
     stage: str
+    # Digest of the stage's name, changed arguments and inputs: equal fingerprints mean equal work.
     fingerprint: str
+    # Those that differ from their defaults.
     arguments: dict
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-    metrics: dict
-    details: dict
-    versions: dict[str, str]
-    hardware: str
+    # SHA-256 of every input by argument name, and of every file written by path relative to the output directory.
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    # What a model card says besides: data statistics, encoder, number of parameters ...
+    details: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    hardware: str = field(default_factory=hardware)
     seconds: float
-    peak_memory_bytes: int
-    finished_at: str
+    peak_memory_bytes: int = field(default_factory=peak_memory_bytes)
+    finished_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "StageRecord":
-        """
-        Reads a record from a file, or from the `record.json` of a directory.
-
-        Raises:
-            ValueError: If the file holds something else.
-        """
+        """Reads a record from a file, or from the `record.json` of a directory; raises `ValueError` if it is none."""
         path = Path(path)
         if path.is_dir():
             path = path / RECORD_NAME
@@ -98,26 +105,12 @@ class StageRecord:
             ) from error
 
 
-def file_digest(path: str | os.PathLike, on_read: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file; `on_read` is told how many bytes have been read since the last call."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-            if on_read is not None:
-                on_read(len(block))
-    return digest.hexdigest()
-
-
 def json_digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def require_exists(path: str | os.PathLike) -> None:
-    """
-    Raises:
-        FileNotFoundError: If there is neither a file nor a directory.
-    """
+    """Raises `FileNotFoundError` if there is neither a file nor a directory."""
     if not Path(path).exists():
         where = "" if Path(path).is_absolute() else f" below '{Path.cwd()}'"
         raise FileNotFoundError(
@@ -126,13 +119,8 @@ def require_exists(path: str | os.PathLike) -> None:
 
 
 def input_digest(path: str | os.PathLike | list) -> str:
-    """
-    SHA-256 of an input. A file counts by its bytes, a directory that a stage wrote by its recorded outputs, any other
-    directory by all its files, and a list by the digests of its members.
-
-    Raises:
-        FileNotFoundError: If the input does not exist.
-    """
+    """SHA-256 of an input: a file counts by its bytes, a directory that a stage wrote by its recorded outputs, any
+    other directory by all its files, and a list by the digests of its members."""
     if isinstance(path, list):
         return json_digest([input_digest(one) for one in path])
     require_exists(path)
@@ -142,17 +130,27 @@ def input_digest(path: str | os.PathLike | list) -> str:
     if (path / RECORD_NAME).is_file():
         outputs = StageRecord.load(path).outputs
         return json_digest({name: digest for name, digest in outputs.items() if name not in _PRESENTING_FILES})
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [str(file.relative_to(path)) for file in files]
-    return json_digest(dict(zip(names, file_digests(files, path.name), strict=True)))
+    return json_digest(digests_below(path, path.name))
+
+
+def digests_below(directory: Path, name: str) -> dict[str, str]:
+    """SHA-256 of every file in a directory, by its path there."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return dict(zip((file.relative_to(directory).as_posix() for file in files), file_digests(files, name)))
 
 
 def file_digests(files: list[Path], name: str) -> list[str]:
-    """[`file_digest`] of every file, with a bar of this name: raw data are gigabytes, and pictures many files."""
+    """SHA-256 of every file, with a bar of this name: raw data are gigabytes, and pictures many files."""
     total = sum(file.stat().st_size for file in files)
     hidden = not PartialState().is_local_main_process
+    digests = [hashlib.sha256() for _ in files]
     with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, delay=2, disable=hidden) as progress:
-        return [file_digest(path, progress.update) for path in files]
+        for path, digest in zip(files, digests):
+            with open(path, "rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+                    progress.update(len(block))
+    return [digest.hexdigest() for digest in digests]
 
 
 class StageRun:
@@ -170,13 +168,8 @@ class StageRun:
         run.metrics.update(metrics)
     ```
 
-    Args:
-        stage (`str`): Name of the stage.
-        arguments ([`StageArguments`]): The stage's arguments.
-        inputs (`dict[str, str | os.PathLike | list]`): Files and directories the stage reads, named by the argument
-            they come from; a list where the stage reads only some files of a directory.
-        record_name (`str`, *optional*, defaults to `"record.json"`): File name of the record, for stages that share a
-            directory.
+    Inputs are the files and directories that the stage reads, by the argument that they come from (a list where it
+    reads only some files of a directory). Stages that share a directory differ in `record_name`.
     """
 
     def __init__(
@@ -203,8 +196,7 @@ class StageRun:
         return self.output_dir / "checkpoints" / f"{self.record_path.stem}-{self.fingerprint[:16]}"
 
     def is_up_to_date(self) -> bool:
-        """Whether the same stage, arguments and inputs have already written outputs that are still there; says so when
-        they have."""
+        """Whether an equal run has already written outputs that are still there; says so when it has."""
         current = False
         if self.record_path.is_file():
             # With `force` too: a record that cannot be read would only be found out when the work is done.
@@ -237,14 +229,12 @@ class StageRun:
 
     def draft_record(self) -> StageRecord:
         """The record as it stands, for a card that is written inside the stage."""
-        files = sorted(file for file in self.staging.rglob("*") if file.is_file())
-        names = [file.relative_to(self.staging).as_posix() for file in files]
-        return _record_now(
+        return StageRecord(
             stage=self.stage,
             fingerprint=self.fingerprint,
             arguments=self.arguments,
             inputs=self.inputs,
-            outputs=dict(zip(names, file_digests(files, f"outputs of {self.stage}"), strict=True)),
+            outputs=digests_below(self.staging, f"outputs of {self.stage}"),
             metrics=self.metrics,
             details=self.details,
             seconds=round(time.perf_counter() - self._start, 1),
@@ -269,45 +259,19 @@ class StageRun:
             shutil.rmtree(checkpoints)
         with contextlib.suppress(OSError):  # Not there, or not empty: a stage that shares the directory is at work.
             self.checkpoints_dir.parent.rmdir()
-        write_text_atomic(self.record_path, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        write_text_atomic(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
         print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
 
 
 def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:
-    """
-    The record of work that a stage could have done, for the card of a Trainer that is used by itself.
-
-    Args:
-        stage (`str`): Name of the stage.
-        arguments (`dict`): The Trainer's arguments that differ from their defaults; plain values are recorded.
-        seconds (`float`): Wall-clock time.
-    """
+    """The record of work that a stage could have done, for the card of a Trainer that is used by itself: of its
+    changed arguments, plain values are recorded."""
     plain = {
         name: value
         for name, value in arguments.items()
         if name not in _PRESENTATION_ARGUMENTS and isinstance(value, (str, int, float, list))
     }
-    return _record_now(
-        stage=stage,
-        fingerprint=json_digest([stage, plain]),
-        arguments=plain,
-        inputs={},
-        outputs={},
-        metrics={},
-        details={},
-        seconds=seconds,
-    )
-
-
-def _record_now(**content) -> StageRecord:
-    """A record with what belongs to this process and this moment."""
-    return StageRecord(
-        versions={"python": platform.python_version()} | {name: version(name) for name in RECORDED_PACKAGES},
-        hardware=hardware(),
-        peak_memory_bytes=peak_memory_bytes(),
-        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        **content,
-    )
+    return StageRecord(stage=stage, fingerprint=json_digest([stage, plain]), arguments=plain, seconds=seconds)
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
@@ -316,36 +280,3 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def hardware() -> str:
-    """Processor, and the accelerators or, on the processor alone, the processes if there are several."""
-    state = PartialState()
-    processor = f"{os.cpu_count()} x {processor_name()}"
-    if state.device.type != "cpu":
-        return f"{processor}, {state.num_processes} x {accelerator_name(state.device)}"
-    return processor if state.num_processes == 1 else f"{processor}, {state.num_processes} processes"
-
-
-def processor_name(cpuinfo: str | os.PathLike = CPUINFO) -> str:
-    """
-    The processor's model, or its architecture where nothing tells the model.
-
-    Args:
-        cpuinfo (`str` or `os.PathLike`, *optional*, defaults to `"/proc/cpuinfo"`): Where Linux describes processors.
-    """
-    # On Linux `platform.processor` knows the architecture alone.
-    lines = Path(cpuinfo).read_text(encoding="utf-8").splitlines() if Path(cpuinfo).is_file() else []
-    names = (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name")
-    return next(filter(None, names), platform.processor() or platform.machine())
-
-
-def accelerator_name(device: torch.device) -> str:
-    """The accelerator's model on CUDA, its type on others."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -10,8 +10,9 @@ from huggingface_hub import HfApi, snapshot_download
 from mmesid import push
 from mmesid.trainer.cli import main
 from mmesid.trainer.publishing.repository import add_metrics, publication, save_record
-from mmesid.trainer.running.records import StageRecord, file_digest, input_digest
+from mmesid.trainer.running.records import StageRecord, input_digest
 from mmesid.trainer.stages import push as stage
+from modeling_mmesid.checkpoints import file_digest
 
 
 FILES = {

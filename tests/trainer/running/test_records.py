@@ -14,13 +14,13 @@ from mmesid.trainer.running.files import to_flags
 from mmesid.trainer.running.records import (
     StageRecord,
     StageRun,
-    file_digest,
     hardware,
     input_digest,
     processor_name,
     write_text_atomic,
 )
 from mmesid.trainer.stages.sasrec import SASRecArguments
+from modeling_mmesid.checkpoints import file_digest
 
 
 @dataclasses.dataclass(kw_only=True)

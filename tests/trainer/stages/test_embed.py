@@ -29,10 +29,11 @@ from mmesid.trainer.data.tables import load_table
 from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_word_tokenizer
 from mmesid.trainer.encoders.llm2clip import LLM2CLIPEncoder
 from mmesid.trainer.encoders.vision import VisionEncoder
-from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import encoder, prepare
 from mmesid.trainer.stages.embed import main
 from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
+from modeling_mmesid.checkpoints import file_digest
 
 from ...processes import run_in_two, run_python, start_python
 

@@ -16,9 +16,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mmesid.trainer.data.prepared import PreparedDataset
-from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import sasrec
 from mmesid.trainer.stages.prepare import main
+from modeling_mmesid.checkpoints import file_digest
 
 
 def synthetic(directory, *flags) -> None:

@@ -12,9 +12,10 @@ from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.tables import EmbeddingTable, load_table, save_table
 from mmesid.trainer.quantizer import training
 from mmesid.trainer.quantizer.trainer import MMRQVAETrainingArguments
-from mmesid.trainer.running.records import StageRecord, file_digest
+from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages.quantize import main
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
+from modeling_mmesid.checkpoints import file_digest
 
 
 ITEMS = 80
