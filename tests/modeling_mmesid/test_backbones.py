@@ -37,7 +37,7 @@ def model(request) -> MMESIDForSequentialRecommendation:
     return model_of(FAMILIES[request.param])
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     lengths=st.lists(st.integers(2, 9), min_size=1, max_size=4),
     prefix=st.lists(st.integers(1, 63), min_size=0, max_size=4),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmesid.trainer.data.sequences import SequenceSettings, build_sequences, k_core, keep_unrepeated, split_global_time
@@ -40,7 +40,6 @@ def one_at_a_time_core(pairs: list[tuple[int, int]], min_user: int, min_item: in
 pairs_strategy = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 8)), max_size=70)
 
 
-@settings(max_examples=60, deadline=None)
 @given(pairs=pairs_strategy, min_user=st.integers(0, 6), min_item=st.integers(0, 6))
 def test_k_core_is_the_fixed_point(pairs, min_user, min_item):
     data = interactions_of(pairs)
@@ -48,7 +47,6 @@ def test_k_core_is_the_fixed_point(pairs, min_user, min_item):
     assert kept.tolist() == one_at_a_time_core(pairs, min_user, min_item)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     pairs=pairs_strategy,
     min_interactions=st.integers(0, 4),
@@ -103,7 +101,6 @@ def test_equal_times_keep_the_order_they_came_in():
 
 @pytest.mark.parametrize("duplicates", ["drop", "keep"])
 @pytest.mark.parametrize("repeats", ["keep", "first", "last"])
-@settings(max_examples=40, deadline=None)
 @given(entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=30))
 def test_duplicates_and_repeats_against_a_walk_through_time(duplicates, repeats, entries):
     in_time = sorted(range(len(entries)), key=lambda position: entries[position][2])
@@ -125,7 +122,6 @@ def test_duplicates_and_repeats_against_a_walk_through_time(duplicates, repeats,
     assert (num_duplicates, num_repeats) == (len(entries) - unique, unique - len(kept))
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), min_size=8, max_size=60),
     seed=st.integers(0, 1000),
