@@ -144,6 +144,9 @@ class Workload:
             codebook_dim=CODEBOOK_DIM,
             share_item_table=arguments.form == "shared",
             use_item_ids=arguments.form == "shared",
+            # Both sides are to have the same loss, in training too.
+            token_dropout=0.0,
+            output_dropout=0.0,
             prompt_prefix_ids=prefix_ids,
             prompt_suffix_ids=suffix_ids,
             max_history=arguments.max_history,
