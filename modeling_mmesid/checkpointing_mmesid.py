@@ -143,7 +143,7 @@ class BaseModelMixin:
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """
-        As [`~modeling_mmesid.checkpoints.SafetensorsMixin.push_to_hub`].
+        As [`~transformers.PreTrainedModel.push_to_hub`].
 
         Raises:
             ValueError: If the base model is a folder on this machine.

@@ -4,11 +4,9 @@ the files that belong to these weights."""
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
@@ -19,7 +17,7 @@ logger = logging.get_logger(__name__)
 # Raised when older code can no longer read what newer code writes; never when something optional is added.
 FORMAT_VERSION = 1
 
-# Lists the files of a directory that belong to its weights, see `push_with_companions`.
+# Lists the files of a directory that belong to its weights, see `add_companions`.
 COMPANIONS_NAME = "companions.json"
 
 # Arguments of `from_pretrained` that say where a file comes from.
@@ -44,12 +42,7 @@ class CheckpointConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """
-        As [`~transformers.PreTrainedConfig.from_dict`].
-
-        Raises:
-            ValueError: If the checkpoint was written in a newer format than this code reads.
-        """
+        """As [`~transformers.PreTrainedConfig.from_dict`]; refuses a newer format than this code reads."""
         # Before the settings are looked at, which may mean something else there.
         version = config_dict.get("format_version", 1)
         if version > FORMAT_VERSION:
@@ -61,13 +54,7 @@ class CheckpointConfig(PreTrainedConfig):
 
 
 def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
-    """
-    The files, on this machine, with the weights of a checkpoint: one file, or the shards of a large checkpoint.
-
-    Raises:
-        OSError: If the checkpoint, on disk or on the Hub, holds no weights in safetensors.
-        ValueError: If the index of the shards names a file outside the checkpoint.
-    """
+    """The files, on this machine, with the weights of a checkpoint: one file, or the shards of a large checkpoint."""
     whole, index = (
         cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -85,10 +72,7 @@ def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
 
 
 def require_inside(listing: str | os.PathLike, names: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: If a file that is read from a list of names does not lie in the folder of the list.
-    """
+    """Refuses a list of files of which one does not lie in the folder of the list."""
     for name in names:
         for path in (PurePosixPath(name), PureWindowsPath(name)):
             if path.anchor or ".." in path.parts:
@@ -99,10 +83,7 @@ def require_inside(listing: str | os.PathLike, names: Iterable[str]) -> None:
 
 
 def require_fit(name_or_path: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: If a checkpoint lacks weights of its model (`missing`) or holds others (`unexpected`).
-    """
+    """Refuses a checkpoint that lacks weights of its model (`missing`) or holds others (`unexpected`)."""
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing or unexpected:
         raise ValueError(
@@ -112,10 +93,7 @@ def require_fit(name_or_path: str | os.PathLike, missing: Iterable[str], unexpec
 
 
 def require_public_base_model(name_or_path: str | None) -> None:
-    """
-    Raises:
-        ValueError: If what is about to be published names its base model by a folder on this machine.
-    """
+    """Refuses to publish what names its base model by a folder on this machine."""
     if name_or_path is not None and os.path.exists(name_or_path):
         raise ValueError(
             f"The checkpoint names its base model by the folder '{name_or_path}', which nobody else has; train on a "
@@ -123,58 +101,30 @@ def require_public_base_model(name_or_path: str | None) -> None:
         )
 
 
-def push_with_companions(
-    save: Callable,
-    source: str,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
-    **commit_arguments,
-) -> str | None:
+def add_companions(directory: str | os.PathLike, source: str, repo_id: str) -> None:
     """
-    Publishes in one commit what `save` writes and the files that belong to these weights in the directory `source` of
-    the model. `companions.json` lists them there: `{"weights": {name: SHA-256}, "files": {name: placeholder}}`. A
-    placeholder is the text of the file that stands for the name of the repository, `null` where there is none.
-
-    The other arguments are those of [`~transformers.PreTrainedModel.push_to_hub`]; the companions say what `tags`
-    would. The result is the address of the commit, or `None` if nothing was published: because there is no list or,
-    with a warning, because the list belongs to other weights.
+    Adds to a saved checkpoint, before it is published, the files that belong to its weights in the directory `source`
+    of the model; with a warning, none if the weights are no longer the same. `companions.json` lists them there:
+    `{"weights": {name: SHA-256}, "files": {name: placeholder}}`. A placeholder is the text of the file that stands for
+    the name of the repository, `null` where there is none.
     """
     listing = Path(source, COMPANIONS_NAME)
     if not source or not listing.is_file():
-        return None
+        return
     companions = json.loads(listing.read_text(encoding="utf-8"))
     require_inside(listing, companions["files"])
-    with tempfile.TemporaryDirectory() as directory:
-        save(directory, max_shard_size=max_shard_size)
-        if {path.name: file_digest(path) for path in Path(directory).glob("*.safetensors")} != companions["weights"]:
-            logger.warning(
-                f"The weights are no longer those of '{source}', so the files that belong to these are not published "
-                f"with them; push the processor to '{repo_id}' as well."
-            )
-            return None
-        for name, placeholder in companions["files"].items():
-            target = Path(directory, name)
-            if not target.exists():
-                content = (listing.parent / name).read_bytes()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content.replace(placeholder.encode(), repo_id.encode()) if placeholder else content)
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            revision=revision,
-            create_pr=create_pr,
-            **{"commit_message": "Upload model"} | commit_arguments,
+    if {path.name: file_digest(path) for path in Path(directory).glob("*.safetensors")} != companions["weights"]:
+        logger.warning(
+            f"The weights are no longer those of '{source}', so the files that belong to these are not published "
+            f"with them; push the processor to '{repo_id}' as well."
         )
+        return
+    for name, placeholder in companions["files"].items():
+        target = Path(directory, name)
+        if placeholder is not None or not target.exists():
+            content = (listing.parent / name).read_bytes()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.replace(placeholder.encode(), repo_id.encode()) if placeholder else content)
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -185,8 +135,8 @@ def file_digest(path: str | os.PathLike) -> str:
 
 class SafetensorsMixin:
     """
-    For models that load from safetensors alone, and that are published together with the files that belong to their
-    weights.
+    For models that load from safetensors alone. One that was loaded from the directory of a stage is published with
+    all that the stage left there for it, as long as its weights are what they were; any other one by itself.
     """
 
     @classmethod
@@ -220,11 +170,8 @@ class SafetensorsMixin:
         if push_to_hub and is_main_process:
             self.push_to_hub(push_arguments.pop("repo_id", Path(save_directory).name), **push_arguments)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """
-        As [`~transformers.PreTrainedModel.push_to_hub`]. A model that was loaded from the directory of a stage is
-        published with all that the stage left there for it, as long as its weights are what they were; any other model
-        is published by itself.
-        """
-        commit = push_with_companions(self.save_pretrained, self.name_or_path, repo_id, **kwargs)
-        return super().push_to_hub(repo_id, **kwargs) if commit is None else commit
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        # What `push_to_hub` calls when it has saved the model and whatever card the repository had.
+        add_companions(working_dir, self.name_or_path, repo_id)
+        kwargs["commit_message"] = kwargs.get("commit_message") or "Upload model"
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import Pipeline
 
-from .checkpoints import push_with_companions, require_public_base_model
+from .checkpoints import add_companions, require_public_base_model
 
 
 TASK = "sequential-recommendation"
@@ -112,10 +112,14 @@ class SequentialRecommendationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As [`~modeling_mmesid.checkpoints.SafetensorsMixin.push_to_hub`], with the processor."""
+        """As `push_to_hub` of [`MMESIDForSequentialRecommendation`], with the processor."""
         require_public_base_model(self.model.config.base_model_name_or_path)
-        commit = push_with_companions(self.save_pretrained, self.model.name_or_path, repo_id, **kwargs)
-        return super().push_to_hub(repo_id, **kwargs) if commit is None else commit
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        add_companions(working_dir, self.model.name_or_path, repo_id)
+        kwargs["commit_message"] = kwargs.get("commit_message") or "Upload model"
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 __all__ = ["SequentialRecommendationPipeline"]

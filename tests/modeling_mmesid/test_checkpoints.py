@@ -15,7 +15,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
-from modeling_mmesid.checkpoints import FORMAT_VERSION, file_digest
+from modeling_mmesid.checkpoints import FORMAT_VERSION, add_companions
 
 from .conftest import NUM_ITEMS, item_tables, new_model, settings
 
@@ -108,14 +108,14 @@ def test_an_index_that_names_files_outside_the_checkpoint_is_refused(outside, tm
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_companions_outside_the_folder_of_their_list_are_not_published(tmp_path, saved):
-    shutil.copytree(saved / "sasrec", tmp_path / "sasrec")
+def test_companions_outside_the_folder_of_their_list_are_not_published(tmp_path):
+    for name in ("stage", "published"):
+        (tmp_path / name).mkdir()
     (tmp_path / "secret").touch()
-    weights = {"model.safetensors": file_digest(tmp_path / "sasrec" / "model.safetensors")}
-    companions = {"weights": weights, "files": {"../secret": None}}
-    (tmp_path / "sasrec" / "companions.json").write_text(json.dumps(companions))
+    companions = {"weights": {}, "files": {"../secret": None}}
+    (tmp_path / "stage" / "companions.json").write_text(json.dumps(companions))
     with pytest.raises(ValueError, match=r"names '\.\./secret', which lies outside its folder"):
-        AutoModel.from_pretrained(tmp_path / "sasrec").push_to_hub("tester/thief")
+        add_companions(tmp_path / "published", str(tmp_path / "stage"), "tester/thief")
 
 
 def test_what_is_saved_names_its_format_and_brings_its_code(tmp_path, saved):

@@ -34,7 +34,7 @@ def write_companions(directory: str | os.PathLike, record: StageRecord) -> dict[
     """
     Writes card, results and `companions.json` beside a stage's outputs. That list says what a repository holds: the
     weights by their digest, and all other files that the stage wrote; see
-    [`~modeling_mmesid.checkpoints.push_with_companions`]. A card that was edited by hand stays as it is.
+    [`~modeling_mmesid.checkpoints.add_companions`]. A card that was edited by hand stays as it is.
 
     Args:
         directory (`str` or `os.PathLike`): The directory of the outputs.
