@@ -2,7 +2,7 @@
 
 from .cards import CARD_NAME, REPOSITORY, render_card, save_card
 from .licences import model_licence
-from .subjects import SUBJECTS, require_links
+from .subjects import require_links, subject_of
 
 
-__all__ = ["CARD_NAME", "REPOSITORY", "SUBJECTS", "model_licence", "render_card", "require_links", "save_card"]
+__all__ = ["CARD_NAME", "REPOSITORY", "model_licence", "render_card", "require_links", "save_card", "subject_of"]

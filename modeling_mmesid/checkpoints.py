@@ -171,7 +171,7 @@ class SafetensorsMixin:
             self.push_to_hub(push_arguments.pop("repo_id", Path(save_directory).name), **push_arguments)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        # What `push_to_hub` calls when it has saved the model and whatever card the repository had.
+        # What `push_to_hub` calls when it has saved the model.
         add_companions(working_dir, self.name_or_path, repo_id)
         kwargs["commit_message"] = kwargs.get("commit_message") or "Upload model"
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -14,32 +14,30 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from mmesid.hub_cards import require_links, save_card
+from mmesid.hub_cards import require_links
 
 from ..running.arguments import BestEpochTrainingArguments, changed_arguments, parse_links
 from ..running.records import StageRecord, digests_below, unstaged_record
 from .repository import publication, save_record, upload
 
 
-# What a Trainer keeps in a checkpoint to go on from: pickles, and a state with paths of this machine.
-TRAINING_STATE = ("*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, "global_step*", "latest", "pytorch_model_fsdp*")
-# Those of them that hold tensors and numbers, which `resume_from_checkpoint` reads with `weights_only`.
-RESUMABLE_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
-# Where a published checkpoint holds the weights that `load_best_model_at_end` would load, if not its own.
+# In a checkpoint: pickles of any objects, and a state with paths of this machine.
+PRIVATE_STATE = ("*.bin", TRAINER_STATE_NAME)
+# What else a Trainer keeps there to go on from.
+TRAINING_STATE = (*PRIVATE_STATE, "*.pt", "*.pth", "global_step*", "latest", "pytorch_model_fsdp*")
+# Where a published checkpoint holds the weights that `load_best_model_at_end` would load.
 BEST_NAME = "best"
 
 
 class _PublishedBest(TrainerCallback):
     """Tells the state where the best weights so far are: a published checkpoint does not say where they were."""
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: str):
+        self.best = Path(checkpoint) / BEST_NAME
 
     def on_train_begin(self, args, state, control, **kwargs):
-        is_best = state.best_global_step == state.global_step
-        best = self.checkpoint if is_best else self.checkpoint / BEST_NAME
-        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
+        if state.best_model_checkpoint is None and self.best.is_dir():
+            state.best_model_checkpoint = str(self.best)
 
 
 class HubTrainerMixin:
@@ -48,24 +46,18 @@ class HubTrainerMixin:
     and processor with the card and the results of the evaluations so far.
 
     The strategies `"checkpoint"` and `"all_checkpoints"` add the checkpoint of the training, as `last-checkpoint/`
-    or as `checkpoint-<step>/`: the state of optimizer, scheduler, random numbers and Trainer, without
-    `training_args.bin`, which is a pickle of any objects, and without paths. A training that takes
+    or as `checkpoint-<step>/`, with the best weights so far in `best/`, but without `training_args.bin`, which is a
+    pickle of any objects, and without paths. A training that takes
     `resume_from_checkpoint=f"{snapshot_download(repo_id)}/last-checkpoint"` ends with the weights of the one that
-    published it; for `load_best_model_at_end` the checkpoint brings the best weights so far in `best/`, unless they
-    are its own.
-
-    Attributes:
-        stage (`str`): The stage that the trainer belongs to.
-        evaluation_name (`str`): What the metrics of `evaluate` are called in the stage's record.
-        draft_record (`Callable[[], StageRecord]`, *optional*): What a stage knows of the run; set by
-            the stage. Without one the card says what the arguments tell.
-        hub_links (`dict[str, str]`, *optional*): Related repositories that the cards link to, by kind; those of
-            `args` to begin with.
+    published it.
     """
 
     stage: str
-    evaluation_name: str = "validation"
+    # What the metrics of `evaluate` are called in the stage's record.
+    evaluation_name = "validation"
+    # What a stage knows of the run, set by the stage. Without it the card says what the arguments tell.
     draft_record: Callable[[], StageRecord] | None = None
+    # Related repositories that the cards link to, by kind; those of `args` to begin with.
     hub_links: dict[str, str] | None = None
 
     def __init__(self, *args, **kwargs):
@@ -75,12 +67,7 @@ class HubTrainerMixin:
             self.hub_links = parse_links(self.args.hub_links)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        As [`~transformers.Trainer.init_hf_repo`].
-
-        Raises:
-            ValueError: If `hub_strategy` asks to publish checkpoints of DeepSpeed or FSDP.
-        """
+        """As [`~transformers.Trainer.init_hf_repo`]; refuses to publish checkpoints of DeepSpeed or FSDP."""
         if self._publishes_checkpoints() and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 f"hub_strategy '{self.args.hub_strategy.value}' would publish the checkpoints of DeepSpeed or FSDP, "
@@ -91,20 +78,12 @@ class HubTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As [`~transformers.Trainer.train`]; a published checkpoint brings the best weights so far."""
         if isinstance(resume_from_checkpoint, str):
-            self.add_callback(_PublishedBest(Path(resume_from_checkpoint)))
+            self.add_callback(_PublishedBest(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
         """Writes what belongs beside the weights into the directory; returns metrics and details for the record."""
         return {}, {}
-
-    def create_model_card(self, **kwargs) -> None:
-        """Writes the card of this project to `args.output_dir`. The arguments of
-        [`~transformers.Trainer.create_model_card`] are not looked at: the record of the run says all of it."""
-        if self.is_world_process_zero():
-            directory = Path(self.args.output_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            save_card(directory, dataclasses.asdict(self._record(directory, {}, {})))
 
     def push_to_hub(
         self,
@@ -122,11 +101,10 @@ class HubTrainerMixin:
         Args:
             links (`dict[str, str]`, *optional*): Related repositories that this card and later ones link to, by kind:
                 `{"dataset": "me/my-dataset"}`. Defaults to `hub_links`.
-            **kwargs: Not looked at, see [`~HubTrainerMixin.create_model_card`].
+            **kwargs: Not looked at: the record of the run says all that is on the card.
         """
         if links is not None:
             self.hub_links = require_links(links)
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         # It reads from the directory that is made anew.
@@ -138,54 +116,45 @@ class HubTrainerMixin:
             return None
         (directory / TRAINING_ARGS_NAME).unlink()
         self._complete(directory)
-        send = self._upload_of(directory, commit_message, token, revision)
-        return send() if blocking else hf_api().run_as_future(send)
+        return self._send(directory, blocking, commit_message=commit_message, token=token, revision=revision)
 
     def publish(self, directory: str) -> None:
         """Sends the directory of the finished stage, if `args.push_to_hub` asks for it."""
         if self.args.push_to_hub and self.is_world_process_zero():
             self._finish_current_push()
-            commit = self._upload_of(Path(directory), "End of training")()
+            commit = self._send(Path(directory))
             print(f"{self.stage}: wrote {commit.commit_url}", flush=True)
 
     def _publishes_checkpoints(self) -> bool:
         return self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._publishes_checkpoints():
-            # Every process writes its own random numbers.
-            self.accelerator.wait_for_everyone()
+        # Every process writes its own random numbers.
+        self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if not self.args.hub_always_push:
-                return
-            # Its files would change while they are sent.
-            self.push_in_progress.wait_until_done()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.push_in_progress is not None and not self.args.hub_always_push and not self.push_in_progress.is_done():
+            return
+        # Its files would change while they are sent.
+        self._finish_current_push()
         # A copy: the checkpoint may be rotated out before it is sent.
         directory = self._hub_directory()
         shutil.copytree(checkpoint_folder, directory, ignore=shutil.ignore_patterns(*TRAINING_STATE))
         if self._publishes_checkpoints():
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
-            self._copy_checkpoint(Path(checkpoint_folder), directory / name)
+            self._copy_checkpoint(checkpoint_folder, directory / name)
         self._complete(directory)
-        message = f"Training in progress, step {self.state.global_step}"
-        job = hf_api().run_as_future(self._upload_of(directory, message))
+        job = self._send(directory, False, commit_message=f"Training in progress, step {self.state.global_step}")
         # A list, whatever the annotation says.
         self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
-    def _copy_checkpoint(self, checkpoint: Path, target: Path) -> None:
+    def _copy_checkpoint(self, checkpoint: str, target: Path) -> None:
         """Copies what [`~transformers.Trainer.train`] resumes from, and others may read."""
-        shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*TRAINING_STATE))
-        for pattern in RESUMABLE_STATE:
-            for path in checkpoint.glob(pattern):
-                shutil.copyfile(path, target / path.name)
-        state = dataclasses.replace(self.state, best_model_checkpoint=None)
-        state.save_to_json(str(target / TRAINER_STATE_NAME))
+        shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*PRIVATE_STATE))
+        dataclasses.replace(self.state, best_model_checkpoint=None).save_to_json(str(target / TRAINER_STATE_NAME))
         best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and not checkpoint.samefile(best):
+        if self.args.load_best_model_at_end and best is not None:
             (target / BEST_NAME).mkdir()
             for path in Path(best).glob("model*.safetensors*"):
                 shutil.copyfile(path, target / BEST_NAME / path.name)
@@ -198,31 +167,20 @@ class HubTrainerMixin:
 
     def _complete(self, directory: Path) -> None:
         """Makes a directory with model and processor into one like a stage's."""
-        save_record(directory, self._record(directory, *self.describe(directory)))
-
-    def _upload_of(
-        self, directory: Path, commit_message: str | None, token: str | None = None, revision: str | None = None
-    ) -> Callable[[], CommitInfo]:
-        """The upload of a directory like a stage's, to be called now or in the background."""
-        repo_type, files = publication(directory, self.hub_model_id)
-        return partial(
-            upload,
-            files,
-            self.hub_model_id,
-            repo_type,
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "End of training",
-            token=token or self.args.hub_token,
-        )
-
-    def _record(self, directory: Path, metrics: dict, details: dict) -> StageRecord:
+        metrics, details = self.describe(directory)
         if self.draft_record is not None:
             record = self.draft_record()
         else:
             record = unstaged_record(self.stage, changed_arguments(self.args), time.perf_counter() - self._start)
-        evaluated = self._latest_evaluation()
-        return dataclasses.replace(
+        # Of the last evaluation, without its timings.
+        evaluated = {
+            name.removeprefix("eval_"): value
+            for entry in self.state.log_history
+            for name, value in entry.items()
+            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
+        }
+        # Not in place: the stage's own metrics and details are those of its draft.
+        record = dataclasses.replace(
             record,
             outputs=digests_below(directory, directory.name),
             metrics=record.metrics | ({self.evaluation_name: evaluated} if evaluated else {}) | metrics,
@@ -231,12 +189,18 @@ class HubTrainerMixin:
             | details
             | {"links": self.hub_links or {}},
         )
+        save_record(directory, record)
 
-    def _latest_evaluation(self) -> dict[str, float]:
-        """The metrics of the last evaluation, without its timings."""
-        entries = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
-        return {
-            name.removeprefix("eval_"): value
-            for name, value in (entries[-1] if entries else {}).items()
-            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
+    def _send(self, directory: Path, blocking: bool = True, **settings):
+        """Uploads a directory like a stage's, now or in the background."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        repo_type, files = publication(directory, self.hub_model_id)
+        defaults = {
+            "private": self.args.hub_private_repo,
+            "revision": self.args.hub_revision,
+            "commit_message": "End of training",
+            "token": self.args.hub_token,
         }
+        given = {name: value for name, value in settings.items() if value is not None}
+        send = partial(upload, files, self.hub_model_id, repo_type, **defaults | given)
+        return send() if blocking else hf_api().run_as_future(send)

@@ -62,12 +62,8 @@ def same(left, right):
 
 
 def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_training(on_hub, sequences, tmp_path):
-    # Resumed is from the second of three epochs: with the best one before it, the best one itself, the best to come.
-    for best_epoch, strategy, name in (
-        (1, "checkpoint", "last-checkpoint"),
-        (2, "all_checkpoints", "checkpoint-6"),
-        (3, "checkpoint", "last-checkpoint"),
-    ):
+    # Resumed is from the second of three epochs: with the best one before it, and with the best to come.
+    for best_epoch, strategy, name in ((1, "checkpoint", "last-checkpoint"), (3, "all_checkpoints", "checkpoint-6")):
         trainer = make_trainer(tmp_path / f"{best_epoch}", sequences, best_epoch, hub_strategy=strategy, **HUB)
         trainer.add_callback(collect := Collect(trainer))
         trainer.hub_links = {"dataset": "tester/data"}
@@ -77,14 +73,12 @@ def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_train
         snapshot_download("tester/resumed", revision=collect.commits[-2], local_dir=local)
         assert ModelCard.load(local / "README.md").data.datasets == ["tester/data"]
         assert len(AutoModel.from_pretrained(local).recommend([[1, 2]]).items[0]) == 10
-        # In the third, one that the first left there, which must not be taken for this one's.
-        assert (local / name / "best").is_dir() == (best_epoch != 2)
         resumed = make_trainer(tmp_path / f"{best_epoch}-resumed", sequences, best_epoch)
         resumed.train(resume_from_checkpoint=str(local / name))
         assert resumed.state.log_history[0] == trainer.state.log_history[0]
         assert resumed.state.best_global_step == trainer.state.best_global_step
         assert same(resumed.model, trainer.model), best_epoch
-        assert same(resumed.model, AutoModel.from_pretrained(local / name)) == (best_epoch == 2)
+        assert not same(resumed.model, AutoModel.from_pretrained(local / name))
     trainer.push_to_hub(links={"recommender": "tester/best"})
     files = on_hub.files("tester/resumed")
     card = ModelCard(files["README.md"].decode())

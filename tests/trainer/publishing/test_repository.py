@@ -91,7 +91,7 @@ def test_what_is_pushed_comes_back(recommender, tmp_path, on_hub):
         ("not a name", "hf_loopback", "not a name"),
         ("tester/forbidden", "hf_reader", r"does not let you write to 'tester/forbidden' \(403\); log in with `hf au"),
         ("tester/unknown", "", r"does not let you write to 'tester/unknown' \(401\); log in with `hf auth login`"),
-        ("tester/unreachable", "hf_loopback", "The Hub at http://127.0.0.1:1 cannot be reached"),
+        ("tester/unreachable", "hf_loopback", "did not reach the Hub at http://127.0.0.1:1"),
     ],
 )
 def test_a_refusal_is_one_sentence(recommender, on_hub, monkeypatch, capsys, repo_id, token, message):
@@ -125,15 +125,15 @@ def test_only_finished_stages_with_a_public_result_are_pushed(recommender, tmp_p
     repo_type, files = publication(recommender, "me/model")
     assert repo_type == "model" and list(files) == sorted([*FILES, "README.md"])
     assert {name: content for name, content in contents(files).items() if name != "README.md"} == FILES
-    with pytest.raises(FileNotFoundError, match=r"has no record\.json"):
+    with pytest.raises(FileNotFoundError, match=r"record\.json' does not exist"):
         publication(tmp_path, "me/model")
     record = dataclasses.asdict(StageRecord.load(recommender)) | {"stage": "evaluate"}
     (tmp_path / "record.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="written by the stage 'evaluate'"):
+    with pytest.raises(ValueError, match="no card for the stage 'evaluate'"):
         publication(tmp_path, "me/model")
     for name in ("companions.json", "config.json"):
         (recommender / name).rename(recommender / "elsewhere")
-        with pytest.raises(FileNotFoundError, match=rf"{name}' is gone; run `mmesid finetune` again"):
+        with pytest.raises(FileNotFoundError, match=f"{name}' does not exist; run the stage"):
             publication(recommender, "me/model")
         (recommender / "elsewhere").rename(recommender / name)
 
