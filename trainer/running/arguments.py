@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 import re
 import sys
@@ -35,14 +36,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_ranges(arguments, **names: tuple[str, ...]) -> None:
-    """
-    Args:
-        arguments: A dataclass of arguments.
-        **names (`tuple[str, ...]`): The arguments that must be `positive`, `not_negative` or a `share`.
-
-    Raises:
-        ValueError: If a value is out of its range.
-    """
+    """Raises `ValueError` if an argument of the dataclass, named as `positive`, `not_negative` or `share`, is not."""
     for kind, members in names.items():
         is_in_range, what = _RANGES[kind]
         for name in members:
@@ -53,27 +47,17 @@ def check_ranges(arguments, **names: tuple[str, ...]) -> None:
 
 def changed_arguments(arguments) -> dict:
     """The fields of a dataclass that have no default or differ from it, as JSON values."""
-    values = {argument.name: getattr(arguments, argument.name) for argument in fields(arguments)}
-    return _changed(fields(arguments), values)
-
-
-def _changed(declared, values: dict) -> dict:
     changed = {}
-    for argument in declared:
+    for argument in fields(arguments):
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()
-        value = values[argument.name]
+        value = getattr(arguments, argument.name)
         if value != default:
             changed[argument.name] = value.value if isinstance(value, Enum) else value
     return changed
 
 
 def parse_links(links: list[str] | None) -> dict[str, str]:
-    """
-    Related repositories by kind, from `kind=owner/name` each.
-
-    Raises:
-        ValueError: If a link does not have that form, or its kind is unknown.
-    """
+    """Related repositories by kind, from `kind=owner/name` each; raises `ValueError` for another form or kind."""
     return require_links(dict(link.partition("=")[::2] for link in links or []))
 
 
@@ -102,15 +86,8 @@ class CommandArguments:
         self.changed = changed_arguments(self)
 
     def check(self, **settings) -> None:
-        """
-        Checks what takes more than one class to check, before anything is read.
-
-        Args:
-            **settings: Settings of `config_class` that are not among those the stage offers.
-
-        Raises:
-            ValueError: If the model cannot have these settings.
-        """
+        """Raises `ValueError` if the model cannot have the settings asked for, together with these `settings` of
+        `config_class` that are not among those the stage offers."""
         if self.config_class is not None:
             try:
                 self.config_class(**settings, **self.config)
@@ -233,14 +210,8 @@ class _Parser(HfArgumentParser):
 
 def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None):
     """
-    Reads a stage's arguments from flags, or from a YAML file followed by flags that override it.
-
-    Args:
-        arguments_class (`type[CommandArguments]`): The stage's dataclass.
-        argv (`list[str]`, *optional*): The flags without the program's name; `sys.argv[1:]` by default.
-
-    Returns:
-        [`CommandArguments`]: An instance of `arguments_class`, with `config`, `training` and `changed`.
+    Reads a stage's arguments, with `config`, `training` and `changed`, from flags, or from a YAML file followed by
+    flags that override it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -263,12 +234,14 @@ def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None
         argv = _flags_of_file(Path(argv[0]), {action.dest for action in parser._actions}, parser.prog) + argv[1:]
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        if any(isinstance(number, float) and math.isnan(number) for number in _as_list(value)):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and math.isnan(number) for number in numbers):
             raise ValueError(f"--{name} is not a number; correct it.")
     arguments = arguments_class(**_values_of(arguments_class, values))
     if model_class is not None:
-        arguments.config = _values_of(model_class, values)
-        arguments.changed |= _changed(fields(model_class), arguments.config)
+        model = model_class(**_values_of(model_class, values))
+        arguments.config = dict(vars(model))
+        arguments.changed |= changed_arguments(model)
     if training_class is not None:
         arguments.training = training_class(**_values_of(training_class, values))
         arguments.changed |= arguments.training.changed
@@ -290,25 +263,16 @@ def _model_dataclass(arguments_class: type[CommandArguments]) -> type | None:
     """The settings of the model that a stage offers, as a dataclass that [`~transformers.HfArgumentParser`] reads."""
     if arguments_class.config_class is None:
         return None
-    names = [name for members in arguments_class.model_settings.values() for name in members]
     declared: dict = {one.name: one for one in fields(arguments_class.config_class)}
-    return dataclasses.make_dataclass(
-        "ModelSettings",
-        [(name, _flag_type(declared[name].type), field(default=declared[name].default)) for name in names],
-    )
-
-
-def _flag_type(hint):
-    """The type that a flag's text is read as, where the configuration takes several."""
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint
-    members = [one for one in typing.get_args(hint) if typing.get_origin(one) is not tuple]
-    return typing.Union[tuple(one for one in members if one is not int or float not in members)]  # noqa: UP007
+    settings = []
+    for name in itertools.chain.from_iterable(arguments_class.model_settings.values()):
+        hint = declared[name].type
+        if isinstance(hint, types.UnionType):
+            # Where the configuration takes several types, a flag's text is read as the first.
+            hint = typing.get_args(hint)[0] | None
+        settings.append((name, hint, field(default=declared[name].default)))
+    return dataclasses.make_dataclass("ModelSettings", settings)
 
 
 def _values_of(a_class: type, values: dict) -> dict:
     return {one.name: values[one.name] for one in fields(a_class) if one.init}
-
-
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [value]

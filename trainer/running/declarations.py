@@ -4,12 +4,11 @@ plan of a recipe need names, types, defaults and help, and do not wait for torch
 """
 
 import ast
-import dataclasses
 import functools
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -19,53 +18,43 @@ _ENTRY = re.compile(r"(?P<name>\w+) ?\(.*?\): (?P<help>.*)")
 
 @dataclass(frozen=True)
 class Setting:
-    """
-    Args:
-        name (`str`): The flag without its dashes, and the key in a recipe.
-        type (`str`): The annotation, as written.
-        default (`str`, *optional*): The default, as written; `None` where a value is required.
-        help (`str`): The docstring's entry; empty where the class redeclares a setting of a base class.
-        group (`str`): The heading in the docstring below which the entry stands.
-    """
+    """A flag, by its name without dashes, which is also the key in a recipe."""
 
     name: str
+    # The annotation and the default, as written; no default where a value is required.
     type: str
     default: str | None
-    help: str = ""
-    group: str = ""
+    # The docstring's entry, and the heading below which it stands.
+    help: str
+    group: str
+    # The class that explains it, and the default that it had there.
+    owner: str
+    first_default: str | None
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A class as its source text says it: what it is, its own settings by name, and its constants."""
+    """A class as its source text says it."""
 
     file: Path
     node: ast.ClassDef
 
     @property
-    def base(self) -> "Declaration | None":
-        """The first class that this one extends."""
-        return next(self.bases, None)
-
-    @property
-    def bases(self) -> Iterator["Declaration | None"]:
-        """The classes that this one extends."""
-        return (find_class(self.file, ast.unparse(base)) for base in self.node.bases)
-
-    @property
     def settings(self) -> dict[str, Setting]:
         """The settings of the class and of its bases, in the order of the docstrings; a subclass redeclares."""
         settings: dict[str, Setting] = {}
-        for base in self.bases:
-            settings |= base.settings if base is not None else {}
+        for base in self.node.bases:
+            if (declaration := find_class(self.file, ast.unparse(base))) is not None:
+                settings |= declaration.settings
         helps = dict(_docstring_entries(ast.get_docstring(self.node) or ""))
         for item in self.node.body:
             if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).startswith("ClassVar"):
-                name = ast.unparse(item.target)
-                inherited = settings.get(name)
-                group, help = helps.get(name, (inherited.group, inherited.help) if inherited else ("", ""))
-                default = self._default(item.value)
-                settings[name] = Setting(name, ast.unparse(item.annotation), default, help, group)
+                name, hint, default = ast.unparse(item.target), ast.unparse(item.annotation), self._default(item.value)
+                if name in settings and name not in helps:
+                    settings[name] = replace(settings[name], type=hint, default=default)
+                else:
+                    group, help = helps.get(name, ("", ""))
+                    settings[name] = Setting(name, hint, default, help, group, self.node.name, default)
         # Those of the class itself first, in the order of its docstring.
         return {name: settings[name] for name in helps if name in settings} | settings
 
@@ -81,40 +70,23 @@ class Declaration:
             value = getattr(found[1], "value", value)
         return None if value is None else ast.unparse(value)
 
-    def constant(self, name: str) -> ast.expr | None:
-        """The value that the class body gives a name, or `None`."""
+    def constant(self, name: str) -> str:
+        """The value that the class body gives a name, as written; empty where it gives none."""
         found = (item.value for item in self.node.body if isinstance(item, ast.Assign) and _defines(item, name))
-        return next(found, None)
-
-    def named_class(self, constant: str) -> "Declaration | None":
-        """The class that a constant of this class names."""
-        value = self.constant(constant)
-        return None if value is None else find_class(self.file, ast.unparse(value))
+        return next(map(ast.unparse, found), "")
 
 
 def stage_settings(stage: str) -> dict[str, Setting]:
     """All settings of a stage by name: its own, those of the model that it offers, and those of the training."""
     declaration = stage_declaration(stage)
-    training = declaration.named_class("training_class")
-    own = declaration.settings | _model_settings(declaration)
-    return own | {name: one for name, one in (training.settings if training else {}).items() if name not in own}
-
-
-def inherited_settings(stage: str) -> dict[str, Setting]:
-    """The settings of a stage that [`~transformers.TrainingArguments`] declares, as it declares them, less those that
-    the stage declares itself."""
-    declaration = stage_declaration(stage)
-    ancestor = declaration.named_class("training_class")
-    while ancestor is not None and ancestor.base is not None:
-        ancestor = ancestor.base
-    settings = ancestor.settings if ancestor else {}
-    return {name: one for name, one in settings.items() if name not in declaration.settings}
-
-
-def stage_summary(stage: str) -> str:
-    """What a stage does, in the first sentences of its docstring."""
-    docstring = ast.get_docstring(stage_declaration(stage).node) or ""
-    return " ".join(docstring.partition("\n\n")[0].split())
+    settings = declaration.settings
+    if (config := find_class(declaration.file, declaration.constant("config_class"))) is not None:
+        for group, names in ast.literal_eval(declaration.constant("model_settings")).items():
+            settings |= {name: replace(config.settings[name], group=group) for name in names}
+    if (training := find_class(declaration.file, declaration.constant("training_class"))) is not None:
+        # Last the stage's own again: they stand for those of the same name.
+        settings = settings | training.settings | settings
+    return settings
 
 
 def stage_declaration(stage: str) -> Declaration:
@@ -122,17 +94,6 @@ def stage_declaration(stage: str) -> Declaration:
     file = STAGES_DIR / f"{stage}.py"
     nodes = [node for node in _tree(file).body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
     return Declaration(file, nodes[-1])
-
-
-def _model_settings(declaration: Declaration) -> dict[str, Setting]:
-    names, config = declaration.constant("model_settings"), declaration.named_class("config_class")
-    if names is None or config is None:
-        return {}
-    return {
-        name: dataclasses.replace(config.settings[name], group=group)
-        for group, members in ast.literal_eval(names).items()
-        for name in members
-    }
 
 
 def find_class(file: Path, name: str) -> Declaration | None:

@@ -49,8 +49,8 @@ class PrepareArguments(StageArguments, SequenceSettings):
         > Data
 
         source (`str`): synthetic: a generated catalogue; sequences: a folder with sequences.txt and items.jsonl;
-            amazon_*: reviews and metadata of that generation; movielens: the folder of MovieLens 1M or 100K; tabular:
-            any two tables whose columns you name.
+            amazon_2014, amazon_2018, amazon_2023: reviews and metadata of that generation; movielens: the folder of
+            MovieLens 1M or 100K; tabular: any two tables whose columns you name.
         source_dir (`str`, *optional*): sequences, movielens: the folder.
         interactions (`str`, *optional*): amazon_*, tabular: file of the interactions (.jsonl, .json, .csv, .tsv or
             .parquet, .gz if gzipped), hf://datasets/owner/name/file for one on the Hub, or a folder or repository that

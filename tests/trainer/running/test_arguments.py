@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from mmesid.trainer.cli import STAGES
+from mmesid.trainer.data.sources import SOURCES
+from mmesid.trainer.encoders import ENCODERS
 from mmesid.trainer.running.arguments import CommandArguments, parse
-from mmesid.trainer.running.declarations import inherited_settings, stage_settings
+from mmesid.trainer.running.declarations import stage_settings
 from mmesid.trainer.running.help import stage_help
 from mmesid.trainer.stages.embed import EmbedArguments
 from mmesid.trainer.stages.encoder import EncoderArguments
@@ -230,9 +232,8 @@ def test_the_help_has_the_names_types_and_defaults_that_the_parser_has(stage):
         assert (setting.default is None) == required
         if field.default is not dataclasses.MISSING:
             assert ast.literal_eval(setting.default) == field.default
-    inherited = inherited_settings(stage)
     for name, setting in settings.items():
-        if name not in inherited:
+        if setting.owner != "TrainingArguments":
             assert setting.help.endswith(".") and setting.group, f"{stage}.{name} is not explained"
 
 
@@ -280,6 +281,11 @@ def test_the_help_of_finetune_is_short_and_grouped():
     assert "  --weight_decay FLOAT  (default: 0.0)\n      " in everything
     assert "  --code_initialization {trained,random}  (default: trained)" in text
     assert "  --lora_target_modules STR ...  (default: gate_proj up_proj down_proj)" in text
+
+
+def test_the_help_names_every_source_and_encoder():
+    for stage, flag, names in (("prepare", "source", SOURCES), ("embed", "encoder", ENCODERS)):
+        assert set(names) <= set(re.findall(r"\w+", stage_settings(stage)[flag].help))
 
 
 def test_every_command_has_its_class():
