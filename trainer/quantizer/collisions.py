@@ -15,19 +15,9 @@ def shared(codes: torch.Tensor) -> torch.Tensor:
 
 
 def resolve_collisions(codes: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor, vectors: torch.Tensor) -> None:
-    """
-    Moves items to the nearest free ID, one after the other: another code at the last level, and where all of them are
-    taken, another one at the level before as well.
-
-    Args:
-        codes (`torch.LongTensor` of shape `(items, num_quantizers)`): IDs of all items; changed in place.
-        rows (`torch.LongTensor` of shape `(moved,)`): The items to move, as [`shared`] finds them.
-        latents (`torch.FloatTensor` of shape `(moved, codebook_dim)`): What was quantized of these items.
-        vectors (`torch.FloatTensor` of shape `(num_quantizers, codebook_size, codebook_dim)`): The code vectors.
-
-    Raises:
-        ValueError: If no ID is free that differs from an item's own at the last two levels alone.
-    """
+    """Moves the items `rows` `(moved,)` of `codes` `(items, num_quantizers)`, in place, to the nearest free ID:
+    another code at the last level, and where all of them are taken, another one at the level before as well. `latents`
+    are `(moved, codebook_dim)`, the code `vectors` `(num_quantizers, codebook_size, codebook_dim)`."""
     taken = {tuple(values) for values in codes.tolist()}
     for row, latent in zip(rows.tolist(), latents):
         *prefix, _ = codes[row].tolist()

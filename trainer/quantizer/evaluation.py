@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
-from ..metrics.codes.codes import code_health
+from ..metrics.codes.codes import code_health, collisions
 from ..metrics.forgetting.forgetting import mean_tau, pooled_tau
 from .collisions import resolve_collisions, shared
 from .items import READ_ITEMS, ItemTables
@@ -20,21 +20,14 @@ from .items import READ_ITEMS, ItemTables
 TAU_ITEMS = 512
 TAU_OTHERS = 128
 TAU_POOL = 4_096
+# Users whose histories are looked at.
+HISTORY_USERS = 1_500
 
 
 @torch.no_grad()
 def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Tensor]:
-    """
-    Semantic IDs of all rows of the dataset's tables, unique within each modality if `config.resolve_collisions`.
-
-    Args:
-        model ([`MMRQVAEModel`]): Put into evaluation mode.
-        dataset ([`ItemTables`]): Its tables are read batch by batch.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Codes `(items + 1, num_quantizers)` of each modality in int16 (in int32 for over
-        32,767 codes per level), on the CPU; -1 where the modality is missing.
-    """
+    """Codes `(items + 1, num_quantizers)` of each modality for all rows of the dataset's tables, as [`encode_rows`]
+    finds them, unique within each modality if `config.resolve_collisions`; -1 where the modality is missing."""
     model.eval()
     codes = {}
     for modality, table in dataset.tables.items():
@@ -53,7 +46,7 @@ def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Te
 
 @torch.no_grad()
 def encode_rows(model: MMRQVAEModel, dataset: ItemTables, modality: str, rows: torch.Tensor) -> torch.Tensor:
-    """Codes `(rows, num_quantizers)` that items get alone, in int16 or int32, on the CPU."""
+    """Codes `(rows, num_quantizers)` that items get alone, in int16 (int32 for over 32,767 codes), on the CPU."""
     dtype = torch.int16 if model.config.codebook_size < 2**15 else torch.int32
     batches = dataset.read(modality, rows, model.device, "semantic IDs of")
     found = [model.branches[modality].encode(batch).to("cpu", dtype) for batch in batches]
@@ -80,21 +73,13 @@ def code_metrics(codes: dict[str, torch.Tensor], codebook_size: int) -> dict[str
         metrics |= {f"{name}_{modality}": value for name, value in health.items()}
     joined = torch.cat(list(codes.values()), 1)
     joined = joined[(joined >= 0).any(1)]
-    _, owners = torch.unique(joined, dim=0, return_counts=True)
-    metrics["collisions"] = float(owners[owners > 1].sum() / len(joined))
-    return metrics
+    return metrics | {"collisions": collisions(joined.numpy())}
 
 
 @dataclass
 class HistoryDistances:
-    """
-    Distances from users' targets to the items of their histories.
-
-    Args:
-        users (`np.ndarray` of shape `(pairs,)`): Whose pair it is.
-        before (`np.ndarray` of shape `(pairs,)`): Euclidean distance of the embeddings.
-        after (`np.ndarray` of shape `(pairs,)`): Euclidean distance of the quantized vectors.
-    """
+    """Distances `(pairs,)` from the targets of `users` to the items of their histories, of the embeddings (`before`)
+    and of the quantized vectors (`after`)."""
 
     users: np.ndarray
     before: np.ndarray
@@ -102,34 +87,16 @@ class HistoryDistances:
 
     def metrics(self) -> dict[str, float]:
         """`tau`, the mean of the users' Kendall's taus, and `tau_pooled`, over the pairs of all users."""
-        return {
-            "tau": mean_tau(self.users, self.before, self.after),
-            "tau_pooled": pooled_tau(self.before, self.after),
-        }
+        tau = mean_tau(self.users, self.before, self.after)
+        return {"tau": tau, "tau_pooled": pooled_tau(self.before, self.after)}
 
 
 def history_distances(
-    model: MMRQVAEModel,
-    modality: str,
-    dataset: ItemTables,
-    codes: torch.Tensor,
-    sequences,
-    users: int = 1500,
-    seed: int = 0,
+    model: MMRQVAEModel, modality: str, dataset: ItemTables, codes: torch.Tensor, sequences, seed: int = 0
 ) -> HistoryDistances:
-    """
-    Distances from target to history before and after quantization, over a seeded sample of users.
-
-    Args:
-        model ([`MMRQVAEModel`]): Its code vectors make the quantized items.
-        modality (`str`): One of the model's.
-        dataset ([`ItemTables`]): The tables; pairs with an item that lacks the modality are left out.
-        codes (`torch.Tensor` of shape `(items + 1, num_quantizers)`): Codes of the modality, by [`encode_items`].
-        sequences ([`~mmesid.trainer.data.prepared.Sequences`]): Histories and targets.
-        users (`int`, *optional*, defaults to 1500): Size of the sample.
-        seed (`int`, *optional*, defaults to 0): Seed of the sample.
-    """
-    sample = np.random.default_rng(seed).permutation(len(sequences))[:users]
+    """Distances from target to history over a seeded sample of users, with `codes` `(items + 1, num_quantizers)` of
+    the modality; pairs with an item that lacks it are left out."""
+    sample = np.random.default_rng(seed).permutation(len(sequences))[:HISTORY_USERS]
     examples = [sequences[int(user)] for user in sample]
     lengths = torch.tensor([len(example["history"]) for example in examples])
     groups = torch.from_numpy(sample).repeat_interleave(lengths)
@@ -164,35 +131,22 @@ def sample_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, tuple[np
 def held_out_metrics(
     prediction: EvalPrediction, trained: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, float]:
-    """
-    What quantization does to held-out items.
-
-    Args:
-        prediction ([`~transformers.EvalPrediction`]): What [`MMRQVAETrainer`] makes of them; a modality that
-            fewer than three items have is left out.
-        trained (`dict[str, tuple[np.ndarray, np.ndarray]]`): Items of the training set, by [`sample_items`].
-
-    Returns:
-        `dict[str, float]`: `tau` and `tau_<modality>`, `reconstruction_<modality>` and `recall@1_<modality>` of
-        [`MMRQVAETrainer`].
-    """
+    """The metrics of [`MMRQVAETrainer`] but for the loss, from what it makes of held-out items and from those
+    `trained` on, by [`sample_items`]; a modality that fewer than three held-out items have is left out."""
     quantized, reconstructions = prediction.predictions["quantized"], prediction.predictions["reconstructions"]
     embeddings, present = prediction.label_ids["embeddings"], prediction.label_ids["present"]
     modalities = [name for name in trained if present[name].sum() > 2]
-    metrics = {}
+    anchor, metrics = next(iter(trained)), {}
     for modality in modalities:
         mask = present[modality]
         original = embeddings[modality][mask]
         metrics[f"tau_{modality}"] = _tau_to_others((original, quantized[modality][mask]), trained[modality])
         error = np.square(original - reconstructions[modality][mask]).sum()
         metrics[f"reconstruction_{modality}"] = float(error / np.square(original - original.mean(0)).sum())
-    metrics["tau"] = float(np.mean([metrics[f"tau_{modality}"] for modality in modalities]))
-    anchor = next(iter(trained))
-    for modality in modalities:
         if modality != anchor and anchor in modalities:
-            both = present[anchor] & present[modality]
+            both = present[anchor] & mask
             metrics[f"recall@1_{modality}"] = _recall_at_1(quantized[anchor][both], quantized[modality][both])
-    return metrics
+    return metrics | {"tau": float(np.mean([metrics[f"tau_{modality}"] for modality in modalities]))}
 
 
 def _tau_to_others(items: tuple[np.ndarray, np.ndarray], others: tuple[np.ndarray, np.ndarray]) -> float:
@@ -219,11 +173,8 @@ def _recall_at_1(anchor: np.ndarray, other: np.ndarray) -> float:
     anchor, other = (
         values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12) for values in (anchor, other)
     )
-    # A tie counts against: items that share all their codes are not told apart.
-    own = (anchor * other).sum(1, keepdims=True)
-    tolerance = 1e-6
-    rivals = [
-        (anchor[start : start + 1024] @ other.T >= own[start : start + 1024] - tolerance).sum(1)
-        for start in range(0, len(anchor), 1024)
-    ]
+    # A tie counts against, within rounding: items that share all their codes are not told apart.
+    lowest = (anchor * other).sum(1, keepdims=True) - 1e-6
+    blocks = [slice(start, start + 1024) for start in range(0, len(anchor), 1024)]
+    rivals = [(anchor[block] @ other.T >= lowest[block]).sum(1) for block in blocks]
     return float((np.concatenate(rivals) == 1).mean())

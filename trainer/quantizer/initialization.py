@@ -29,19 +29,9 @@ RIDGE = 1e-2
 
 @torch.no_grad()
 def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
-    """
-    Fits the mean and the scale of the inputs, the principal directions as the projection of encoders that have one,
+    """Fits the mean and the scale of the inputs, the principal directions as the projection of encoders that have one,
     the code vectors by k-means of what the levels before leave, the offsets of balanced levels, and linear decoders by
-    least squares. Tables are read batch by batch; the k-means looks at 256 random items per code where there are more.
-
-    Args:
-        model ([`MMRQVAEModel`]): Changed in place.
-        dataset ([`ItemTables`]): The items to learn from; those that lack a modality do not count in it.
-        seed (`int`, *optional*, defaults to 0): Seed of the k-means.
-
-    Raises:
-        ValueError: If fewer items than `config.codebook_size` have some modality, or an embedding is not finite.
-    """
+    least squares, for each modality to the items that have it."""
     config = model.config
     model.eval()
     anchor = config.modalities[0]
@@ -63,17 +53,15 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
 
 
 def _require_enough(modality: str, count: int, codebook_size: int) -> None:
-    if count >= codebook_size:
-        return
-    if count < 2:
-        remedy = "prepare more items that have it, or leave the modality out"
-    else:
+    if count < codebook_size:
         enough = 2 ** int(math.log2(max(count / ITEMS_PER_CODE, 2)))
         remedy = f"set codebook_size to {enough} or less"
-    raise ValueError(
-        f"{count} items to train on, besides those held out, have the modality '{modality}', fewer than the "
-        f"{codebook_size} codes of a level; {remedy}."
-    )
+        if count < 2:
+            remedy = "prepare more items that have it, or leave the modality out"
+        raise ValueError(
+            f"{count} items to train on, besides those held out, have the modality '{modality}', fewer than the "
+            f"{codebook_size} codes of a level; {remedy}."
+        )
 
 
 def _fit_inputs(branch: MMRQVAEBranch, dataset: ItemTables, modality: str, rows: torch.Tensor) -> torch.Tensor:
@@ -187,19 +175,10 @@ def _balance_level(layer: MMRQVAEVectorQuantization, residual: torch.Tensor, eps
 def revive_codes(
     branch: MMRQVAEBranch, dataset: ItemTables, modality: str, dead: torch.Tensor, generator: torch.Generator
 ) -> None:
-    """
-    Moves code vectors to what random items of the dataset leave to the level.
-
-    Args:
-        branch ([`~modeling_mmrqvae.MMRQVAEBranch`]): Changed in place.
-        dataset ([`ItemTables`]): The items.
-        modality (`str`): The branch's.
-        dead (`torch.BoolTensor` of shape `(num_quantizers, codebook_size)`): The codes to move.
-        generator (`torch.Generator`): Draws the items; on the CPU.
-    """
-    rows = dataset.rows_with(modality)
+    """Moves the `dead` code vectors `(num_quantizers, codebook_size)` to what random items leave to their level."""
     if not dead.any():
         return
+    rows = dataset.rows_with(modality)
     chosen = rows[torch.randint(len(rows), (int(dead.sum(1).max()),), generator=generator)]
     residual = _latents(branch, dataset, modality, chosen)
     for layer, codes in zip(branch.quantizer.layers, dead, strict=True):

@@ -18,17 +18,8 @@ MOST_HELD_OUT = 10_000
 
 
 class ItemTables(Dataset):
-    """
-    Rows of embedding tables, read batch by batch.
-
-    Args:
-        tables (`dict[str, EmbeddingTable]`): The embeddings of each modality and which items have it.
-        rows (`torch.LongTensor` of shape `(selected,)`, *optional*):
-            The rows that make up the dataset. Defaults to every item that has some modality; never the padding row 0.
-
-    Raises:
-        ValueError: If there is no table, or they do not have the same number of rows.
-    """
+    """The `rows` `(selected,)` of embedding tables, by default those of all items that have some modality; never the
+    padding row 0. They are read batch by batch."""
 
     def __init__(self, tables: dict[str, EmbeddingTable], rows: torch.Tensor | None = None):
         sizes = {modality: len(table.embeddings) for modality, table in tables.items()}
@@ -46,9 +37,6 @@ class ItemTables(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
-        return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, dict[str, torch.Tensor]]:
         """A batch: what [`MMRQVAEModel.forward`] takes."""

@@ -6,6 +6,7 @@ from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 
 
 CHUNK_SIZE = 16_384
+ITERATIONS = 25
 
 
 def nearest(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,29 +16,15 @@ def nearest(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor
     return torch.cat([minimum.indices for minimum in found]), torch.cat([minimum.values for minimum in found])
 
 
-def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator, iterations: int = 25) -> torch.Tensor:
-    """
-    Centroids of Lloyd's algorithm, started as in k-means++. A cluster that runs empty moves to one of the points that
-    are farthest from their centroids.
-
-    Args:
-        points (`torch.Tensor` of shape `(n, d)`): The points.
-        clusters (`int`): Number of centroids, at most n.
-        generator (`torch.Generator`): Draws the first centroids; on the CPU.
-        iterations (`int`, *optional*, defaults to 25): Passes over the points.
-
-    Returns:
-        `torch.Tensor` of shape `(clusters, d)`.
-
-    Raises:
-        ValueError: If there are fewer points than clusters.
-    """
+def kmeans(points: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
+    """Centroids `(clusters, d)` of `points` `(n, d)` by Lloyd's algorithm, started as in k-means++. A cluster that
+    runs empty moves to one of the points that are farthest from their centroids."""
     if len(points) < clusters:
         raise ValueError(
             f"k-means needs at least as many points as clusters, got {len(points)} points for {clusters} clusters."
         )
     centroids = _spread_points(points, clusters, generator)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         assignment, distances = nearest(points, centroids)
         counts = torch.bincount(assignment, minlength=clusters)
         sums = torch.zeros_like(centroids).index_add_(0, assignment, points)

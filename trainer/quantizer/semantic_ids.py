@@ -14,44 +14,20 @@ EXAMPLE_PAIRS = 4
 
 
 def write_semantic_ids(path: str | os.PathLike, item_ids: list[str], codes: dict[str, torch.Tensor]) -> None:
-    """
-    Writes a Parquet file with one row per item: `item_id`, and a list of codes for each modality, null where the item
-    lacks it.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-        item_ids (`list[str]`): Raw ids by row; row 0 is padding.
-        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)`): Codes by row, -1 where missing.
-    """
+    """Writes a Parquet file with one row per item: `item_id`, and a list of codes for each modality, null where the
+    item lacks it, which `codes` `(items + 1, levels)` say with -1. Row 0 is padding."""
     columns = {"item_id": pa.array(item_ids[1:], pa.string())}
     for modality, values in codes.items():
-        levels = values.shape[1]
-        missing = pa.array((values[1:, 0] < 0).numpy())
-        flat = pa.array(values[1:].flatten().numpy())
-        columns[modality] = pa.ListArray.from_arrays(
-            pa.array(range(0, levels * len(values), levels), pa.int32()), flat, mask=missing
-        )
+        rows = [row if row[0] >= 0 else None for row in values[1:].tolist()]
+        columns[modality] = pa.array(rows, pa.list_(pa.from_numpy_dtype(values.numpy().dtype)))
     pq.write_table(pa.table(columns), path)
 
 
 def read_semantic_ids(
     path: str | os.PathLike, item_ids: list[str], modalities: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """
-    Reads what [`write_semantic_ids`] wrote.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-        item_ids (`list[str]`): Raw ids by row, which the file must hold in this order; row 0 is padding.
-        modalities (`Sequence[str]`): The modalities wanted.
-
-    Returns:
-        `dict[str, torch.LongTensor]`: For each modality codes by row, `(items + 1, levels)`, -1 where missing.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is damaged, belongs to other items, or lacks a modality.
-    """
+    """Reads what [`write_semantic_ids`] wrote of these items, in this order: for each of the modalities codes by row,
+    `(items + 1, levels)`, -1 where missing."""
     path = Path(path)
     remedy = "write it again with `mmesid quantize` on this prepared dataset"
     if not path.is_file():
@@ -67,29 +43,18 @@ def read_semantic_ids(
         raise ValueError(f"'{path}' holds the semantic IDs of other items, or in another order; {remedy}.")
     codes = {}
     for name in modalities:
-        rows = table[name].to_pylist()
-        levels = len(next((row for row in rows if row is not None), ()))
-        empty = [-1] * levels
-        codes[name] = torch.tensor([empty, *(empty if row is None else row for row in rows)], dtype=torch.long)
+        rows = [None, *table[name].to_pylist()]
+        empty = [-1] * max(len(row or ()) for row in rows)
+        codes[name] = torch.tensor([row or empty for row in rows], dtype=torch.long)
     return codes
 
 
 def semantic_id_examples(
     codes: dict[str, torch.Tensor], frequencies: torch.Tensor, item_ids: list[str], titles: list[str]
 ) -> list[dict]:
-    """
-    Pairs of items whose codes begin alike, which shows what the codes mean: a frequent item, then the most frequent of
-    the items that share most leading codes with it in the last modality.
-
-    Args:
-        codes (`dict[str, torch.Tensor]` of shape `(items + 1, levels)`): Codes by row, -1 where missing.
-        frequencies (`torch.LongTensor` of shape `(items + 1,)`): Occurrences in training.
-        item_ids (`list[str]`): Raw ids by row; row 0 is padding.
-        titles (`list[str]`): Titles by row.
-
-    Returns:
-        `list[dict]`: Dictionaries of `item_id`, `title` and `codes`, the latter by modality, a list or `None`.
-    """
+    """Pairs of items whose codes `(items + 1, levels)` begin alike, which shows what the codes mean: a frequent item,
+    then the most frequent of the items that share most leading codes with it in the last modality. Each is given as
+    `item_id`, `title` and `codes`, the latter by modality, a list or `None`."""
     modality = list(codes)[-1]
     # Stable, so that ties fall in the order of the rows.
     order = torch.argsort(frequencies, descending=True, stable=True)

@@ -6,19 +6,10 @@ import torch
 
 
 def sinkhorn_offsets(squared_distances: torch.Tensor, epsilon: float, iterations: int = 50) -> torch.Tensor:
-    r"""
-    The potentials \\(g_k\\) of the entropic optimal transport of points to codes of equal mass: with them,
-    \\(\operatorname{argmin}_k (d_{ik}^2 - g_k)\\) sends about equally many points to every code, whichever points are
-    asked for together.
-
-    Args:
-        squared_distances (`torch.Tensor` of shape `(points, codes)`): Squared distances of the points to the codes.
-        epsilon (`float`): Temperature, relative to the mean of `squared_distances`; the smaller, the more even.
-        iterations (`int`, *optional*, defaults to 50): Updates of the potentials.
-
-    Returns:
-        `torch.Tensor` of shape `(codes,)`, in the unit of `squared_distances`.
-    """
+    r"""The potentials \\(g_k\\), `(codes,)`, of the entropic optimal transport of points to codes of equal mass, from
+    `squared_distances` `(points, codes)`: \\(\operatorname{argmin}_k (d_{ik}^2 - g_k)\\) sends about equally many
+    points to every code, whichever points are asked for together. The temperature `epsilon` is relative to the mean of
+    the distances; the smaller, the more even."""
     scale = squared_distances.mean().clamp_min(torch.finfo(squared_distances.dtype).tiny) * epsilon
     affinities = -squared_distances / scale
     points, codes = affinities.shape

@@ -16,14 +16,7 @@ from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
-from .evaluation import (
-    code_metrics,
-    encode_items,
-    encode_rows,
-    held_out_metrics,
-    history_distances,
-    sample_items,
-)
+from .evaluation import code_metrics, encode_items, encode_rows, held_out_metrics, history_distances, sample_items
 from .initialization import balance_codes, revive_codes
 from .items import ItemTables
 from .semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
@@ -122,59 +115,43 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
         self.add_callback(_EndOfEpoch(self))
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
-        """
-        Writes the semantic IDs of all items as `semantic_ids.parquet`, and in `figures/` how the codes are used and
-        what they do to distances. A push during the training does so as well, lest old semantic IDs stay beside new
-        weights.
-
-        Returns:
-            `tuple[dict, dict]`: Metrics (`items` and `histories`) and details (`data`, `semantic_id_examples`) for the
-                stage's record; empty without `data`.
-        """
+        """Writes the semantic IDs of all items as `semantic_ids.parquet`, and in `figures/` how the codes are used and
+        what they do to distances; returns metrics (`items`, `histories`) and details (`data`, `semantic_id_examples`)
+        for the record. Without `data` there is nothing to say. A push during the training describes as well, lest old
+        semantic IDs stay beside new weights."""
         if self.data is None:
             return {}, {}
-        model = self._unwrapped()
-        data, items = self.data, self.train_dataset
-        codes = encode_items(model, items)
-        sequences = data.sequences("validation")
-        distances = {
-            modality: history_distances(model, modality, items, codes[modality], sequences, seed=self.args.seed)
-            for modality in codes
-        }
-        histories = {modality: pairs.metrics() for modality, pairs in distances.items()}
+        model, data = self._unwrapped(), self.data
+        size, figures = model.config.codebook_size, directory / "figures"
+        codes, sequences = encode_items(model, self.train_dataset), data.sequences("validation")
         write_semantic_ids(directory / SEMANTIC_IDS_NAME, data.item_ids, codes)
-        draw_code_use(
-            directory / "figures" / "code_use.png",
-            {modality: values.numpy() for modality, values in codes.items()},
-            model.config.codebook_size,
-        )
-        draw_distances(
-            directory / "figures" / "distances.png",
-            {modality: (pairs.before, pairs.after) for modality, pairs in distances.items()},
-            {modality: f"{modality}, Kendall's tau {metrics['tau']:.3f}" for modality, metrics in histories.items()},
-        )
+        draw_code_use(figures / "code_use.png", {name: values.numpy() for name, values in codes.items()}, size)
+        distances, histories, captions = {}, {}, {}
+        for name, values in codes.items():
+            pairs = history_distances(model, name, self.train_dataset, values, sequences, self.args.seed)
+            distances[name], histories[name] = (pairs.before, pairs.after), pairs.metrics()
+            captions[name] = f"{name}, Kendall's tau {histories[name]['tau']:.3f}"
+        draw_distances(figures / "distances.png", distances, captions)
         examples = semantic_id_examples(codes, data.frequencies, data.item_ids, data.titles)
-        metrics = {"items": code_metrics(codes, model.config.codebook_size), "histories": histories}
+        metrics = {"items": code_metrics(codes, size), "histories": histories}
         return metrics, {"data": data.statistics, "semantic_id_examples": examples}
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One group for the code vectors, with a rate of their own and no decay, and one for encoders and decoders."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-            codebooks = [parameter for name, parameter in trained.items() if name.endswith(".codebook")]
-            networks = [parameter for name, parameter in trained.items() if not name.endswith(".codebook")]
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate = self.args.codebook_learning_rate
             if rate is None:
                 rate = CODEBOOK_LEARNING_RATES[self.model.config.objective]
-            self.optimizer = optimizer_class(
-                [
-                    {"params": codebooks, "lr": rate, "weight_decay": 0.0},
-                    {"params": networks, "weight_decay": self.args.weight_decay},
-                ],
-                **settings,
-            )
+            codebooks, networks = [], []
+            for name, parameter in model.named_parameters():
+                (codebooks if name.endswith(".codebook") else networks).append(parameter)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = [
+                {"params": codebooks, "lr": rate, "weight_decay": 0.0},
+                {"params": networks, "weight_decay": self.args.weight_decay},
+            ]
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,9 +175,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
 
     def measure(self) -> dict[str, float]:
         """What [`~transformers.Trainer.evaluate`] says of the held-out items, without its timings."""
-        evaluated = {name.removeprefix("eval_"): value for name, value in self.evaluate().items()}
-        timings = ("epoch", "runtime", "per_second", "preparation_time")
-        return {name: value for name, value in evaluated.items() if not name.endswith(timings)}
+        self.evaluate()
+        return self._latest_evaluation()
 
     @torch.no_grad()
     def end_epoch(self) -> None:

@@ -27,7 +27,11 @@ Examples:
     'collisions': 0.6666666666666666}
 """  # fmt: skip
 
-_CITATION = ""
+
+def collisions(codes: np.ndarray) -> float:
+    """Share of the items, `(items, levels)`, that are not alone with their codes."""
+    _, owners = np.unique(codes, axis=0, return_counts=True)
+    return float(owners[owners > 1].sum() / len(codes))
 
 
 def code_health(codes: np.ndarray, codebook_size: int) -> dict[str, float]:
@@ -42,9 +46,7 @@ def code_health(codes: np.ndarray, codebook_size: int) -> dict[str, float]:
         metrics[f"use@{level}"] = len(shares) / codebook_size
         metrics[f"dead@{level}"] = codebook_size - len(shares)
         metrics[f"perplexity@{level}"] = float(np.exp(-(shares * np.log(shares)).sum()))
-    _, owners = np.unique(codes, axis=0, return_counts=True)
-    metrics["collisions"] = float(owners[owners > 1].sum() / len(codes))
-    return metrics
+    return metrics | {"collisions": collisions(codes)}
 
 
 class Codes(evaluate.Metric):
@@ -54,7 +56,7 @@ class Codes(evaluate.Metric):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             inputs_description=_INPUTS,
-            citation=_CITATION,
+            citation="",
             features=datasets.Features({"codes": datasets.Sequence(datasets.Value("int64"))}),
         )
 

@@ -37,12 +37,9 @@ COLLAPSED = 0.01
 
 
 def singular_values(embeddings: np.ndarray) -> np.ndarray:
-    """
-    Singular values of an `(items, dimensions)` table, one per dimension, largest first.
-
-    From the Gram matrix, in double precision: time and memory grow with the square of the dimensions, whatever the
-    number of items. What is under a ten-millionth of the largest is rounding.
-    """
+    """Singular values `(dimensions,)` of an `(items, dimensions)` table, largest first; what is under a ten-millionth
+    of the largest is rounding."""
+    # From the Gram matrix: memory grows with the square of the dimensions, whatever the number of items.
     embeddings = embeddings.astype(np.float64)
     return np.sqrt(np.clip(np.linalg.eigvalsh(embeddings.T @ embeddings), 0, None))[::-1]
 

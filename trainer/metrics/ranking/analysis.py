@@ -3,7 +3,7 @@
 import numpy as np
 from tqdm.auto import tqdm
 
-from .ranking import user_values
+from .ranking import metrics, user_values
 
 
 # Pareto's rule: the fifth of the items with the most training interactions is the head.
@@ -15,29 +15,11 @@ HISTORY_LENGTHS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 COUNTS_PER_BLOCK = 2**23
 
 
-def metrics(ranks: np.ndarray) -> dict[str, float]:
-    """Means over users of `hr@k`, `ndcg@k` and `mrr`; `ranks` are `(users,)`, from 1."""
-    return {name: float(values.mean()) for name, values in user_values(ranks).items()}
-
-
-def confidence_intervals(
-    ranks: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> dict[str, list[float]]:
-    """
-    Percentile bootstrap over users ([Efron, 1979](https://doi.org/10.1214/aos/1176344552)): what another draw of as
-    many users would have given. It says nothing of another seed of the training.
-
-    Equal ranks are drawn together, by how often each occurs: the same distribution as drawing user by user.
-
-    Args:
-        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
-        resamples (`int`, *optional*, defaults to `1000`): Draws of all users, with replacement.
-        level (`float`, *optional*, defaults to `0.95`): Share of the draws inside the interval.
-
-    Returns:
-        `dict[str, list[float]]`: `[low, high]` of every metric.
-    """
+def confidence_intervals(ranks: np.ndarray, seed: int = 0, resamples: int = 1000) -> dict[str, list[float]]:
+    """The 95% interval `[low, high]` of every metric of `ranks` `(users,)`, by a percentile bootstrap over users
+    ([Efron, 1979](https://doi.org/10.1214/aos/1176344552)): what another draw of as many users would have given. It
+    says nothing of another seed of the training."""
+    # Equal ranks are drawn together, by how often each occurs: the same distribution as drawing user by user.
     distinct, counts = np.unique(ranks, return_counts=True)
     values = user_values(distinct)
     table = np.stack(list(values.values()), axis=1)
@@ -49,47 +31,28 @@ def confidence_intervals(
             for start in tqdm(range(0, resamples, step), desc="Bootstrap", unit="block", leave=False, delay=2)
         ]
     ) / len(ranks)
-    bounds = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    bounds = np.quantile(means, [0.025, 0.975], axis=0)
     return {name: bounds[:, column].tolist() for column, name in enumerate(values)}
 
 
 def frequency_groups(frequencies: np.ndarray) -> np.ndarray:
-    """
-    Group of every item by its training interactions: `"cold"` has none, `"head"` is among the `HEAD_SHARE` of the
-    items that have the most (with all that have as many as the last of them), `"tail"` is the rest.
-
-    Args:
-        frequencies (`np.ndarray` of shape `(items + 1,)`): Occurrences in the training split; row 0 is padding.
-
-    Returns:
-        `np.ndarray` of shape `(items + 1,)` of strings; row 0 means nothing.
-    """
+    """Group `(items + 1,)` of every item by its training interactions `(items + 1,)`: `"cold"` has none, `"head"` is
+    among the `HEAD_SHARE` of the items that have the most (with all that have as many as the last of them), `"tail"`
+    is the rest; row 0 means nothing."""
     descending = np.sort(frequencies[1:])[::-1]
     threshold = descending[int(np.ceil(HEAD_SHARE * len(descending))) - 1]
     return np.where(frequencies == 0, "cold", np.where(frequencies >= threshold, "head", "tail"))
 
 
 def metrics_by_frequency(ranks: np.ndarray, targets: np.ndarray, frequencies: np.ndarray) -> dict[str, dict]:
-    """
-    Users and metrics by the group of the target, see [`frequency_groups`]; groups without a user are left out.
-
-    Args:
-        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
-        targets (`np.ndarray` of shape `(users,)`): Rows of the targets.
-        frequencies (`np.ndarray` of shape `(items + 1,)`): Occurrences in the training split.
-    """
+    """Users and metrics of `ranks` `(users,)` by the group of the target, of [`frequency_groups`]; `targets` are rows,
+    `(users,)`, and groups without a user are left out."""
     groups = frequency_groups(frequencies)[targets]
     return _grouped(ranks, {name: groups == name for name in ("cold", "tail", "head")})
 
 
 def metrics_by_history_length(ranks: np.ndarray, lengths: np.ndarray) -> dict[str, dict]:
-    """
-    Users and metrics by the number of items before the target; groups without a user are left out.
-
-    Args:
-        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
-        lengths (`np.ndarray` of shape `(users,)`): Items in each history.
-    """
+    """The same by the number of items in each history, `lengths` `(users,)`."""
     inside = {
         f"{first}+" if last is None else f"{first}-{last}": (lengths >= first) & (lengths <= (last or np.inf))
         for first, last in HISTORY_LENGTHS

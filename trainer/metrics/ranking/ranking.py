@@ -35,19 +35,8 @@ CUTOFFS = (5, 10, 20)
 
 
 def user_values(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, np.ndarray]:
-    """
-    Every metric of every user, whose mean over users is the metric.
-
-    Args:
-        ranks (`np.ndarray` of shape `(users,)`): Rank of each user's target, from 1.
-        cutoffs (`Sequence[int]`, *optional*, defaults to `(5, 10, 20)`): The values of k.
-
-    Returns:
-        `dict[str, np.ndarray]` of `hr@k`, `ndcg@k` and `mrr`, each of shape `(users,)`.
-
-    Raises:
-        ValueError: If a rank is below 1.
-    """
+    """What each user, `(users,)`, contributes to `hr@k`, `ndcg@k` and `mrr`, the means over users; `ranks` are
+    `(users,)`, from 1, the cutoffs the values of k."""
     ranks = np.asarray(ranks, dtype=np.float64)
     if len(ranks) and ranks.min() < 1:
         raise ValueError(f"A rank is {ranks.min():.0f}; ranks start at 1.")
@@ -57,6 +46,11 @@ def user_values(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str
         values[f"hr@{k}"] = hit.astype(np.float64)
         values[f"ndcg@{k}"] = hit / np.log2(ranks + 1)
     return values | {"mrr": 1 / ranks}
+
+
+def metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """Means over users of [`user_values`]: what the metric returns, for ranks that are at hand whole."""
+    return {name: float(values.mean()) for name, values in user_values(ranks, cutoffs).items()}
 
 
 class Ranking(evaluate.Metric):
@@ -71,4 +65,4 @@ class Ranking(evaluate.Metric):
         )
 
     def _compute(self, ranks, cutoffs=CUTOFFS) -> dict[str, float]:
-        return {name: float(values.mean()) for name, values in user_values(ranks, cutoffs).items()}
+        return metrics(ranks, cutoffs)
