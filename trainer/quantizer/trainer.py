@@ -143,7 +143,8 @@ class MMRQVAETrainer(HubTrainerMixin, Trainer):
             rate = self.args.codebook_learning_rate
             if rate is None:
                 rate = CODEBOOK_LEARNING_RATES[self.model.config.objective]
-            codebooks, networks = [], []
+            codebooks: list[torch.nn.Parameter] = []
+            networks: list[torch.nn.Parameter] = []
             for name, parameter in model.named_parameters():
                 (codebooks if name.endswith(".codebook") else networks).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)

@@ -34,11 +34,8 @@ def should_try_flex_attention(model: MMESIDModel) -> bool:
 
 
 def packing_problem(model: MMESIDModel) -> str | None:
-    """
-    Why the prefixes of a user cannot share a sequence on the model's backbone, or `None` if they can.
-
-    What its attention makes of the mask is not read off its name but tried, on one short history.
-    """
+    """Why the prefixes of a user cannot share a sequence on the model's backbone, or `None` if they can. What its
+    attention makes of the mask is not read off its name but tried, on one short history."""
     config, text_config = model.config, model.config.get_text_config()
     longest = len(config.prompt_prefix_ids) + config.max_history + len(config.prompt_suffix_ids)
     window = getattr(text_config, "sliding_window", None)
@@ -52,13 +49,9 @@ def packing_problem(model: MMESIDModel) -> str | None:
 
 
 def attention_problem(model: MMESIDModel, attn_implementation: str) -> str | None:
-    """
-    Why another attention, such as `"flex_attention"`, cannot stand in for the backbone's own in training on packed
-    prefixes, or `None` if it can.
-
-    It is tried, on two batches of unlike shape, the first as long as a history may be: it must run (and compile)
-    forward and backward and give the same states and gradients.
-    """
+    """Why another attention, such as `"flex_attention"`, cannot stand in for the backbone's own in training on packed
+    prefixes, or `None` if it can: on two batches of unlike shape, the first as long as a history may be, it must run
+    (and compile) forward and backward and give the same states and gradients."""
     was_training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     model.train()
     try:

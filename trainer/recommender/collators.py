@@ -9,29 +9,25 @@ from modeling_mmesid.packing import pack_histories
 from modeling_mmesid.recommendation import pad_histories
 
 
+# Fewer lengths mean fewer shapes to compile for.
+PAD_TO_MULTIPLE_OF = 8
+
+
 @dataclass
 class HistoryCollator:
     """
-    Batches for models that read items and text.
+    Batches for models that read items and text, with the prompt tokens `suffix_ids` after the items; the prompt before
+    them, which all users share, is left to the model.
 
-    Training examples (`history`, `targets`) become model inputs with labels. Evaluation examples (`history`, `target`)
-    become the inputs that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole history, to
-    be masked) and `target` (`(batch,)`). The prompt before the items, which all users share, is left to the model.
-
-    Args:
-        max_history (`int`): Longest history that the model reads.
-        suffix_ids (`Sequence[int]`, *optional*, defaults to `()`): Prompt tokens after the items.
-        pad_to_multiple_of (`int`, *optional*, defaults to `8`): Padded length is a multiple of this.
-        packed (`bool`, *optional*, defaults to `True`): Whether the training prefixes of a user share a sequence.
-        num_candidates (`int`, *optional*, defaults to `0`): Items to sample for the loss, one draw for the whole
-            batch; 0 takes the whole catalogue.
-        sampling_weights (`torch.Tensor` of shape `(items + 1,)`, *optional*): How likely each row is to be drawn, up
-            to a factor; needed if items are sampled.
+    Training examples (`history`, `targets`) become model inputs with labels; if `packed`, the prefixes of a user share
+    a sequence. For the loss `num_candidates` items are drawn for the whole batch (0 takes the whole catalogue), each
+    row as likely as `sampling_weights` `(items + 1,)` say. Evaluation examples (`history`, `target`) become the inputs
+    that read the latest `max_history` items, with `seen` (`(batch, longest)`, the whole history, to be masked) and
+    `target` (`(batch,)`).
     """
 
     max_history: int
     suffix_ids: Sequence[int] = ()
-    pad_to_multiple_of: int = 8
     packed: bool = True
     num_candidates: int = 0
     sampling_weights: torch.Tensor | None = None
@@ -44,23 +40,17 @@ class HistoryCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         training = "targets" in examples[0]
-        batch = pack_histories(
-            [example["history"] if training else example["history"][-self.max_history :] for example in examples],
-            self.suffix_ids,
-            [example["targets"] for example in examples] if training else None,
-            self.pad_to_multiple_of,
-            self.packed,
-        )
+        histories = [example["history"] for example in examples]
+        targets = [example["targets"] for example in examples] if training else None
+        latest = histories if training else [history[-self.max_history :] for history in histories]
+        batch = pack_histories(latest, self.suffix_ids, targets, PAD_TO_MULTIPLE_OF, self.packed)
         if training and self.num_candidates:
             draws = torch.rand(self.num_candidates, dtype=torch.double)
-            batch["candidates"] = torch.searchsorted(self.cumulative, draws, right=True).clamp_(
-                max=len(self.cumulative) - 1
-            )
-            batch["candidate_log_counts"] = self.log_counts[batch["candidates"]].float()
-        if training:
-            return batch
-        batch["seen"] = pad_histories([example["history"] for example in examples])
-        batch["target"] = torch.tensor([int(example["target"]) for example in examples])
+            drawn = torch.searchsorted(self.cumulative, draws, right=True).clamp_(max=len(self.cumulative) - 1)
+            batch |= {"candidates": drawn, "candidate_log_counts": self.log_counts[drawn].float()}
+        if not training:
+            batch["seen"] = pad_histories(histories)
+            batch["target"] = torch.tensor([int(example["target"]) for example in examples])
         return batch
 
 

@@ -16,18 +16,9 @@ from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, wr
 def describe_items(
     model: MMESIDForSequentialRecommendation, processor: MMESIDProcessor, directory: str | os.PathLike
 ) -> tuple[dict, dict]:
-    """
-    Measures the items of a recommender, and writes `semantic_ids.parquet` and `figures/` into the directory.
-
-    Args:
-        model ([`MMESIDForSequentialRecommendation`]): The recommender.
-        processor ([`MMESIDProcessor`]): Its processor.
-        directory (`str` or `os.PathLike`): An existing directory.
-
-    Returns:
-        `tuple[dict, dict]`: Metrics (`item_tokens`, and `semantic_ids` where the items have some) and details
-            (`semantic_id_examples`) for the stage's record.
-    """
+    """Measures the items of a recommender, and writes `semantic_ids.parquet` and `figures/` into the directory.
+    Returns metrics (`item_tokens`, `scoring_table`, `semantic_ids`, as far as the items have them) and details
+    (`semantic_id_examples`) for the stage's record."""
     directory = Path(directory)
     rows = torch.arange(1, model.config.num_items + 1, device=model.device)
     with torch.no_grad():

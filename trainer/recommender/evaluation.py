@@ -13,13 +13,7 @@ from modeling_mmesid.recommendation import mask_histories, pad_histories, target
 
 from ..data.prepared import PreparedDataset
 from ..data.windows import EvaluationHistories
-from ..metrics.ranking.analysis import (
-    HEAD_SHARE,
-    confidence_intervals,
-    metrics,
-    metrics_by_frequency,
-    metrics_by_history_length,
-)
+from ..metrics.ranking import analysis
 from .mmesid_trainer import MMESIDTrainer
 from .sasrec_trainer import SASRecTrainer
 
@@ -64,18 +58,8 @@ def evaluate(
 
 
 def model_ranks(model: PreTrainedModel, data: PreparedDataset, split: str, args: TrainingArguments) -> np.ndarray:
-    """
-    Rank of each user's target, `(users,)` in the order of the prepared users.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): SASRec or a recommender.
-        data ([`PreparedDataset`]): The data that it was trained on.
-        split (`str`): `"validation"` or `"test"`.
-        args ([`~transformers.TrainingArguments`]): Batch size and device.
-
-    Raises:
-        ValueError: If the model was trained on another catalogue.
-    """
+    """Rank of each user's target in a split, `(users,)` in the order of the prepared users; `args` set batch size and
+    device."""
     if model.config.num_items != data.num_items:
         raise ValueError(
             f"The model '{model.name_or_path}' knows {model.config.num_items} items, but the data have "
@@ -108,18 +92,14 @@ def popularity_ranks(data: PreparedDataset, split: str, batch_size: int = 1024) 
 
 
 def summarize(ranks: Mapping[str, np.ndarray], data: PreparedDataset, seed: int, resamples: int) -> dict[str, dict]:
-    """
-    What one model's ranks, `(users,)` for each split, amount to.
-
-    Returns:
-        `dict[str, dict]`: `hr@k`, `ndcg@k` and `mrr` of each split; `test_confidence`, the 95% interval of each of
-        them on the test split; `test_by_frequency` and `test_by_history_length`, users and metrics of each group.
-    """
+    """What one model's ranks, `(users,)` for each split, amount to: `hr@k`, `ndcg@k` and `mrr` of each split;
+    `test_confidence`, the 95% interval of each of them on the test split; `test_by_frequency` and
+    `test_by_history_length`, users and metrics of each group."""
     test = data.sequences("test")
-    return {split: metrics(ranks[split]) for split in SPLITS} | {
-        "test_confidence": confidence_intervals(ranks["test"], seed, resamples),
-        "test_by_frequency": metrics_by_frequency(ranks["test"], test.targets, data.frequencies.numpy()),
-        "test_by_history_length": metrics_by_history_length(ranks["test"], np.diff(test.offsets)),
+    return {split: analysis.metrics(ranks[split]) for split in SPLITS} | {
+        "test_confidence": analysis.confidence_intervals(ranks["test"], seed, resamples),
+        "test_by_frequency": analysis.metrics_by_frequency(ranks["test"], test.targets, data.frequencies.numpy()),
+        "test_by_history_length": analysis.metrics_by_history_length(ranks["test"], np.diff(test.offsets)),
     }
 
 
@@ -140,16 +120,15 @@ def results_page(results: Mapping[str, dict[str, dict]], statistics: dict) -> st
     columns = [f"{group} ({users:,})" for _, group, users in groups]
     rows = {name: [result[kind][group]["ndcg@10"] for kind, group, _ in groups] for name, result in results.items()}
     intervals = {name: result["test_confidence"]["ndcg@10"] for name, result in results.items()}
+    cells = {name: [f"{low:.4f} to {high:.4f}", *rows[name]] for name, (low, high) in intervals.items()}
     lines += [
         f"### Test, nDCG@10 by group (users){label}",
         "",
-        *_table(
-            ["95% interval", *columns],
-            {name: [f"{low:.4f} to {high:.4f}", *rows[name]] for name, (low, high) in intervals.items()},
-        ),
+        *_table(["95% interval", *columns], cells),
         "",
         "The interval is a bootstrap over users. Targets are cold if the training split never has them, head if they "
-        f"are among the {HEAD_SHARE:.0%} of the items it has most often, else tail; numbers are items in the history.",
+        f"are among the {analysis.HEAD_SHARE:.0%} of the items it has most often, else tail; numbers are items in the "
+        "history.",
         "",
     ]
     return "\n".join(lines)

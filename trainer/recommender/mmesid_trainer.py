@@ -100,10 +100,9 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         if problem is not None:
             self.data_collator.packed = False
             logger.warning(
-                "The prefixes of a user cannot share a sequence on %s: %s. Each prefix becomes a row of its own, "
-                "which makes many times as many rows; lower per_device_train_batch_size if memory runs out.",
-                backbone_name,
-                problem,
+                f"The prefixes of a user cannot share a sequence on {backbone_name}: {problem}. Each prefix becomes a "
+                "row of its own, which makes many times as many rows; lower per_device_train_batch_size if memory "
+                "runs out."
             )
         elif flex_attention and should_try_flex_attention(model):
             problem = attention_problem(model, "flex_attention")
@@ -111,10 +110,8 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
                 self.train_attention = "flex_attention"
             else:
                 logger.warning(
-                    "FlexAttention cannot read the packed prefixes of %s: %s. SDPA reads them, with a mask of all "
-                    "pairs of positions.",
-                    backbone_name,
-                    problem,
+                    f"FlexAttention cannot read the packed prefixes of {backbone_name}: {problem}. SDPA reads them, "
+                    "with a mask of all pairs of positions."
                 )
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -131,9 +128,9 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         return metrics, details | examples
 
 
-def smoothed_popularity(frequencies: torch.Tensor, exponent: float = 0.75) -> torch.Tensor:
+def smoothed_popularity(frequencies: torch.Tensor) -> torch.Tensor:
     """(1 + freq)^0.75, with which word2vec draws its negatives: tail items are still drawn, popular ones more often.
     Row 0 is padding and never drawn."""
-    weights = (1 + frequencies.cpu().double()) ** exponent
+    weights = (1 + frequencies.cpu().double()) ** 0.75
     weights[0] = 0
     return weights

@@ -17,28 +17,10 @@ from ..publishing.hub_trainer import HubTrainerMixin
 RANKING_METRICS = ("hr@*", "ndcg@*", "mrr")
 
 
-def ranking_metrics() -> Callable[[EvalPrediction, bool], dict[str, float]]:
-    """A `compute_metrics` for `batch_eval_metrics=True`: collects ranks, and returns HR, nDCG and MRR after the last
-    batch."""
-    metric = Ranking(keep_in_memory=True)
-
-    def compute_metrics(prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        metric.add_batch(ranks=prediction.predictions.cpu().numpy())
-        return metric.compute() if compute_result else {}
-
-    return compute_metrics
-
-
 class ResumableLengthGroupedSampler(LengthGroupedSampler):
-    """
-    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order in an epoch does not depend on where training
-    was resumed: one that starts at a later epoch first draws what the earlier ones drew.
-
-    Args:
-        batch_size (`int`): Examples that should be of like length.
-        epoch (`Callable[[], int]`): Which epoch begins, from 0, whenever an order is asked for.
-        **kwargs: Further arguments of [`~transformers.trainer_pt_utils.LengthGroupedSampler`].
-    """
+    """A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order in an epoch does not depend on where
+    training was resumed: one that starts at a later epoch, which `epoch` counts from 0 whenever an order is asked for,
+    first draws what the earlier ones drew."""
 
     def __init__(self, batch_size: int, *, epoch: Callable[[], int], **kwargs):
         super().__init__(batch_size, **kwargs)
@@ -47,10 +29,8 @@ class ResumableLengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         while self.drawn < self.epoch():
-            self._draw()
-        return self._draw()
-
-    def _draw(self) -> Iterator[int]:
+            super().__iter__()
+            self.drawn += 1
         self.drawn += 1
         return super().__iter__()
 
@@ -67,7 +47,7 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
         args = copy.copy(args)
         args.batch_eval_metrics = True
         args.remove_unused_columns = False
-        super().__init__(model, args, compute_metrics=ranking_metrics(), **kwargs)
+        super().__init__(model, args, compute_metrics=self._ranking_metrics, **kwargs)
         self._item_table: torch.Tensor | None = None
 
     def _get_train_sampler(self, train_dataset=None) -> ResumableLengthGroupedSampler:
@@ -84,7 +64,7 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         # A new one: an evaluation that was interrupted must not leave its ranks to the next.
-        self.compute_metrics = ranking_metrics()
+        self._ranking = Ranking(keep_in_memory=True)
         # The table is the same for all batches: built once per evaluation.
         self.model.eval()
         with torch.no_grad():
@@ -93,6 +73,11 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self._item_table = None
+
+    def _ranking_metrics(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Collects ranks; HR, nDCG and MRR after the last batch."""
+        self._ranking.add_batch(ranks=prediction.predictions.cpu().numpy())
+        return self._ranking.compute() if compute_result else {}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns no loss, the ranks of the targets (`(batch,)`) and the targets."""
@@ -108,9 +93,5 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
     def rank(self, dataset: torch.utils.data.Dataset | None = None) -> dict[str, float]:
         """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of
         `evaluate`."""
-        metrics = self.evaluate(dataset)
-        return {
-            name.removeprefix("eval_"): value
-            for name, value in metrics.items()
-            if name.startswith(("eval_hr@", "eval_ndcg@", "eval_mrr"))
-        }
+        self.evaluate(dataset)
+        return self._latest_evaluation()

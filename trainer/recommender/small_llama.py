@@ -19,13 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    A byte-level BPE tokenizer with a chat template. A terminal shows how far its training is.
-
-    Args:
-        texts (`list[str]`): What to learn from: the catalogue's texts.
-        vocab_size (`int`): Largest vocabulary.
-    """
+    """A byte-level BPE tokenizer with a chat template. A terminal shows how far its training is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,23 +40,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def num_attention_heads(hidden_size: int) -> int:
-    """
-    One attention head per 64 of the width, and at least one.
-
-    Raises:
-        ValueError: If the heads' width would not be an even number, which rotary positions take.
-    """
+    """One attention head per 64 of the width, and at least one."""
     heads = max(hidden_size // 64, 1)
+    # Rotary positions take an even width of each head.
     if hidden_size % (2 * heads):
         raise ValueError(f"hidden_size {hidden_size} is no multiple of {2 * heads}; choose one, such as 64 or 128.")
     return heads
 
 
 def new_llama_config(
-    tokenizer: PreTrainedTokenizerFast,
-    hidden_size: int,
-    num_hidden_layers: int,
-    max_position_embeddings: int,
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_hidden_layers: int, max_position_embeddings: int
 ) -> LlamaConfig:
     """The configuration of a Llama that fits `tokenizer`, with one attention head per 64 of its width."""
     return LlamaConfig(

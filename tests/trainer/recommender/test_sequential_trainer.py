@@ -180,9 +180,9 @@ def test_the_caller_s_arguments_are_left_alone(tmp_path):
 
 def test_collators_keep_the_whole_history_for_masking():
     example = {"history": np.array([4, 5, 6], dtype=np.int32), "target": 9}
-    batch = HistoryCollator(2, [2], pad_to_multiple_of=1)([example])
+    batch = HistoryCollator(2, [2])([example])
     # The prompt before the items is the model's to add, once for all users.
-    assert batch["items"].tolist() == [[5, 6, 0]]
+    assert batch["items"].tolist() == [[5, 6, *[0] * 6]]
     assert batch["seen"].tolist() == [[4, 5, 6]]
     assert batch["target"].tolist() == [9]
     assert set(ItemCollator(2)([example])) == {"items", "seen", "target"}
