@@ -73,16 +73,13 @@ def _run(argv: list[str], show_traceback: bool) -> None:
         help=f"a recipe that comes with mmesid ({', '.join(packaged_recipes())}), or a YAML file: `output_dir`, and "
         "one section per stage; paths in it are relative to the directory you are in",
     )
-    parser.add_argument(
-        "--only", nargs="+", action="extend", metavar="STAGE", help="run only these sections of the recipe"
-    )
+    several: dict = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--only", metavar="STAGE", help="run only these sections of the recipe", **several)
     parser.add_argument(
         "--set",
-        nargs="+",
-        action="extend",
-        default=[],
         metavar="STAGE.KEY=VALUE",
         help="override a setting of the recipe, in every run of the stage; `output_dir=VALUE` moves the whole recipe",
+        **several,
     )
     arguments = parser.parse_args(argv)
     path = find_recipe(arguments.recipe)

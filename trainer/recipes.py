@@ -8,59 +8,45 @@ from typing import NamedTuple
 import yaml
 
 from .running.declarations import stage_settings
-from .running.files import read_yaml
+from .running.files import check_names, read_yaml
 
 
-RECIPES = "mmesid.recipes"
 # The encoders whose model a recipe's own stage writes, and those that are the usual ones of a modality.
 TRAINED_ENCODERS = {"sasrec": "sasrec", "dual_encoder": "encoder"}
 USUAL_ENCODERS = {"collaborative": "sasrec", "visual": "dual_encoder"}
 
 
 class Stage(NamedTuple):
-    """
-    Args:
-        help (`str`): What the stage reads, and what it makes of it.
-        writes (`str`, *optional*): The directory below a recipe's `output_dir` that it writes to.
-        read_as (`str`, *optional*): The setting by which later stages look for that directory.
-    """
+    """What the stage makes of what, the directory below a recipe's `output_dir` that it writes to, and the setting by
+    which later stages look for that directory."""
 
     help: str
     writes: str | None = None
     read_as: str | None = None
 
 
-def packaged_recipes() -> list[str]:
-    """The names of the recipes that are installed with the package."""
-    return sorted(Path(file.name).stem for file in resources.files(RECIPES).iterdir() if file.name.endswith(".yaml"))
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that are installed with the package, by name."""
+    files = sorted(Path(str(file)) for file in resources.files("mmesid.recipes").iterdir())
+    return {file.stem: file for file in files if file.suffix == ".yaml"}
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """
-    The file of a recipe: one that is installed with the package, by its bare name, or any, by its path.
-
-    Raises:
-        FileNotFoundError: If there is neither.
-    """
-    if name_or_path in packaged_recipes():
-        return Path(str(resources.files(RECIPES) / f"{name_or_path}.yaml"))
-    if not Path(name_or_path).is_file():
+    """The file of a recipe: one that is installed with the package, by its bare name, or any, by its path; raises
+    `FileNotFoundError` if there is neither."""
+    path = packaged_recipes().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
         raise FileNotFoundError(
             f"There is no recipe '{name_or_path}', neither a file below '{Path.cwd()}' nor one of those that come "
             f"with mmesid: {', '.join(packaged_recipes())}; correct the path or the name."
         )
-    return Path(name_or_path)
+    return path
 
 
 def read_recipe(path: Path, stages: Iterable[str], overrides: Iterable[str] = ()) -> dict:
     """
-    Reads a recipe and applies overrides.
-
-    Args:
-        path (`Path`): The YAML file.
-        stages (`Iterable[str]`): The names of the stages.
-        overrides (`Iterable[str]`, *optional*, defaults to `()`): Each `stage.key=value`, set in every run of the
-            stage, or `output_dir=value`; values are read as YAML.
+    Reads a recipe and applies overrides, each `stage.key=value`, set in every run of the stage, or `output_dir=value`;
+    values are read as YAML.
 
     Returns:
         `dict`: `output_dir`, and for every stage a list of its runs, each a dictionary of settings.
@@ -69,13 +55,11 @@ def read_recipe(path: Path, stages: Iterable[str], overrides: Iterable[str] = ()
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no recipe, or an override does not fit it.
     """
-    content = read_yaml(path, "recipe")
-    if not isinstance(content, dict):
+    recipe = read_yaml(path, "recipe")
+    if not isinstance(recipe, dict):
         raise ValueError(f"'{path}' is no recipe: it must map `output_dir` and the names of stages to their settings.")
-    recipe = {}
-    for name, section in content.items():
+    for name, section in recipe.items():
         if name == "output_dir":
-            recipe[name] = section
             continue
         if name not in stages:
             raise ValueError(
@@ -84,6 +68,7 @@ def read_recipe(path: Path, stages: Iterable[str], overrides: Iterable[str] = ()
         runs = section if isinstance(section, list) else [section or {}]
         if not all(isinstance(settings, dict) for settings in runs):
             raise ValueError(f"Section '{name}' of '{path}' must map settings to values, or list such mappings.")
+        # Copies: sections that YAML's anchors share are overridden apart.
         recipe[name] = [dict(settings) for settings in runs]
     for override in overrides:
         _override(recipe, path, override)
@@ -106,30 +91,27 @@ def _override(recipe: dict, path: Path, override: str) -> None:
     if target == "output_dir":
         recipe["output_dir"] = value
         return
-    if stage not in recipe:
-        raise ValueError(f"--set {override} names '{stage}', which is no section of '{path}'; correct the name.")
+    check_section(recipe, path, stage, f"--set {override}")
     for settings in recipe[stage]:
         settings[key] = value
 
 
+def check_section(recipe: dict, path: Path, stage: str, flag: str) -> None:
+    """Raises `ValueError` if the stage that a flag names has no section in the recipe."""
+    if stage not in recipe or stage == "output_dir":
+        raise ValueError(f"{flag} names '{stage}', which is no section of '{path}'; correct the name.")
+
+
 def plan(
-    path: Path, recipe: dict, stages: Mapping[str, Stage], only: list[str] | None = None
+    path: Path, recipe: dict, stages: Mapping[str, Stage], only: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict]]:
     """
-    The runs of a recipe in its order, directories filled in where it leaves them out.
+    The runs of a recipe, or of `only` these stages, in its order: the stage and its settings, directories filled in
+    where the recipe leaves them out.
 
     A stage writes to its directory below the recipe's `output_dir` (a relative `output_dir` of its own is below it
     too) and reads from those of the other stages; `evaluate` compares all models of the recipe, and `embed` reads the
     encoders that the recipe trains. A setting that is null is not passed on.
-
-    Args:
-        path (`Path`): The recipe's file, for messages.
-        recipe (`dict`): As [`read_recipe`] returns it.
-        stages (`Mapping[str, Stage]`): All stages, by name.
-        only (`list[str]`, *optional*): The stages wanted.
-
-    Yields:
-        `tuple[str, dict]`: The stage and its settings.
 
     Raises:
         ValueError: If a wanted stage has no section, or a section sets what its stage does not have.
@@ -139,20 +121,14 @@ def plan(
     def output_dir(stage: str, settings: dict) -> str:
         return str(root / (settings.get("output_dir") or stages[stage].writes or stage))
 
-    for stage in only or ():
-        if stage not in recipe or stage == "output_dir":
-            raise ValueError(f"--only names '{stage}', which is no section of '{path}'; correct the name.")
+    for stage in only:
+        check_section(recipe, path, stage, "--only")
     for stage, runs in recipe.items():
         if stage == "output_dir" or (only and stage not in only):
             continue
         names = stage_settings(stage)
         for settings in runs:
-            unknown = next((key for key in settings if key not in names), None)
-            if unknown is not None:
-                raise ValueError(
-                    f"Section '{stage}' of '{path}' sets '{unknown}', which the stage does not have; "
-                    f"see `mmesid {stage} --help`."
-                )
+            check_names(settings, names, f"Section '{stage}' of '{path}'", stage)
             filled: dict = {
                 one.read_as: str(root / str(one.writes)) for one in stages.values() if one.read_as in names
             }
@@ -161,8 +137,8 @@ def plan(
                 filled["model_dirs"] = [output_dir(*model) for model in ranking]
             if stage == "embed" and settings.get("from_file") is None:
                 encoder = settings.get("encoder") or USUAL_ENCODERS.get(settings.get("modality"))
-                trained = TRAINED_ENCODERS.get(str(encoder))
-                if trained is not None and trained in recipe:
+                trained = TRAINED_ENCODERS.get(str(encoder), "")
+                if trained in recipe:
                     filled["model_name_or_path"] = output_dir(trained, recipe[trained][0])
             filled |= settings
             if stages[stage].writes is not None:

@@ -61,7 +61,7 @@ def calls(monkeypatch):
     return SimpleNamespace(recorded=recorded, fail=fail)
 
 
-def planned(path, overrides=(), only=None):
+def planned(path, overrides=(), only=()):
     return list(plan(path, read_recipe(path, STAGES, overrides), STAGES, only))
 
 
@@ -108,7 +108,7 @@ def test_a_stage_that_is_started_as_a_module_says_the_same_sentence(tmp_path, ca
     with pytest.raises(SystemExit, match="2"):
         main(["push", *flags])
     sentence = capsys.readouterr().err
-    assert sentence.startswith(f"mmesid push: error: '{tmp_path / 'nowhere'}' has no record.json")
+    assert sentence.startswith(f"mmesid push: error: '{tmp_path / 'nowhere' / 'record.json'}' does not exist")
     monkeypatch.setattr(sys, "argv", ["push.py", *flags])
     with pytest.raises(SystemExit, match="2"), warnings.catch_warnings():
         # The module is imported already, and runs a second time as the script.

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from mmesid.hub_cards import require_links
 
-from .files import read_yaml, to_flags
+from .files import check_names, read_yaml, to_flags
 from .help import HELP_FLAGS, stage_help
 
 
@@ -231,7 +231,11 @@ def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None
         if action.nargs == "+" and not action.required:
             action.nargs = "*"
     if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = _flags_of_file(Path(argv[0]), {action.dest for action in parser._actions}, parser.prog) + argv[1:]
+        settings = read_yaml(Path(argv[0]), "file of settings") or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"'{argv[0]}' holds no settings; write `flag: value`, one per line.")
+        check_names(settings, {action.dest for action in parser._actions}, f"'{argv[0]}'", stage)
+        argv = to_flags(settings) + argv[1:]
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         numbers = value if isinstance(value, list) else [value]
@@ -247,16 +251,6 @@ def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None
         arguments.changed |= arguments.training.changed
     arguments.check()
     return arguments
-
-
-def _flags_of_file(path: Path, names: set[str], command: str) -> list[str]:
-    settings = read_yaml(path, "file of settings") or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"'{path}' holds no settings; write `flag: value`, one per line.")
-    unknown = next((name for name in settings if name not in names), None)
-    if unknown is not None:
-        raise ValueError(f"'{path}' sets '{unknown}', which the stage does not have; see `{command} --help`.")
-    return to_flags(settings)
 
 
 def _model_dataclass(arguments_class: type[CommandArguments]) -> type | None:
