@@ -191,6 +191,15 @@ class HubTrainerMixin:
         )
         save_record(directory, record)
 
+    def _latest_evaluation(self) -> dict[str, float]:
+        """The metrics of the last evaluation, without its timings."""
+        return {
+            name.removeprefix("eval_"): value
+            for entry in self.state.log_history
+            for name, value in entry.items()
+            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
+        }
+
     def _send(self, directory: Path, blocking: bool = True, **settings):
         """Uploads a directory like a stage's, now or in the background."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
