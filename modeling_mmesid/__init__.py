@@ -14,21 +14,19 @@ from .pipeline_mmesid import TASK, SequentialRecommendationPipeline
 from .processing_mmesid import MMESIDProcessor
 
 
-AutoConfig.register(SASRecConfig.model_type, SASRecConfig)
-AutoConfig.register(MMRQVAEConfig.model_type, MMRQVAEConfig)
-AutoConfig.register(MMESIDConfig.model_type, MMESIDConfig)
-AutoModel.register(SASRecConfig, SASRecForSequentialRecommendation)
-AutoModel.register(MMRQVAEConfig, MMRQVAEModel)
-AutoModel.register(MMESIDConfig, MMESIDForSequentialRecommendation)
-AutoProcessor.register(MMESIDConfig, MMESIDProcessor)
-PIPELINE_REGISTRY.register_pipeline(TASK, SequentialRecommendationPipeline, pt_model=AutoModel)
-
-# Saving writes the code beside the weights, for `trust_remote_code=True` where this package is not installed.
-for config_class in (SASRecConfig, MMRQVAEConfig, MMESIDConfig):
+for config_class, model_class in (
+    (SASRecConfig, SASRecForSequentialRecommendation),
+    (MMRQVAEConfig, MMRQVAEModel),
+    (MMESIDConfig, MMESIDForSequentialRecommendation),
+):
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModel.register(config_class, model_class)
+    # Saving writes the code beside the weights, for `trust_remote_code=True` where this package is not installed.
     config_class.register_for_auto_class("AutoConfig")
-for model_class in (SASRecForSequentialRecommendation, MMRQVAEModel, MMESIDForSequentialRecommendation):
     model_class.register_for_auto_class("AutoModel")
+AutoProcessor.register(MMESIDConfig, MMESIDProcessor)
 MMESIDProcessor.register_for_auto_class("AutoProcessor")
+PIPELINE_REGISTRY.register_pipeline(TASK, SequentialRecommendationPipeline, pt_model=AutoModel)
 
 __all__ = [
     "MMESIDConfig",

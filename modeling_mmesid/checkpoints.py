@@ -4,8 +4,9 @@ the files that belong to these weights."""
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -51,6 +52,14 @@ class CheckpointConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}; upgrade mmesid."
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def require(self, fits: Callable[[Any], bool], wanted: str, *names: str) -> None:
+        """Raises a `ValueError` that names the first of these settings whose value (of a list: one of its values) does
+        not fit."""
+        for name in names:
+            value = getattr(self, name)
+            if not all(map(fits, value if isinstance(value, (list, tuple)) else [value])):
+                raise ValueError(f"{name} is {value}; it must be {wanted}.")
 
 
 def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:

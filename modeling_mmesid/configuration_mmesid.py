@@ -12,10 +12,7 @@ from .checkpoints import CheckpointConfig
 
 # Where the code that travels with a checkpoint has its pipeline.
 CUSTOM_PIPELINES = {
-    "sequential-recommendation": {
-        "impl": "pipeline_mmesid.SequentialRecommendationPipeline",
-        "pt": ["AutoModel"],
-    }
+    "sequential-recommendation": {"impl": "pipeline_mmesid.SequentialRecommendationPipeline", "pt": ["AutoModel"]}
 }
 
 
@@ -90,10 +87,9 @@ class MMESIDConfig(CheckpointConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        self.modalities = [] if self.modalities is None else self.modalities
-        self.embedding_dims = [] if self.embedding_dims is None else self.embedding_dims
-        self.prompt_prefix_ids = [] if self.prompt_prefix_ids is None else self.prompt_prefix_ids
-        self.prompt_suffix_ids = [] if self.prompt_suffix_ids is None else self.prompt_suffix_ids
+        for name in ("modalities", "embedding_dims", "prompt_prefix_ids", "prompt_suffix_ids"):
+            if getattr(self, name) is None:
+                setattr(self, name, [])
         # The installed package has registered the task: `pipeline` must not ask for the checkpoint's own code.
         if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs.pop("custom_pipelines", None)
@@ -112,17 +108,11 @@ class MMESIDConfig(CheckpointConfig):
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the settings cannot form a model."""
-        for name in ("num_items", "max_history", "codebook_size", "codebook_dim", "fusion_hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("token_dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        for name in ("fusion_temperature", "item_token_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if self.num_quantizers < 0:
-            raise ValueError(f"num_quantizers is {self.num_quantizers}; it must be 0 or more.")
+        sizes = "num_items", "embedding_dims", "codebook_size", "codebook_dim", "fusion_hidden_size", "max_history"
+        self.require(lambda value: value >= 1, "at least 1", *sizes)
+        self.require(lambda value: value >= 0, "0 or more", "num_quantizers")
+        self.require(lambda value: 0 <= value < 1, "at least 0 and below 1", "token_dropout", "output_dropout")
+        self.require(lambda value: value > 0, "positive", "fusion_temperature", "item_token_scale")
         if len(self.modalities) != len(self.embedding_dims):
             raise ValueError(
                 f"modalities are {self.modalities} but embedding_dims are {self.embedding_dims}; give one width each."
@@ -131,11 +121,8 @@ class MMESIDConfig(CheckpointConfig):
             raise ValueError(
                 "modalities is empty and use_item_ids is false, which leaves nothing to tell items apart; set either."
             )
-        if len(set(self.modalities)) < len(self.modalities) or min(self.embedding_dims, default=1) < 1:
-            raise ValueError(
-                f"modalities are {self.modalities} of widths {self.embedding_dims}; name none twice, and give "
-                "positive widths."
-            )
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities are {self.modalities}; name none twice.")
 
 
 __all__ = ["MMESIDConfig"]

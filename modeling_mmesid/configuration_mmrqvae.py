@@ -117,20 +117,10 @@ class MMRQVAEConfig(CheckpointConfig):
                 f"`embedding_dims` must give one width for each of the modalities {list(self.modalities)}, "
                 f"got {list(self.embedding_dims)}."
             )
-        positive = {
-            "num_quantizers": self.num_quantizers,
-            "codebook_size": self.codebook_size,
-            "codebook_dim": self.codebook_dim,
-            "encoder_hidden_dims": min(self.encoder_hidden_dims, default=1),
-            "embedding_dims": min(self.embedding_dims),
-            "alignment_temperature": self.alignment_temperature,
-        }
-        for name, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
-        for name in ("distance_focus", "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        sizes = "num_quantizers", "codebook_size", "codebook_dim", "encoder_hidden_dims", "embedding_dims"
+        self.require(lambda value: value > 0, "positive", *sizes, "alignment_temperature")
+        weights = "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"
+        self.require(lambda value: value >= 0, "0 or more", *weights, "distance_focus")
         if len(self.sinkhorn_epsilons) != self.num_quantizers or min(self.sinkhorn_epsilons) < 0:
             raise ValueError(
                 f"`sinkhorn_epsilons` must give one number, 0 or more, for each of the {self.num_quantizers} levels, "

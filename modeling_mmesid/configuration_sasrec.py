@@ -50,14 +50,10 @@ class SASRecConfig(CheckpointConfig):
 
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the sizes cannot form a model."""
-        if self.num_items < 1:
-            raise ValueError(f"num_items is {self.num_items}; a catalogue has at least one item.")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_history"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        sizes = "num_items", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_history"
+        self.require(lambda value: value >= 1, "at least 1", *sizes)
+        dropouts = "embedding_dropout", "hidden_dropout", "attention_dropout"
+        self.require(lambda value: 0 <= value < 1, "at least 0 and below 1", *dropouts)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "

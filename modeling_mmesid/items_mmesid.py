@@ -1,7 +1,7 @@
 """What an item is to the recommender: embeddings and semantic IDs of its modalities, a free ID vector, and how the
 score weighs them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -120,11 +120,6 @@ class MMESIDFusion(nn.Module):
         self.hidden = nn.Linear(1, config.fusion_hidden_size)
         self.output = nn.Linear(config.fusion_hidden_size, num_sources)
 
-    @staticmethod
-    def log_range_of(frequencies: torch.Tensor) -> torch.Tensor:
-        """Smallest and largest log(1 + freq) of the items, `(2,)`, from frequencies by row."""
-        return torch.log1p(torch.stack(frequencies[1:].aminmax()).float())
-
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Weights of the given rows, `(items, sources)`, each row summing to one; a source that an item lacks in
         `present`, `(items, sources)` in bool, gets none."""
@@ -197,33 +192,34 @@ class MMESIDItems(nn.Module):
                 f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; give one value per row, "
                 "where row 0 is padding."
             )
-        embeddings, codes = embeddings or {}, codes or {}
-        present = self._masks(embeddings, present, rows)
-        for mask in present.values():
-            mask[0] = False
-        wanted = {"embeddings": (embeddings, True), "codes": (codes, config.num_quantizers > 0)}
-        if code_vectors is not None:
-            wanted["code_vectors"] = (code_vectors, config.num_quantizers > 0)
-        for kind, (tables, needed) in wanted.items():
-            names = config.modalities if needed else []
-            if sorted(tables) != sorted(names):
+        embeddings, codes, code_vectors = embeddings or {}, codes or {}, code_vectors or {}
+        names = sorted(config.modalities)
+        coded = names if config.num_quantizers else []
+        for kind, tables, expected in (
+            ("embeddings", embeddings, names),
+            ("codes", codes, coded),
+            ("code_vectors", code_vectors, coded if code_vectors else []),
+        ):
+            if sorted(tables) != expected:
                 raise ValueError(
-                    f"{kind} are given for {sorted(tables)}, but the configuration has {sorted(names)}; give one "
-                    "table for each."
+                    f"{kind} are given for {sorted(tables)}, but the configuration has {expected}; give one table for "
+                    "each."
                 )
-        shape = (config.num_quantizers, config.codebook_size, config.codebook_dim)
-        for name, vectors in (code_vectors or {}).items():
-            _check_table("code_vectors", name, vectors, shape)
-        for name, table in codes.items():
-            _check_codes(name, table, (rows, config.num_quantizers), config.codebook_size, present[name])
-        for name in config.modalities:
-            if not present[name].any():
+        present = self._masks(embeddings, present, rows)
+        for name, mask in present.items():
+            mask[0] = False
+            if not mask.any():
                 raise ValueError(f"No item has the modality '{name}'; leave it out of the configuration's modalities.")
+        for name, vectors in code_vectors.items():
+            _check_table("code_vectors", name, vectors, tuple(self.modalities[name].code_vectors.shape))
+        for name, table in codes.items():
+            _check_table("codes", name, table, (rows, config.num_quantizers), floating=False)
+            _check_codes(name, table, config.codebook_size, present[name].to(table.device))
         self.fusion.frequencies.copy_(frequencies)
-        self.fusion.log_range.copy_(self.fusion.log_range_of(frequencies))
+        self.fusion.log_range.copy_(torch.log1p(torch.stack(frequencies[1:].aminmax()).float()))
         for name, modality in self.modalities.items():
             modality.initialize(embeddings[name], present[name], codes.get(name))
-            if code_vectors is not None:
+            if code_vectors:
                 # As long as an ID vector, on average: one source must not drown the others before training.
                 modality.initialize_codes(code_vectors[name], config.initializer_range * config.hidden_size**0.5)
 
@@ -249,33 +245,27 @@ class MMESIDItems(nn.Module):
             raise ValueError(
                 f"New item {int(without[0])} has no modality at all, and without training nothing else can score it."
             )
-        codes = self._codes_of_new(embeddings, present, quantizer, count) if config.num_quantizers else {}
+        if config.num_quantizers:
+            self.check_quantizer(quantizer, embeddings)
         for name, modality in self.modalities.items():
-            table = embeddings.get(name, modality.embeddings.new_zeros(count, modality.embeddings.shape[1]))
-            modality.embeddings = torch.cat([modality.embeddings, table.to(modality.embeddings)])
+            table = embeddings.get(name, torch.zeros(count, modality.embeddings.shape[1]))
             has = present.get(name, torch.zeros(count, dtype=torch.bool))
-            modality.present = torch.cat([modality.present, has.to(modality.present.device)])
             if config.num_quantizers:
-                modality.codes = torch.cat([modality.codes, codes[name].to(modality.codes.device)])
-        frequencies = self.fusion.frequencies
-        self.fusion.frequencies = torch.cat([frequencies, frequencies.new_zeros(count)])
-        self.has_id = torch.cat([self.has_id, self.has_id.new_zeros(count)])
-        self.removed = torch.cat([self.removed, self.removed.new_zeros(count)])
+                codes = modality.codes.new_zeros(count, config.num_quantizers)
+                if has.any():
+                    found = quantizer.encode({name: table[has].to(quantizer.device)}).codes[name]
+                    codes[has.to(codes.device)] = found.to(codes)
+                modality.codes = torch.cat([modality.codes, codes])
+            modality.embeddings = torch.cat([modality.embeddings, table.to(modality.embeddings)])
+            modality.present = torch.cat([modality.present, has.to(modality.present)])
+        self.fusion.frequencies = nn.functional.pad(self.fusion.frequencies, (0, count))
+        self.has_id = nn.functional.pad(self.has_id, (0, count))
+        self.removed = nn.functional.pad(self.removed, (0, count))
         self.id_embeddings = _with_zero_rows(self.id_embeddings, count)
         self.token_id_embeddings = _with_zero_rows(self.token_id_embeddings, count)
         first = config.num_items + 1
         config.num_items += count
         return list(range(first, first + count))
-
-    @torch.no_grad()
-    def remove(self, rows: Sequence[int]) -> None:
-        """Marks items as never to be recommended, see [`MMESIDForSequentialRecommendation.remove_items`]."""
-        wrong = next((row for row in rows if not 1 <= row <= self.config.num_items), None)
-        if wrong is not None:
-            raise ValueError(
-                f"Row {wrong} is outside 1..{self.config.num_items}; use the processor to turn item ids into rows."
-            )
-        self.removed[list(rows)] = True
 
     def _masks(
         self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None, rows: int
@@ -296,38 +286,19 @@ class MMESIDItems(nn.Module):
             masks[name] = mask
         return masks
 
-    def _codes_of_new(
-        self,
-        embeddings: dict[str, torch.Tensor],
-        present: dict[str, torch.Tensor],
-        quantizer: MMRQVAEModel | None,
-        count: int,
-    ) -> dict[str, torch.Tensor]:
-        """Codes of new items for each modality, `(new_items, levels)`, 0 where an item lacks the modality."""
-        config = self.config
-        shape = (config.num_quantizers, config.codebook_size)
+    @torch.no_grad()
+    def check_quantizer(self, quantizer: MMRQVAEModel | None, modalities: Iterable[str]) -> None:
+        """
+        Raises a `ValueError` unless the quantizer made the items' codes: those of another training mean other things.
+        Known items tell: the right one gives most of their codes again (an ID that was moved to be unique differs, or
+        one that rounded embeddings no longer decide).
+        """
+        shape = (self.config.num_quantizers, self.config.codebook_size)
         if quantizer is None or (quantizer.config.num_quantizers, quantizer.config.codebook_size) != shape:
             raise ValueError(
                 f"The model's items have {shape[0]} codes of {shape[1]}; give the quantizer that made them as "
                 "`quantizer`."
             )
-        self.check_quantizer(quantizer, embeddings)
-        codes = {name: torch.zeros(count, config.num_quantizers, dtype=torch.long) for name in config.modalities}
-        for name, has in present.items():
-            if has.any():
-                found = quantizer.encode({name: embeddings[name][has].to(quantizer.device)}).codes[name]
-                codes[name][has.cpu()] = found.long().cpu()
-        return codes
-
-    @torch.no_grad()
-    def check_quantizer(self, quantizer: MMRQVAEModel, modalities: Iterable[str]) -> None:
-        """
-        Codes of another training mean other things. Those of known items tell: the quantizer that made them gives most
-        again (an ID that was moved to be unique differs, or one that rounded embeddings no longer decide).
-
-        Raises:
-            ValueError: If the quantizer is not the one that made the items' codes.
-        """
         for name in modalities:
             known = self.modalities[name]
             rows = known.present.nonzero()[:QUANTIZER_PROBES, 0]
@@ -409,11 +380,12 @@ class MMESIDItems(nn.Module):
         return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
 
 
-def _check_table(kind: str, name: str, table: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if not table.is_floating_point() or table.shape != shape:
+def _check_table(kind: str, name: str, table: torch.Tensor, shape: tuple[int, ...], floating: bool = True) -> None:
+    if table.dtype == torch.bool or table.is_floating_point() != floating or table.shape != shape:
+        numbers = "floating-point numbers" if floating else "integers"
         raise ValueError(
-            f"The {kind} of '{name}' are {table.dtype} of shape {tuple(table.shape)}, where floating-point numbers of "
-            f"shape {shape} are expected; make the table from the same items and the same encoder as the model's."
+            f"The {kind} of '{name}' are {table.dtype} of shape {tuple(table.shape)}, where {numbers} of shape "
+            f"{shape} are expected; make the table from the same items, encoder and quantizer as the model's."
         )
     finite = torch.isfinite(table).flatten(1).all(-1)
     if not finite.all():
@@ -422,15 +394,8 @@ def _check_table(kind: str, name: str, table: torch.Tensor, shape: tuple[int, ..
         )
 
 
-def _check_codes(
-    name: str, codes: torch.Tensor, shape: tuple[int, int], codebook_size: int, present: torch.Tensor
-) -> None:
-    if codes.is_floating_point() or codes.dtype == torch.bool or codes.shape != shape:
-        raise ValueError(
-            f"The codes of '{name}' are {codes.dtype} of shape {tuple(codes.shape)}, where integers of shape {shape} "
-            "are expected; take them from the quantizer that the configuration describes."
-        )
-    wrong = ((codes < 0) & present[:, None].to(codes.device)) | (codes >= codebook_size)
+def _check_codes(name: str, codes: torch.Tensor, codebook_size: int, present: torch.Tensor) -> None:
+    wrong = ((codes < 0) & present[:, None]) | (codes >= codebook_size)
     if wrong.any():
         row = int(wrong.any(-1).nonzero()[0])
         raise ValueError(
@@ -443,5 +408,5 @@ def _with_zero_rows(table: nn.Embedding | None, count: int) -> nn.Embedding | No
     """An embedding with `count` rows of zeros behind its own."""
     if table is None:
         return None
-    weight = torch.cat([table.weight, table.weight.new_zeros(count, table.weight.shape[1])])
+    weight = nn.functional.pad(table.weight, (0, 0, 0, count))
     return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0)

@@ -36,14 +36,9 @@ def catalogue_cross_entropy(
     the kernels of `cut-cross-entropy` or `liger-kernel` do the same if they are installed ([`fused_kernel`] says
     when).
 
-    Args:
-        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one per target.
-        table (`torch.Tensor` of shape `(items + 1, hidden)`): Item vectors; row 0 is padding and takes no part.
-        targets (`torch.LongTensor` of shape `(targets,)`): Rows of the target items, from 1 to N.
-        logits_per_tile (`int`, *optional*, defaults to `LOGITS_PER_TILE`): Logits held at a time.
-
-    Returns:
-        `torch.Tensor`: The scalar loss in float32; zero, with zero gradients, if there is no target.
+    `hidden` are user representations `(targets, hidden)`, `table` item vectors `(items + 1, hidden)` with padding in
+    row 0, `targets` rows of items `(targets,)`, from 1 to N. The result is a scalar in float32; zero, with zero
+    gradients, if there is no target.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -76,12 +71,7 @@ def fused_kernel(
     return None
 
 
-def fused_cross_entropy(
-    kernel: Literal["cut-cross-entropy", "liger-kernel"],
-    hidden: torch.Tensor,
-    table: torch.Tensor,
-    targets: torch.Tensor,
-) -> torch.Tensor:
+def fused_cross_entropy(kernel: str, hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[`catalogue_cross_entropy`] by a fused kernel. To the kernels there is no padding: they get the table without
     it, and classes from 0."""
     if kernel == "cut-cross-entropy":
@@ -103,18 +93,10 @@ def sampled_cross_entropy(
     drawn (logQ correction; importance sampling of [Bengio and Senécal,
     2008](https://doi.org/10.1109/TNN.2007.912312)). It tends to [`catalogue_cross_entropy`] as n grows.
 
-    Args:
-        hidden (`torch.Tensor` of shape `(targets, hidden)`): User representations, one per target.
-        target_vectors (`torch.Tensor` of shape `(targets, hidden)`): Vectors of the target items.
-        candidate_vectors (`torch.Tensor` of shape `(candidates, hidden)`): Vectors of the sampled items, with
-            repetitions as drawn.
-        candidate_log_counts (`torch.Tensor` of shape `(candidates,)`): log(n q_j), the logarithm of how often item j
-            is expected among n draws.
-        is_target (`torch.BoolTensor` of shape `(targets, candidates)`): Where a candidate is the target itself, which
-            counts once and exactly.
-
-    Returns:
-        `torch.Tensor`: The scalar loss in float32; zero if there is no target.
+    `hidden` and `target_vectors` are `(targets, hidden)`, `candidate_vectors` `(candidates, hidden)`, with repetitions
+    as drawn; `candidate_log_counts` `(candidates,)` are log(n q_j), the logarithm of how often an item is expected
+    among the draws. `is_target`, `(targets, candidates)` in bool, says where a candidate is the target itself, which
+    counts once and exactly. The result is a scalar in float32; zero if there is no target.
     """
     target_logits = (hidden * target_vectors).sum(-1, dtype=torch.float32)
     logits = (hidden @ candidate_vectors.T).float() - candidate_log_counts
@@ -127,22 +109,19 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, table, targets, logits_per_tile, with_gradient):
         rows, num_items = hidden.shape[0], table.shape[0] - 1
-        items_step = (
-            num_items
-            if num_items * MINIMUM_TILE_ROWS <= logits_per_tile
-            else max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
-        )
+        items_step = min(max(logits_per_tile // MINIMUM_TILE_ROWS, 1), num_items)
         rows_step = max(logits_per_tile // items_step, 1)
-        needs_gradient = with_gradient and any(ctx.needs_input_grad)
         items = table[1:]
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
-        grad_table = torch.zeros_like(table, dtype=torch.float32) if needs_gradient else None
+        tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
+        needs_gradient = with_gradient and any(ctx.needs_input_grad)
+        if needs_gradient:
+            gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (hidden, table)]
+            grad_hidden, grad_items = gradients[0], gradients[1][1:]
         buffer = torch.empty(min(rows_step, rows) * items_step, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, rows_step):
             block = slice(start, min(start + rows_step, rows))
             users, answers = hidden[block], targets[block] - 1
-            tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
             target_logits = (users.float() * items[answers].float()).sum(-1)
             log_normaliser = torch.full_like(target_logits, -torch.inf)
             for tile in tiles:
@@ -163,15 +142,15 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
                 probabilities = probabilities.to(hidden.dtype)
                 if hidden.dtype == torch.float32:
                     grad_hidden[block].addmm_(probabilities, items[tile])
-                    grad_table[1:][tile].addmm_(probabilities.T, users)
+                    grad_items[tile].addmm_(probabilities.T, users)
                 else:
                     grad_hidden[block] += probabilities @ items[tile]
-                    grad_table[1:][tile] += probabilities.T @ users
+                    grad_items[tile] += probabilities.T @ users
         scale = 1.0 / max(rows, 1)
         if needs_gradient:
             # Not saved as tensors are, but handed over: the backward pass scales them in place, for a second table of
             # a large catalogue would double what training holds.
-            ctx.gradients = grad_hidden.mul_(scale), grad_table.mul_(scale)
+            ctx.gradients = [gradient.mul_(scale) for gradient in gradients]
             ctx.dtypes = hidden.dtype, table.dtype
         return loss * scale
 
@@ -180,14 +159,9 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss have been used; compute the loss again.")
-        (grad_hidden, grad_table), ctx.gradients = ctx.gradients, None
-        return (
-            grad_hidden.mul_(grad_output).to(ctx.dtypes[0]),
-            grad_table.mul_(grad_output).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [gradient.mul_(grad_output).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
+        return *scaled, None, None, None
 
 
 def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

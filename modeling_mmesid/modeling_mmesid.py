@@ -1,7 +1,7 @@
 """The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner
 product."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
@@ -19,13 +19,7 @@ from .items_mmesid import MMESIDFusion, MMESIDItems, MMESIDModality
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
-from .recommendation import RecommendationMixin, SequentialRecommendationOutput
-
-
-def tensor_versions(module: nn.Module) -> list[tuple]:
-    """Equal as long as no tensor of the module has changed: every write, by an optimizer or by loading, raises a
-    tensor's version."""
-    return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
+from .recommendation import RecommendationMixin, SequentialRecommendationOutput, require_rows
 
 
 class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
@@ -38,6 +32,8 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     accepts_loss_kwargs = False
     # What `quantization_config` leaves alone: only the backbone is large, and some of these layers have two outputs.
     _keep_in_fp32_modules = ["items", "model.items"]
+    # What `kept_until_changed` gave last, and the state of what it was made of.
+    _kept: tuple | None = None
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
         # The list above would also turn the codes and masks of a checkpoint that is loaded in fp16 into floats.
@@ -64,6 +60,26 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
             init.ones_(module.has_id)
             init.zeros_(module.removed)
 
+    def kept_until_changed(self, compute: Callable, module: nn.Module, *settings):
+        """
+        The result of `compute`, which reads a module and settings. Without gradients it is computed again only after
+        one of these has changed: every write to a tensor, by an optimizer or by loading, raises its version.
+        """
+        if torch.is_grad_enabled() or self.training:
+            return compute()
+        tensors = (*module.parameters(), *module.buffers())
+        versions = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape) for tensor in tensors]
+        state = settings, versions, torch.is_autocast_enabled(self.device.type)
+        if self._kept is None or self._kept[1] != state:
+            self._kept = compute(), state
+        return self._kept[0]
+
+    def train(self, mode: bool = True):
+        if mode:
+            # Not to be held beside gradients and optimizer states.
+            self._kept = None
+        return super().train(mode)
+
 
 class MMESIDModel(MMESIDPreTrainedModel):
     """
@@ -78,7 +94,6 @@ class MMESIDModel(MMESIDPreTrainedModel):
 
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self._prompt_cache: Cache | None = None
         self.items = MMESIDItems(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.backbone = AutoModel.from_config(deepcopy(config.backbone_config)) if backbone is None else backbone
@@ -94,12 +109,6 @@ class MMESIDModel(MMESIDPreTrainedModel):
             trained = {name for name, parameter in self.backbone.named_parameters() if parameter.requires_grad}
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
         self.post_init()
-
-    def train(self, mode: bool = True):
-        if mode:
-            # Not to be kept beside gradients and optimizer states.
-            self._prompt_cache = None
-        return super().train(mode)
 
     def forward(
         self,
@@ -141,18 +150,19 @@ class MMESIDModel(MMESIDPreTrainedModel):
             # Recomputed layers keep no keys and values: the prompt stands in every row.
             prompt = self._prompt_embeddings().expand(len(items), -1, -1)
             inputs_embeds = torch.cat([prompt, inputs_embeds], dim=1)
-            position_ids, shared_length, segment_ids = prepend_prompt(
-                prompt_length, position_ids, shared_length, segment_ids
-            )
+            if segment_ids is not None:
+                packing = position_ids, shared_length, segment_ids
+                position_ids, shared_length, segment_ids = prepend_prompt(prompt_length, *packing)
             prompt_length, skipped = 0, prompt_length
         elif prompt_length:
-            past_key_values = self._prompt_cache_for(len(items))
+            past_key_values = self._prompt_cache(len(items))
         # Padding is on the right, where no causal query looks: a sequence that is not packed needs no mask.
+        mask = None
+        if segment_ids is not None:
+            mask = self._packed_mask(shared_length, segment_ids, prompt_length, words.dtype)
         output = self.backbone(
             inputs_embeds=inputs_embeds,
-            attention_mask=None
-            if segment_ids is None
-            else self._packed_mask(shared_length, segment_ids, prompt_length, words.dtype),
+            attention_mask=mask,
             position_ids=None if position_ids is None else position_ids + prompt_length,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
@@ -181,25 +191,16 @@ class MMESIDModel(MMESIDPreTrainedModel):
         prefix = torch.tensor([self.config.prompt_prefix_ids], device=self.device)
         return self.backbone.get_input_embeddings()(prefix)
 
-    def _prompt_states(self) -> Cache:
-        """Keys and values of the prompt before the items, for one user."""
-        return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True).past_key_values
+    def _prompt_cache(self, batch_size: int) -> Cache:
+        """Keys and values of the prompt before the items, for `batch_size` users."""
 
-    def _prompt_cache_for(self, batch_size: int) -> Cache:
-        """The same for `batch_size` users; without gradients it is computed again only after the backbone has
-        changed."""
-        if torch.is_grad_enabled() or self.training:
-            cache = self._prompt_states()
-        else:
-            state = (
-                tuple(self.config.prompt_prefix_ids),
-                tensor_versions(self.backbone),
-                torch.is_autocast_enabled(self.device.type),
-            )
-            if self._prompt_cache is None or self._prompt_cache_state != state:
-                self._prompt_cache, self._prompt_cache_state = self._prompt_states(), state
-            # A copy: the backbone appends to what it is given.
-            cache = deepcopy(self._prompt_cache)
+        def compute() -> Cache:
+            return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True).past_key_values
+
+        cache = self.kept_until_changed(compute, self.backbone, tuple(self.config.prompt_prefix_ids))
+        if not torch.is_grad_enabled():
+            # A copy, for the backbone appends to what it is given.
+            cache = deepcopy(cache)
         cache.batch_repeat_interleave(batch_size)
         return cache
 
@@ -225,7 +226,6 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
 
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self._item_table: torch.Tensor | None = None
         self.model = MMESIDModel(config, backbone)
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.post_init()
@@ -268,7 +268,6 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             ValueError: If an embedding does not fit, an item has no modality at all, or the quantizer is missing or
             gives the model's own items other codes than they have.
         """
-        self._item_table = None
         return self.model.items.extend(embeddings, present, quantizer)
 
     def remove_items(self, rows: Sequence[int]) -> None:
@@ -279,7 +278,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         Raises:
             ValueError: If a row is outside the catalogue.
         """
-        self.model.items.remove(rows)
+        require_rows("rows", rows, self.config.num_items)
+        self.model.items.removed[list(rows)] = True
 
     @property
     def removed_items(self) -> torch.Tensor:
@@ -291,21 +291,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         The fused table of shape `(items + 1, hidden)`, t_i = S (g_{i,0} w_i + sum_m g_{i,m} (...)) over S sources: the
         score of item i is its inner product with the user representation. Row 0 is padding and zero.
 
-        Without gradients the table of the last call is returned as long as nothing that it is made of has changed; do
-        not write to it.
+        Do not write to it: in evaluation without gradients the same tensor is given until the items change.
         """
-        if torch.is_grad_enabled():
-            return self.model.items.table()
-        state = tensor_versions(self.model.items), torch.is_autocast_enabled(self.device.type)
-        if self._item_table is None or self._item_table_state != state:
-            self._item_table, self._item_table_state = self.model.items.table(), state
-        return self._item_table
-
-    def train(self, mode: bool = True):
-        if mode:
-            # Not to be kept beside gradients and optimizer states.
-            self._item_table = None
-        return super().train(mode)
+        return self.kept_until_changed(self.model.items.table, self.model.items)
 
     def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -319,12 +307,10 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             `dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`: for each source, `"id"` (the paper's score
             head) and the modalities; their sum is the score.
         """
-        rows, sources = items.flatten(), self.model.items
-        weighted = sources.weights(rows)[..., None] * sources.sources(rows)  # (batch * top_k, sources, hidden)
-        contributions = torch.einsum(
-            "bh,bksh->bks", user_embeddings.to(weighted.dtype), weighted.unflatten(0, items.shape)
-        )
-        return dict(zip(sources.source_names, contributions.unbind(-1), strict=True))
+        rows, own = items.flatten(), self.model.items
+        weighted = (own.weights(rows)[..., None] * own.sources(rows)).unflatten(0, items.shape)
+        contributions = torch.einsum("bh,bksh->bks", user_embeddings.to(weighted.dtype), weighted)
+        return dict(zip(own.source_names, contributions.unbind(-1), strict=True))
 
     def forward(
         self,
@@ -354,9 +340,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         """
         if labels is None:
             states = self.model(input_ids, items, None, position_ids, shared_length, segment_ids).last_hidden_state
-            return SequentialRecommendationOutput(
-                user_embeddings=states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-            )
+            users = torch.arange(len(lengths), device=lengths.device)
+            return SequentialRecommendationOutput(user_embeddings=states[users, lengths - 1])
         targets = labels[labels != -100]  # (targets,)
         if candidates is None:
             table, index = self.item_table(), items

@@ -134,18 +134,15 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         """
         hidden_states = self.model(items)
         if labels is None:
-            last = (items != 0).sum(-1) - 1
-            return SequentialRecommendationOutput(
-                user_embeddings=hidden_states[torch.arange(len(items), device=items.device), last]
-            )
+            users, last = torch.arange(len(items), device=items.device), (items != 0).sum(-1) - 1
+            return SequentialRecommendationOutput(user_embeddings=hidden_states[users, last])
         wanted = labels != -100
         user_embeddings = hidden_states[wanted]
         loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels[wanted])
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a
-        history."""
+        """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a history."""
         latest = [history[-self.config.max_history :] for history in histories]
         return self(items=pad_histories(latest, self.device)).user_embeddings
 

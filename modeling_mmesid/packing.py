@@ -1,11 +1,12 @@
 """Histories as model inputs: all prefixes of a user in one sequence, or the whole history alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils.rnn import pad_sequence
 
 
 def pack_histories(
@@ -25,15 +26,10 @@ def pack_histories(
     per prefix, at a fraction of the cost (section 2.5 of the method). With no closing tokens the items themselves
     answer: the ordinary next-item objective.
 
-    Args:
-        histories (`list` of `batch` integer sequences): Item rows, oldest first, none empty.
-        suffix_ids (`list[int]`): Closing prompt tokens after the items; the last one's state represents the user.
-        targets (`list` of `batch` integer sequences, *optional*): Row of the item that follows each position, as long
-            as the history; -100 where nothing is to be predicted.
-        pad_to_multiple_of (`int`, *optional*, defaults to `1`): Padded length is a multiple of this: fewer shapes mean
-            fewer kernels to build and less memory in pieces.
-        packed (`bool`, *optional*, defaults to `True`): `False` gives each prefix with a target a row of its own, for
-            backbones whose attention cannot take the mask of packed sequences.
+    `histories` are `batch` sequences of item rows, oldest first, none empty; `targets`, as long as these, hold -100
+    where nothing is to be predicted. The padded length is a multiple of `pad_to_multiple_of`: fewer shapes mean fewer
+    kernels to build and less memory in pieces. `packed=False` gives each prefix with a target a row of its own, for
+    backbones whose attention cannot take the mask of packed sequences.
 
     Returns:
         `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
@@ -53,35 +49,30 @@ def pack_histories(
         return _one_prefix_per_row(histories, targets, suffix_ids, pad_to_multiple_of)
     rows = []
     for index, history in enumerate(histories):
-        history = np.asarray(history, dtype=np.int64)
-        length = len(history)
-        row = {"input_ids": np.zeros(length, np.int64), "items": history}
-        if targets is None:
-            _append(row, input_ids=suffix, items=np.zeros_like(suffix))
-            rows.append(row)
-            continue
-        following = np.asarray(targets[index], dtype=np.int64)
-        row["labels"] = following
-        if len(suffix):
-            positions = np.flatnonzero(following != -100)
-            copies, seen = len(positions), positions + 1
-            row["labels"] = np.full(length + copies * len(suffix), -100)
-            row["labels"][length + len(suffix) - 1 :: len(suffix)] = following[positions]
-            row["shared_length"] = np.concatenate([np.arange(1, length + 1), np.repeat(seen, len(suffix))])
-            row["segment_ids"] = np.repeat(np.arange(copies + 1), [length] + copies * [len(suffix)])
-            row["position_ids"] = np.concatenate([np.arange(length), (seen[:, None] + np.arange(len(suffix))).ravel()])
-            _append(row, input_ids=np.tile(suffix, copies), items=np.zeros(copies * len(suffix), np.int64))
+        length, copies, row = len(history), 1, {}
+        if targets is not None:
+            following = np.asarray(targets[index], dtype=np.int64)
+            answered = np.flatnonzero(following != -100)
+            copies, seen = len(answered), answered + 1
+            row["labels"] = following
+            if len(suffix):
+                row["labels"] = np.full(length + copies * len(suffix), -100)
+                row["labels"][length + len(suffix) - 1 :: len(suffix)] = following[answered]
+                positions = (seen[:, None] + np.arange(len(suffix))).ravel()
+                row["position_ids"] = np.concatenate([np.arange(length), positions])
+                row["shared_length"] = np.concatenate([np.arange(1, length + 1), np.repeat(seen, len(suffix))])
+                row["segment_ids"] = np.repeat(np.arange(copies + 1), [length] + copies * [len(suffix)])
+        closing = np.tile(suffix, copies)
+        row["input_ids"] = np.concatenate([np.zeros(length, np.int64), closing])
+        row["items"] = np.concatenate([np.asarray(history, dtype=np.int64), np.zeros_like(closing)])
         rows.append(row)
-    lengths = [len(row["input_ids"]) for row in rows]
-    padded = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
     batch = {}
     for name in rows[0]:
-        values = np.full((len(rows), padded), {"labels": -100, "segment_ids": -1}.get(name, 0), dtype=np.int64)
-        for row, length, target_row in zip(rows, lengths, values, strict=True):
-            target_row[:length] = row[name]
-        batch[name] = torch.from_numpy(values)
+        padding = {"labels": -100, "segment_ids": -1}.get(name, 0)
+        values = pad_sequence([torch.from_numpy(row[name]) for row in rows], batch_first=True, padding_value=padding)
+        batch[name] = nn.functional.pad(values, (0, -values.shape[1] % pad_to_multiple_of), value=padding)
     if targets is None:
-        batch["lengths"] = torch.tensor(lengths)
+        batch["lengths"] = torch.tensor([len(row["items"]) for row in rows])
     return batch
 
 
@@ -98,20 +89,11 @@ def _one_prefix_per_row(histories, targets, suffix_ids, pad_to_multiple_of) -> d
     return batch
 
 
-def _append(row: dict[str, np.ndarray], **parts: np.ndarray) -> None:
-    for name, part in parts.items():
-        row[name] = np.concatenate([row[name], part])
-
-
 def prepend_prompt(
-    count: int,
-    position_ids: torch.Tensor | None,
-    shared_length: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """What [`pack_histories`] says of a packed sequence (`None` of any other), with `count` prompt tokens in front."""
-    if segment_ids is None:
-        return None, None, None
+    count: int, position_ids: torch.Tensor, shared_length: torch.Tensor, segment_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What [`pack_histories`] says of a packed sequence, `(batch, count + length)` each, with `count` prompt tokens in
+    front."""
     prompt = torch.arange(count, device=segment_ids.device).expand(len(segment_ids), count)
     return (
         torch.cat([prompt, position_ids + count], dim=1),
@@ -120,34 +102,37 @@ def prepend_prompt(
     )
 
 
-def packed_attention_mask(
-    shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int = 0
-) -> torch.Tensor:
+def _visibility(shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int) -> Callable:
     """
-    Who sees whom in a packed sequence, `(batch, 1, length, prompt_length + length)` in bool: a query (third axis) sees
-    the `prompt_length` keys before the sequence, the first `shared_length` positions, and in its own segment what is
-    not behind it. Padding sees itself, so that no row is empty.
+    Who sees whom in a packed sequence, as FlexAttention asks: a query sees the `prompt_length` keys before the
+    sequence, the first `shared_length` positions, and in its own segment what is not behind it. Padding sees itself,
+    so that no row is empty.
     """
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    behind = index[None, :, None] >= index[None, None, :]
-    shared = (segment_ids[:, None, :] == 0) & (index[None, None, :] < shared_length[:, :, None])
-    own = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0) & behind
-    return nn.functional.pad(shared | own, (prompt_length, 0), value=True)[:, None]
-
-
-def packed_block_mask(shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int = 0) -> BlockMask:
-    """The same as [`packed_attention_mask`] for FlexAttention, which skips the blocks that nobody sees."""
 
     def visible(batch, head, query, key):
         # For a key in the prompt, row 0 of the sequence is looked up, and not used.
         place = torch.clamp(key - prompt_length, min=0)
-        shared = (segment_ids[batch, place] == 0) & (place < shared_length[batch, query])
-        own = (
-            (segment_ids[batch, query] == segment_ids[batch, place])
-            & (segment_ids[batch, query] != 0)
-            & (query >= place)
-        )
+        segment = segment_ids[batch, place]
+        shared = (segment == 0) & (place < shared_length[batch, query])
+        own = (segment == segment_ids[batch, query]) & (segment != 0) & (query >= place)
         return (key < prompt_length) | shared | own
 
+    return visible
+
+
+def packed_attention_mask(
+    shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int = 0
+) -> torch.Tensor:
+    """Which key (fourth axis) each query (third axis) sees, `(batch, 1, length, prompt_length + length)` in bool."""
+    device, (batch, length) = segment_ids.device, segment_ids.shape
+    users = torch.arange(batch, device=device)[:, None, None]
+    queries = torch.arange(length, device=device)[:, None]
+    keys = torch.arange(prompt_length + length, device=device)
+    return _visibility(shared_length, segment_ids, prompt_length)(users, None, queries, keys)[:, None]
+
+
+def packed_block_mask(shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int = 0) -> BlockMask:
+    """The same as [`packed_attention_mask`] for FlexAttention, which skips the blocks that nobody sees."""
+    visible = _visibility(shared_length, segment_ids, prompt_length)
     batch, length = segment_ids.shape
     return create_block_mask(visible, batch, None, length, prompt_length + length, device=segment_ids.device)

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 SYSTEM_PROMPT = "You are a helpful AI assistant for recommendations"
 USER_PROMPT = "Given the user's purchase history, predict next possible item to be purchased. {items}"
+# Stands for the items while a chat template is rendered; any text that no prompt holds.
+_SLOT = "\u241fitems\u241f"
 
 
 class MMESIDProcessor(ProcessorMixin):
@@ -38,16 +40,12 @@ class MMESIDProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
-        self.item_ids = list(item_ids)
-        self.titles = None if titles is None else list(titles)
+        self.item_ids: list[str] = []
+        self.titles: list[str] | None = None if titles is None else []
         self.system_prompt = system_prompt
         self.user_prompt = user_prompt
-        self._rows = {item_id: row for row, item_id in enumerate(self.item_ids, start=1)}
-        if len(self._rows) != len(self.item_ids):
-            repeated = next(
-                item_id for row, item_id in enumerate(self.item_ids, start=1) if self._rows[item_id] != row
-            )
-            raise ValueError(f"Item id '{repeated}' occurs more than once; ids must be unique.")
+        self._rows: dict[str, int] = {}
+        self.add_items(item_ids, titles)
         require_items_place(user_prompt)
 
     def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
@@ -55,7 +53,7 @@ class MMESIDProcessor(ProcessorMixin):
         Histories of raw item ids (oldest first) as rows, ready for `recommend`.
 
         Raises:
-            ValueError: If a history is empty or holds an unknown id; the sentence names the history and the id.
+            ValueError: If a history is empty or holds an unknown id.
         """
         rows = []
         for index, history in enumerate(histories):
@@ -68,38 +66,33 @@ class MMESIDProcessor(ProcessorMixin):
 
     def add_items(self, item_ids: Sequence[str], titles: Sequence[str] | None = None) -> list[int]:
         """
-        Names items that were added to the model, in the order of
-        [`~MMESIDForSequentialRecommendation.add_items`].
-
-        Returns:
-            `list[int]`: Their rows.
+        Names items that were added to the model, in the order of [`~MMESIDForSequentialRecommendation.add_items`], and
+        returns their rows.
 
         Raises:
             ValueError: If an id is already in the catalogue, or titles are missing where the others have them.
         """
-        repeated = next((item_id for item_id in item_ids if item_id in self._rows), None)
-        if repeated is not None or len(set(item_ids)) < len(item_ids):
-            raise ValueError(f"Item id '{repeated or max(item_ids, key=list(item_ids).count)}' occurs more than once.")
-        if (titles is None) != (self.titles is None) or (titles is not None and len(titles) != len(item_ids)):
-            raise ValueError("Give one title for each new item if the other items have titles, and none if not.")
         first = len(self.item_ids) + 1
+        rows = {item_id: row for row, item_id in enumerate(item_ids, start=first)}
+        for row, item_id in enumerate(item_ids, start=first):
+            if item_id in self._rows or rows[item_id] != row:
+                raise ValueError(f"Item id '{item_id}' occurs more than once; ids must be unique.")
+        if (titles is None) != (self.titles is None) or (titles is not None and len(titles) != len(item_ids)):
+            raise ValueError("Give one title for each item if the other items have titles, and none if not.")
         self.item_ids += item_ids
-        if titles is not None:
+        if self.titles is not None:
             self.titles += titles
-        self._rows |= {item_id: row for row, item_id in enumerate(item_ids, start=first)}
-        return list(range(first, first + len(item_ids)))
+        self._rows |= rows
+        return list(rows.values())
 
     def convert_item_ids_to_rows(self, item_ids: Sequence[str]) -> list[int]:
-        """
-        Raises:
-            ValueError: If an id is not in the catalogue.
-        """
-        unknown = [item_id for item_id in item_ids if item_id not in self._rows]
-        if unknown:
-            raise ValueError(
-                f"Item id '{unknown[0]}' is not in this model's catalogue of {len(self.item_ids)} items; "
-                "leave it out of the history."
-            )
+        """Rows of raw ids; a `ValueError` names the first that is not in the catalogue."""
+        for item_id in item_ids:
+            if item_id not in self._rows:
+                raise ValueError(
+                    f"Item id '{item_id}' is not in this model's catalogue of {len(self.item_ids)} items; "
+                    "leave it out of the history."
+                )
         return [self._rows[item_id] for item_id in item_ids]
 
     def convert_rows_to_item_ids(self, rows: torch.Tensor | Sequence) -> list:
@@ -107,12 +100,7 @@ class MMESIDProcessor(ProcessorMixin):
         return _map_rows(rows, self.item_ids)
 
     def convert_rows_to_titles(self, rows: torch.Tensor | Sequence) -> list:
-        """
-        Titles of rows, in the same nesting.
-
-        Raises:
-            ValueError: If the processor was made without titles.
-        """
+        """Titles of rows, in the same nesting; a `ValueError` if the processor was made without titles."""
         if self.titles is None:
             raise ValueError("This processor was saved without titles; show item ids instead.")
         return _map_rows(rows, self.titles)
@@ -148,10 +136,6 @@ class MMESIDProcessor(ProcessorMixin):
         if text is None or self.system_prompt.strip() not in text:
             text = rendered(user=f"{self.system_prompt}\n\n{user_turn}")
         return text
-
-
-# Stands for the items while a chat template is rendered; any text that no prompt holds.
-_SLOT = "\u241fitems\u241f"
 
 
 def require_items_place(user_prompt: str) -> None:

@@ -14,11 +14,10 @@ from transformers.utils import ModelOutput
 class SequentialRecommendationOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-            Cross-entropy over the whole catalogue.
-        user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`):
-            One vector per labelled position, in the order of the flattened `labels`; without labels one per sequence,
-            at its end.
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given): Cross-entropy over the
+            whole catalogue.
+        user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`): One vector per labelled position, in the
+            order of the flattened `labels`; without labels one per sequence, at its end.
     """
 
     loss: torch.Tensor | None = None
@@ -67,18 +66,23 @@ def mask_histories(scores: torch.Tensor, histories: torch.Tensor) -> torch.Tenso
 
 
 def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Rank `(batch,)` of each target `(batch,)` among all items, from 1, given scores `(batch, items + 1)`.
-
-    Ties are broken against the target: a model that scores all items alike ranks it last. A target that was masked, or
-    scored NaN, ranks behind everything.
-    """
+    """Rank `(batch,)` of each target `(batch,)` among all items, from 1, given scores `(batch, items + 1)`. Ties and
+    NaN count against the target: a model that scores all items alike ranks it last."""
     # `not <` rather than `>=`: NaN counts against the target.
     return (~(scores < scores.gather(1, targets[:, None]))).sum(-1)
 
 
+def require_rows(name: str, rows: Sequence[int], num_items: int) -> None:
+    """Raises a `ValueError` if a row is outside 1..`num_items`."""
+    for row in (min(rows, default=1), max(rows, default=1)):
+        if not 1 <= row <= num_items:
+            raise ValueError(
+                f"{name} holds row {row}, outside 1..{num_items}; use the processor to turn item ids into rows."
+            )
+
+
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
-    """Raises a `ValueError` that names history and row if there is no history, one is empty, or one holds a row not in
+    """Raises a `ValueError` that names the history if there is none, one is empty, or one holds a row not in
     1..`num_items`."""
     if len(histories) == 0:
         raise ValueError("There is no history to recommend for; give a list of rows for one user at least.")
@@ -87,33 +91,20 @@ def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
             raise ValueError(f"History {index} is the row {history}; give a list of rows for each user.")
         if len(history) == 0:
             raise ValueError(f"History {index} is empty; give at least one item, or leave the user out.")
-        if min(history) < 1 or max(history) > num_items:
-            wrong = next(row for row in history if not 1 <= row <= num_items)
-            raise ValueError(
-                f"History {index} holds row {wrong}, outside 1..{num_items}; "
-                "use the processor to turn item ids into rows."
-            )
+        require_rows(f"History {index}", history, num_items)
 
 
 def excluded_items(
-    num_items: int,
-    allowed_items: Sequence[int] | None,
-    denied_items: Sequence[int] | None,
-    removed_items: torch.Tensor | None,
+    num_items: int, allowed: Sequence[int] | None, denied: Sequence[int] | None, removed: torch.Tensor | None
 ) -> torch.Tensor:
-    """Which rows may not be recommended to anybody, `(items + 1,)` in bool. Raises a `ValueError` if a list names a
-    row outside 1..`num_items`."""
-    for name, rows in (("allowed_items", allowed_items), ("denied_items", denied_items)):
-        wrong = next((row for row in rows or [] if not 1 <= row <= num_items), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name} holds row {wrong}, outside 1..{num_items}; use the processor to turn item ids into rows."
-            )
-    excluded = torch.full((num_items + 1,), allowed_items is not None)
-    excluded[list(allowed_items or [])] = False
-    excluded[list(denied_items or [])] = True
-    if removed_items is not None:
-        excluded |= removed_items.cpu()
+    """Which rows may not be recommended to anybody, `(items + 1,)` in bool, from lists of rows and from those that are
+    `removed`, `(items + 1,)` in bool."""
+    excluded = torch.full((num_items + 1,), allowed is not None)
+    for name, rows, state in (("allowed_items", allowed, False), ("denied_items", denied, True)):
+        require_rows(name, rows or [], num_items)
+        excluded[list(rows or [])] = state
+    if removed is not None:
+        excluded |= removed.cpu()
     excluded[0] = True
     return excluded
 
@@ -129,12 +120,9 @@ class RecommendationMixin:
     """
     `recommend` for models that have `encode_histories(histories) -> (batch, hidden)`, `item_table() -> (items + 1,
     hidden)` and `score_contributions(user_embeddings, items) -> dict[str, (batch, top_k)]`.
-
-    Attributes:
-        removed_items (`torch.BoolTensor` of shape `(items + 1,)`, *optional*): Rows that are read in histories but
-            never recommended.
     """
 
+    # Rows that are read in histories but never recommended, `(items + 1,)` in bool.
     removed_items: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -196,10 +184,7 @@ class RecommendationMixin:
                 scores.append(best.values)
                 if return_contributions:
                     contributions.append(self.score_contributions(user_embeddings, best.indices))
-        return RecommendationOutput(
-            items=torch.cat(items),
-            scores=torch.cat(scores),
-            contributions={name: torch.cat([part[name] for part in contributions]) for name in contributions[0]}
-            if return_contributions
-            else None,
-        )
+        parts = None
+        if return_contributions:
+            parts = {name: torch.cat([part[name] for part in contributions]) for name in contributions[0]}
+        return RecommendationOutput(items=torch.cat(items), scores=torch.cat(scores), contributions=parts)

@@ -106,7 +106,7 @@ def test_removed_items_are_read_but_never_recommended():
         assert left[user].tolist() == [item for item in everything[user].tolist() if item not in (9, 30)]
     with pytest.raises(ValueError, match="37 items can be recommended to history 0"):
         model.recommend([[3]], top_k=38)
-    with pytest.raises(ValueError, match="Row 41 is outside"):
+    with pytest.raises(ValueError, match="rows holds row 41, outside 1..40"):
         model.remove_items([41])
 
 
