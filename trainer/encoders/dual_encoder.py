@@ -2,33 +2,65 @@
 
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModel,
-    AutoProcessor,
     BatchFeature,
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from .encoding import PretrainedEncoder, check_weights, on_device
+from .encoding import TransformersEncoder
 
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
-HEAD_WIDTH = 32
 LARGEST_VOCABULARY = 16384
+NUM_HIDDEN_LAYERS = 2
+# With few pictures, large patches learn shapes where small ones learn little but colours.
+PATCH_SIZE = 32
+HEAD_WIDTH = 32
 
 
-class DualEncoder(PretrainedEncoder):
+@dataclass(kw_only=True)
+class CLIPSizes:
+    """
+    Sizes of a new CLIP of two layers.
+
+    Args:
+        > New CLIP
+
+        image_size (`int`, *optional*, defaults to `64`): Side in pixels of the square that pictures are resized to, a
+            multiple of 32, which is the side of a patch.
+        hidden_size (`int`, *optional*, defaults to `128`): Width of both transformers and of the embeddings, a
+            multiple of 32.
+        max_text_length (`int`, *optional*, defaults to `32`): Tokens that a text is cut to, its two ends included.
+        min_word_frequency (`int`, *optional*, defaults to `5`): Occurrences of a word in the texts below which it is
+            unknown. Rare words name single items: learning them by heart teaches nothing that holds for other items.
+
+    Raises:
+        ValueError: If the sizes do not divide.
+    """
+
+    image_size: int = 64
+    hidden_size: int = 128
+    max_text_length: int = 32
+    min_word_frequency: int = 5
+
+    def __post_init__(self):
+        for name, unit in (("image_size", PATCH_SIZE), ("hidden_size", HEAD_WIDTH)):
+            if getattr(self, name) % unit:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of {unit}.")
+
+
+class DualEncoder(TransformersEncoder):
     """
     A model with `get_text_features` and `get_image_features`, and its processor.
 
@@ -41,88 +73,45 @@ class DualEncoder(PretrainedEncoder):
     reads = ("text", "title", "image")
     pooling = "projected"
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.model = on_device(model)
-        self.processor = processor
-
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ) -> "DualEncoder":
-        """
-        Args as in [`PretrainedEncoder`].
-
-        Raises:
-            ValueError: If the model is no dual encoder, or its checkpoint lacks weights.
-        """
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, loading = AutoModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
+    def check_model(cls, name_or_path: str, model: PreTrainedModel) -> None:
         if not {"get_text_features", "get_image_features"} <= set(dir(type(model))):
             raise ValueError(
                 f"'{name_or_path}' is a {type(model).__name__}, which is no dual encoder of texts and pictures; name "
                 "a CLIP or SigLIP model, or choose the encoder sentence for texts."
             )
-        check_weights(name_or_path, loading["missing_keys"])
-        return cls(model, AutoProcessor.from_pretrained(name_or_path, **source))
 
     @classmethod
-    def from_captions(
-        cls,
-        captions: list[str],
-        image_size: int = 64,
-        patch_size: int = 32,
-        hidden_size: int = 128,
-        num_hidden_layers: int = 2,
-        projection_dim: int = 128,
-        max_text_length: int = 32,
-        min_word_frequency: int = 5,
-    ) -> "DualEncoder":
+    def from_captions(cls, captions: list[str], **sizes: int) -> "DualEncoder":
         """
         A small untrained CLIP whose tokenizer is trained on the captions.
 
         Args:
             captions (`list[str]`): Texts that the tokenizer learns from.
-            image_size (`int`, *optional*, defaults to 64): Side in pixels of the square that pictures are resized to.
-            patch_size (`int`, *optional*, defaults to 32):
-                Side in pixels of a patch; divides `image_size`. With few pictures, large patches learn shapes where
-                small ones learn little but colours.
-            hidden_size (`int`, *optional*, defaults to 128): Width of both transformers, a multiple of 32.
-            num_hidden_layers (`int`, *optional*, defaults to 2): Blocks of either transformer.
-            projection_dim (`int`, *optional*, defaults to 128): Width of the common space.
-            max_text_length (`int`, *optional*, defaults to 32): Tokens that a text is cut to, its two ends included.
-            min_word_frequency (`int`, *optional*, defaults to 5):
-                Occurrences in the captions below which a word is unknown. Rare words name single items: learning them
-                by heart teaches nothing that holds for other items.
-
-        Raises:
-            ValueError: If the sizes do not divide.
+            **sizes (`int`): Fields of [`CLIPSizes`].
         """
-        require_sizes(image_size, patch_size, hidden_size)
-        tokenizer = train_word_tokenizer(captions, max_text_length, min_word_frequency)
+        size = CLIPSizes(**sizes)
+        tokenizer = train_word_tokenizer(captions, size.max_text_length, size.min_word_frequency)
         transformer = {
-            "hidden_size": hidden_size,
-            "intermediate_size": 4 * hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": hidden_size // HEAD_WIDTH,
+            "hidden_size": size.hidden_size,
+            "intermediate_size": 4 * size.hidden_size,
+            "num_hidden_layers": NUM_HIDDEN_LAYERS,
+            "num_attention_heads": size.hidden_size // HEAD_WIDTH,
         }
+        text = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": size.max_text_length,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        vision = {"image_size": size.image_size, "patch_size": PATCH_SIZE}
         config = CLIPConfig(
-            text_config={
-                **transformer,
-                "vocab_size": len(tokenizer),
-                "max_position_embeddings": max_text_length,
-                "pad_token_id": tokenizer.pad_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            },
-            vision_config={**transformer, "image_size": image_size, "patch_size": patch_size},
-            projection_dim=projection_dim,
+            text_config=transformer | text, vision_config=transformer | vision, projection_dim=size.hidden_size
         )
         # The whole picture, squeezed into a square: a crop would cut off what tells one product from another.
-        image_processor = CLIPImageProcessorPil(size={"height": image_size, "width": image_size}, do_center_crop=False)
+        square = {"height": size.image_size, "width": size.image_size}
+        image_processor = CLIPImageProcessorPil(size=square, do_center_crop=False)
         return cls(CLIPModel(config), CLIPProcessor(image_processor, tokenizer))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -153,25 +142,9 @@ class DualEncoder(PretrainedEncoder):
         return features.float().cpu()
 
 
-def require_sizes(image_size: int, patch_size: int, hidden_size: int) -> None:
-    """Raises `ValueError` unless patches make up an image, and heads of 32 the width."""
-    if image_size % patch_size or hidden_size % HEAD_WIDTH:
-        raise ValueError(
-            f"image_size {image_size} must be a multiple of patch_size {patch_size}, and hidden_size {hidden_size} of "
-            f"{HEAD_WIDTH}."
-        )
-
-
-def train_word_tokenizer(captions: list[str], max_length: int, min_word_frequency: int = 5) -> PreTrainedTokenizerFast:
-    """
-    A tokenizer that knows the frequent words of the captions, in lower case and without accents, Chinese characters
-    being words of their own; it puts every text between `<bos>` and `<eos>`.
-
-    Args:
-        captions (`list[str]`): The texts to learn from.
-        max_length (`int`): Tokens that a text is cut to, its two ends included.
-        min_word_frequency (`int`, *optional*, defaults to 5): A word that is rarer becomes `<unk>`.
-    """
+def train_word_tokenizer(captions: list[str], max_length: int, min_word_frequency: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the frequent words of the captions, in lower case and without accents, Chinese characters
+    being words of their own; it puts every text between `<bos>` and `<eos>`, within `max_length` tokens."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.BertNormalizer(lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -27,14 +27,8 @@ SMALLEST_CROP = 0.9
 
 class CaptionedPictures(torch.utils.data.Dataset):
     """
-    Pairs of text and picture. With augmentation, a pair never looks the same twice: words are left out of the text,
-    and the picture is cropped and mirrored.
-
-    Args:
-        captions (`list[str]`): One text per picture.
-        pictures (`Sequence[PIL.Image.Image]`): The pictures.
-        indices (`list[int]`): The pairs of this set.
-        augment (`bool`, *optional*, defaults to `False`): Whether to augment.
+    Those pairs of text and picture that `indices` name. With augmentation, a pair never looks the same twice: words
+    are left out of the text, and the picture is cropped and mirrored.
     """
 
     def __init__(
@@ -122,7 +116,7 @@ def train_dual_encoder(
         encoder ([`DualEncoder`], *optional*): What to train further; by default a small new CLIP.
         caption_column (`str`, *optional*, defaults to `"text"`): The text that goes with a picture: `"text"` or
             `"title"`.
-        **sizes (`int`): Sizes of the new CLIP, as [`DualEncoder.from_captions`] takes them.
+        **sizes (`int`): Sizes of the new CLIP: fields of [`CLIPSizes`].
 
     Returns:
         [`DualEncoder`], which [`embed`] takes for texts and for pictures.
@@ -131,7 +125,7 @@ def train_dual_encoder(
         ValueError: If the items are too few pairs, or the sizes do not divide.
     """
     with temporary_arguments(args, DualEncoderTrainingArguments) as args:
-        trainer = dual_encoder_trainer(data, args, encoder=encoder, caption_column=caption_column, **sizes)
+        trainer = dual_encoder_trainer(data, args, encoder, caption_column, **sizes)
         fit(trainer)
     return trainer.encoder
 
@@ -139,10 +133,9 @@ def train_dual_encoder(
 def dual_encoder_trainer(
     data: PreparedDataset,
     args: DualEncoderTrainingArguments,
-    *,
-    encoder: DualEncoder | None = None,
-    caption_column: str = "text",
-    **sizes: int,
+    encoder: DualEncoder | None,
+    caption_column: str,
+    **sizes,
 ) -> "DualEncoderTrainer":
     """The trainer of [`train_dual_encoder`], for users who need more than the encoder."""
     if caption_column not in ("text", "title"):
@@ -172,12 +165,7 @@ def dual_encoder_trainer(
 
 
 def split_pairs(captions: list[str], held_out_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Positions of the captions that are not empty, drawn for training and for validation.
-
-    Raises:
-        ValueError: If there are fewer than training takes.
-    """
+    """Positions of the captions that are not empty, drawn for training and for validation."""
     pairs = [index for index, caption in enumerate(captions) if caption.strip()]
     if len(pairs) < FEWEST_PAIRS:
         raise ValueError(
@@ -191,25 +179,18 @@ def split_pairs(captions: list[str], held_out_fraction: float, seed: int) -> tup
 
 class DualEncoderTrainer(HubTrainerMixin, Trainer):
     """
-    Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives.
-
-    Args:
-        encoder (`DualEncoder`): What to train.
-        args ([`DualEncoderTrainingArguments`]): The Trainer's arguments.
-        train_dataset (`CaptionedPictures`): The pairs to learn from.
-        eval_dataset (`CaptionedPictures`): Held-out pairs, on which retrieval is measured.
+    Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives, and
+    measures retrieval on the pairs of `eval_dataset`. Further arguments are those of [`~transformers.Trainer`].
     """
 
     stage = "encoder"
     evaluation_name = "held_out"
 
-    def __init__(self, encoder: DualEncoder, args, train_dataset, eval_dataset, **kwargs):
+    def __init__(self, encoder: DualEncoder, args: DualEncoderTrainingArguments, **kwargs):
         super().__init__(
             encoder.model,
             args,
             data_collator=self.collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=encoder.processor,
             compute_metrics=retrieval_metrics,
             **kwargs,
@@ -236,13 +217,8 @@ class DualEncoderTrainer(HubTrainerMixin, Trainer):
 
 def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
-    How well pairs find each other, from texts to pictures and back, a tie counting against the right answer.
-
-    Args:
-        prediction (`EvalPrediction`): `predictions` of shape `(num_pairs, 2, dimension)`: texts, pictures.
-
-    Returns:
-        `dict[str, float]`: `recall@1`, `recall@10` and `mrr`, the mean reciprocal rank, over both directions.
+    How well pairs, `predictions` `(num_pairs, 2, dimension)` of texts and pictures, find each other in both
+    directions, a tie counting against the right answer; `mrr` is the mean reciprocal rank.
     """
     texts, images = torch.from_numpy(prediction.predictions).unbind(dim=1)
     scores = texts @ images.T

@@ -94,15 +94,7 @@ def check_column(encoder: Encoder | PretrainedEncoder | type[PretrainedEncoder],
 
 
 def read_column(data: PreparedDataset, column: str) -> tuple[torch.Tensor, dict]:
-    """
-    A column of the items that have it.
-
-    Returns:
-        `tuple[torch.Tensor, dict]`: `(num_inputs,)` rows of these items; `texts` or `images` for [`encode`].
-
-    Raises:
-        ValueError: If no item has it.
-    """
+    """The rows `(num_inputs,)` of the items that have a column, and their `texts` or `images` for [`encode`]."""
     if column == "image":
         pictures = ItemPictures(data.items())
         return pictures.rows, {"images": pictures}
@@ -149,16 +141,12 @@ class ItemPictures(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index) -> Image.Image:
         item = self._items[int(self.rows[index]) - 1]
-        return _decode(item["image"]["bytes"], item["item_id"])
-
-
-def _decode(data: bytes, item_id: str) -> Image.Image:
-    try:
-        return decode_image(data)
-    except BadImageError as error:
-        raise ValueError(
-            f"The image of item '{item_id}' in the prepared dataset cannot be read ({error}); replace it and run "
-            "`mmesid prepare` again, which can also count it as missing."
-        ) from error
+        try:
+            return decode_image(item["image"]["bytes"])
+        except BadImageError as error:
+            raise ValueError(
+                f"The image of item '{item['item_id']}' in the prepared dataset cannot be read ({error}); replace it "
+                "and run `mmesid prepare` again, which can also count it as missing."
+            ) from error

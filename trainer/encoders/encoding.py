@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 
 KEY = "embeddings"
@@ -49,13 +50,8 @@ class Encoder(Protocol):
 
 class PretrainedEncoder:
     """
-    An encoder that is loaded by name: a class of the registry.
-
-    Args of `from_pretrained`, which every encoder of texts and pictures has:
-        name_or_path (`str`): A repository on the Hub or a directory.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+    An encoder that is loaded by name: a class of the registry. Its `from_pretrained` loads the model by its name; the
+    further parameters are the encoder's settings.
 
     Attributes:
         reads, pooling: See [`Encoder`].
@@ -67,13 +63,76 @@ class PretrainedEncoder:
     pooling: str
     model_help: str
     needs: dict[str, tuple[str, str]] = {}
-    # Loads the model by its name; its further parameters are the encoder's settings.
     from_pretrained: Callable[..., "PretrainedEncoder"]
 
     @classmethod
     def details_of(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
         """Name and revision, for records; takes the parameters of `from_pretrained`."""
         return {"encoder": name_or_path, "revision": resolve_revision(name_or_path, revision)}
+
+
+class TransformersEncoder(PretrainedEncoder):
+    """
+    An encoder whose model and processor the auto classes load.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        processor (`ProcessorMixin` or `BaseImageProcessor`): What prepares its inputs.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any):
+        self.model: Any = on_device(model.eval())
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """
+        Args:
+            name_or_path (`str`): A repository on the Hub or a directory.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of the model.
+            trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code of the repository may run.
+
+        Raises:
+            ValueError: If the model is of another kind, or its checkpoint lacks weights.
+        """
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = load_model(AutoModel, name_or_path, dtype, **source)
+        cls.check_model(name_or_path, model)
+        return cls(model, cls.load_processor(name_or_path, **source))
+
+    @classmethod
+    def check_model(cls, name_or_path: str, model: PreTrainedModel) -> None:
+        """Raises `ValueError` if the model is not of the kind that the encoder takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_processor(cls, name_or_path: str, **source) -> Any:
+        return AutoProcessor.from_pretrained(name_or_path, **source)
+
+
+def load_model(model_class, name_or_path: str, dtype: torch.dtype, **source) -> Any:
+    """
+    A model without its pooler where that is not trained: a classifier is saved without the one that `AutoModel` puts
+    on top. Raises `ValueError` if the checkpoint lacks other weights: `transformers` makes up random ones and only
+    warns, and embeddings of random weights look like any others.
+    """
+    model, loading = model_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"'{name_or_path}' lacks {len(missing)} weights of the model that its config.json names, for example "
+            f"'{missing[0]}'; name a complete checkpoint, or one whose code --trust_remote_code true may run."
+        )
+    if loading["missing_keys"]:
+        model.pooler = None
+    return model
 
 
 def resolve_revision(name_or_path: str, revision: str | None) -> str | None:
@@ -120,67 +179,49 @@ def encode(
         `torch.Tensor`: `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs, in every process.
     """
     state = PartialState()
-    inputs: Sequence[Any] = texts or [] if images is None else images
-    kind = "texts" if images is None else "images"
+    kind, inputs = ("texts", texts or []) if images is None else ("images", images)
+    shards = divide(inputs, batch_size, shard_size, longest_first=images is None)
+    with TemporaryDirectory() as own_directory:
+        directory, mine = Path(own_directory), range(len(shards))
+        if shards_dir is not None:
+            directory = Path(shards_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            # Neighbours are equally long: dealt out one by one, every process has the same work.
+            mine = range(state.process_index, len(shards), state.num_processes)
+        files = [directory / f"{number:06d}.safetensors" for number in range(len(shards))]
+        pending = [number for number in mine if not files[number].is_file()]
+        loader = DataLoader(
+            inputs,
+            batch_sampler=[batch for number in pending for batch in shards[number]],
+            collate_fn=functools.partial(_prepare, encoder, kind),
+            num_workers=num_workers,
+        )
+        prepared = iter(loader)
+        total, todo = (sum(len(batch) for number in part for batch in shards[number]) for part in (mine, pending))
+        disable_tqdm = disable_tqdm or not state.is_local_main_process
+        with tqdm(total=total, initial=total - todo, desc=kind, unit=kind[:-1], disable=disable_tqdm) as progress:
+            for number in pending:
+                parts = []
+                for batch in shards[number]:
+                    parts.append(encoder.embed(next(prepared)))
+                    progress.update(len(batch))
+                partial = files[number].with_name(f".{files[number].name}.partial")
+                save_file({KEY: torch.cat(parts).contiguous()}, partial)
+                os.replace(partial, files[number])
+        state.wait_for_everyone()
+        order = [index for shard in shards for batch in shard for index in batch]
+        return torch.cat([load_file(file)[KEY] for file in files])[torch.tensor(order).argsort()]
+
+
+def divide(inputs: Sequence, batch_size: int, shard_size: int, longest_first: bool) -> list[list[list[int]]]:
+    """Shards of batches of positions in the inputs. The longest come first where that saves padding; and so does the
+    batch that needs most memory."""
     order = list(range(len(inputs)))
-    if kind == "texts":
-        # Little padding; and the batch that needs most memory comes first.
+    if longest_first:
         order.sort(key=lambda index: len(inputs[index]), reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     per_shard = max(shard_size // batch_size, 1)
-    shards = [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
-    loading = num_workers, disable_tqdm
-    if shards_dir is None:
-        with TemporaryDirectory() as directory:
-            return _encode_shards(encoder, kind, inputs, shards, range(len(shards)), Path(directory), *loading)
-    # Neighbours are equally long: dealt out one by one, every process has the same work.
-    mine = range(state.process_index, len(shards), state.num_processes)
-    Path(shards_dir).mkdir(parents=True, exist_ok=True)
-    return _encode_shards(encoder, kind, inputs, shards, mine, Path(shards_dir), *loading)
-
-
-def _encode_shards(
-    encoder: Encoder,
-    kind: str,
-    inputs: Sequence,
-    shards: list[list[list[int]]],
-    mine: range,
-    directory: Path,
-    num_workers: int,
-    disable_tqdm: bool,
-) -> torch.Tensor:
-    """Encodes this process's missing shards (lists of batches of positions in the inputs), then reads all shards."""
-    state = PartialState()
-    files = [directory / f"{number:06d}.safetensors" for number in range(len(shards))]
-    pending = [number for number in mine if not files[number].is_file()]
-    loader = DataLoader(
-        inputs,
-        batch_sampler=[batch for number in pending for batch in shards[number]],
-        collate_fn=functools.partial(_prepare, encoder, kind),
-        num_workers=num_workers,
-    )
-    prepared = iter(loader)
-    total = sum(len(batch) for number in mine for batch in shards[number])
-    todo = sum(len(batch) for number in pending for batch in shards[number])
-    disable_tqdm = disable_tqdm or not state.is_local_main_process
-    with tqdm(total=total, initial=total - todo, desc=kind, unit=kind[:-1], disable=disable_tqdm) as progress:
-        for number in pending:
-            parts = []
-            for batch in shards[number]:
-                parts.append(encoder.embed(next(prepared)))
-                progress.update(len(batch))
-            partial = files[number].with_name(f".{files[number].name}.partial")
-            save_file({KEY: torch.cat(parts).contiguous()}, partial)
-            os.replace(partial, files[number])
-    state.wait_for_everyone()
-
-    embeddings = torch.empty(0)
-    for file, shard in zip(files, shards):
-        part = load_file(file)[KEY]
-        if not len(embeddings):
-            embeddings = torch.empty(len(inputs), part.shape[1])
-        embeddings[[index for batch in shard for index in batch]] = part
-    return embeddings
+    return [batches[start : start + per_shard] for start in range(0, len(batches), per_shard)]
 
 
 def _prepare(encoder: Encoder, kind: str, batch: list) -> Any:
@@ -200,19 +241,3 @@ def on_device(model: nn.Module) -> nn.Module:
         if tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
     return model
-
-
-def check_weights(name_or_path: str, missing_keys: Sequence[str]) -> None:
-    """
-    Refuses a model with weights that its checkpoint does not hold: `transformers` makes up random ones and only warns,
-    and embeddings of random weights look like any others.
-
-    Raises:
-        ValueError: If there are missing keys.
-    """
-    if missing_keys:
-        names = sorted(missing_keys)
-        raise ValueError(
-            f"'{name_or_path}' lacks {len(names)} weights of the model that its config.json names, for example "
-            f"'{names[0]}'; name a complete checkpoint, or one whose code --trust_remote_code true may run."
-        )

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .encoding import PretrainedEncoder, check_weights, on_device, resolve_revision
+from .encoding import PretrainedEncoder, load_model, on_device, resolve_revision
 
 
 # The user's turn of Llama 3's chat template, as the model cards wrap a caption; the tokenizer puts <|begin_of_text|>
@@ -68,8 +68,8 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         tokenizer: PreTrainedTokenizerBase | None = None,
         image_processor: BaseImageProcessor | None = None,
     ):
-        self.clip = clip
-        self.llama: Any = llama
+        self.clip: Any = on_device(clip)
+        self.llama: Any = None if llama is None else on_device(llama)
         self.tokenizer: Any = tokenizer
         self.image_processor: Any = image_processor
         texts = () if llama is None else ("text", "title")
@@ -89,11 +89,8 @@ class LLM2CLIPEncoder(PretrainedEncoder):
     ) -> "LLM2CLIPEncoder":
         """
         Args:
-            name_or_path (`str`): The CLIP model, a repository on the Hub or a directory.
-            revision (`str`, *optional*): Branch, tag or commit of its repository.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Precision of both models.
-            trust_remote_code (`bool`, *optional*, defaults to `False`):
-                Whether the CLIP model's own code may run. That of the Llama never does: the library's Llama is used.
+            name_or_path, revision, dtype, trust_remote_code: As in [`TransformersEncoder`], of the CLIP model; the
+                Llama has the same precision, and its repository's code never runs: the library's Llama is used.
             text_model_name_or_path (`str`, *optional*): The Llama; without it no texts are read.
             text_model_revision (`str`, *optional*): Branch, tag or commit of the Llama's repository.
             image_processor_name_or_path (`str`, *optional*):
@@ -104,7 +101,7 @@ class LLM2CLIPEncoder(PretrainedEncoder):
             ValueError: If the text model is no Llama, or a checkpoint lacks weights: the CLIP model's does where its
                 own code may not run.
         """
-        clip = load_model(AutoModel, name_or_path, revision, dtype, trust_remote_code=trust_remote_code)
+        clip = load_model(AutoModel, name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
         llama = tokenizer = image_processor = None
         if text_model_name_or_path is not None:
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=text_model_revision)
@@ -151,17 +148,6 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         return features.float().cpu()
 
 
-def load_model(
-    model_class, name_or_path: str, revision: str | None, dtype: torch.dtype, **settings
-) -> PreTrainedModel:
-    """A complete model, for inference, on this process's device."""
-    model, loading = model_class.from_pretrained(
-        name_or_path, revision=revision, dtype=dtype, output_loading_info=True, **settings
-    )
-    check_weights(name_or_path, loading["missing_keys"])
-    return on_device(model.eval())
-
-
 def load_llama(name_or_path: str, revision: str | None, dtype: torch.dtype) -> LlamaModel:
     """The library's Llama with bidirectional attention, whatever code the repository brings."""
     model_type = LlamaConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type")
@@ -170,7 +156,7 @@ def load_llama(name_or_path: str, revision: str | None, dtype: torch.dtype) -> L
             f"'{name_or_path}' is a model of the type {model_type} and no Llama; name the Llama that belongs to the "
             "CLIP model as text_model_name_or_path."
         )
-    return make_bidirectional(load_model(LlamaModel, name_or_path, revision, dtype))
+    return make_bidirectional(load_model(LlamaModel, name_or_path, dtype, revision=revision))
 
 
 def make_bidirectional(model: LlamaModel) -> LlamaModel:
@@ -184,17 +170,8 @@ def make_bidirectional(model: LlamaModel) -> LlamaModel:
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchFeature:
-    """
-    Texts in their turn of the chat template, padded on the left.
-
-    Args:
-        texts (`list[str]`): `batch` texts.
-        tokenizer (`PreTrainedTokenizerBase`): That of a Llama 3.
-
-    Returns:
-        `BatchFeature`: `input_ids`, `attention_mask` (1 at every token of the turn) and `pooling_mask` (1 at the
-        text's tokens and the end of the turn), each `(batch, length)` int64.
-    """
+    """Texts in their turn of the chat template, padded on the left: `input_ids`, `attention_mask` (1 at every token of
+    the turn) and `pooling_mask` (1 at the text's tokens and the end of the turn), each `(batch, length)` int64."""
     prefix = tokenizer(TEXT_PREFIX)["input_ids"]
     suffix = tokenizer(TEXT_SUFFIX, add_special_tokens=False)["input_ids"]
     bodies = tokenizer(

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,12 +15,7 @@ PATTERNS = ("*config*.json", "*modules.json")
 
 
 def refuse_unpinned_code(name_or_path: str, revision: str | None) -> None:
-    """
-    Refuses a repository on the Hub without the full hash of a commit.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Raises `ValueError` for a repository on the Hub without the full hash of a commit."""
     if not Path(name_or_path).is_dir() and re.fullmatch("[0-9a-f]{40}", revision or "") is None:
         raise ValueError(
             f"trust_remote_code runs code from '{name_or_path}', which its owner can change at any time; pin what you "
@@ -46,40 +40,28 @@ def refuse_foreign_code(name_or_path: str, revision: str | None = None) -> None:
     if not folder.is_dir():
         with on_the_hub(name_or_path):
             folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(PATTERNS)))
-    for file in sorted(folder.rglob("*.json")):
-        name = file.relative_to(folder).as_posix()
-        if not any(fnmatch(name, pattern) for pattern in PATTERNS):
-            continue
-        for reference in _class_references(_content(file)):
+    for file in sorted(file for pattern in PATTERNS for file in folder.rglob(pattern)):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"'{file}' is not JSON ({error}); name a complete checkpoint.") from error
+        for reference in _class_references(content):
             repository, separator, _ = reference.partition("--")
             if separator and repository != name_or_path:
                 raise ValueError(
-                    f"'{name}' of '{name_or_path}' names code of '{repository}', whose owner can change it at any "
-                    f"time ('{reference}'); copy the code you have read beside the model, name it there without the "
-                    "repository, and load the model from that directory."
+                    f"'{file.relative_to(folder).as_posix()}' of '{name_or_path}' names code of '{repository}', whose "
+                    f"owner can change it at any time ('{reference}'); copy the code you have read beside the model, "
+                    "name it there without the repository, and load the model from that directory."
                 )
 
 
-def _content(file: Path):
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not JSON ({error}); name a complete checkpoint.") from error
-
-
-def _class_references(content) -> Iterator[str]:
-    """What stands under `auto_map` or `type`, at any depth."""
-    if isinstance(content, list):
-        for element in content:
-            yield from _class_references(element)
+def _class_references(content, named: bool = False) -> Iterator[str]:
+    """The texts under `auto_map` or `type`, at any depth; all of them where these already name the content."""
+    if isinstance(content, str) and named:
+        yield content
     elif isinstance(content, dict):
         for key, value in content.items():
-            yield from _strings(value) if key in ("auto_map", "type") else _class_references(value)
-
-
-def _strings(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for element in value.values() if isinstance(value, dict) else value:
-            yield from _strings(element)
+            yield from _class_references(value, named or key in ("auto_map", "type"))
+    elif isinstance(content, list):
+        for element in content:
+            yield from _class_references(element, named)

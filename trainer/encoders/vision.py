@@ -2,12 +2,12 @@
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, BatchFeature, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature, PreTrainedModel
 
-from .encoding import PretrainedEncoder, check_weights, on_device
+from .encoding import TransformersEncoder
 
 
-class VisionEncoder(PretrainedEncoder):
+class VisionEncoder(TransformersEncoder):
     """
     A vision backbone and its image processor. Its embedding of a picture is what the model itself calls pooled
     (`pooler_output`: the normalised CLS token of DINOv2, the normalised mean over positions of ConvNeXt ...); where
@@ -17,7 +17,6 @@ class VisionEncoder(PretrainedEncoder):
     Args:
         model (`PreTrainedModel`): The backbone.
         processor (`BaseImageProcessor`): Its image processor.
-        has_pooler (`bool`, *optional*, defaults to `True`): Whether the model's own pooler, if any, is trained.
 
     Attributes:
         pooling (`str`): `"pooler_output"`, `"CLS token"` or `"mean over positions"`.
@@ -26,11 +25,10 @@ class VisionEncoder(PretrainedEncoder):
     model_help = "a vision backbone, for example facebook/dinov2-base"
     reads = ("image",)
 
-    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor, has_pooler: bool = True):
-        self.model = on_device(model.eval())
-        self.processor = processor
+    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor):
+        super().__init__(model, processor)
         outputs = self._outputs(self.prepare(images=[Image.new("RGB", (64, 64))]))
-        if has_pooler and getattr(outputs, "pooler_output", None) is not None:
+        if getattr(outputs, "pooler_output", None) is not None:
             self.pooling = "pooler_output"
         elif any(name.endswith("cls_token") for name, _ in model.named_parameters()):
             self.pooling = "CLS token"
@@ -38,30 +36,16 @@ class VisionEncoder(PretrainedEncoder):
             self.pooling = "mean over positions"
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ) -> "VisionEncoder":
-        """
-        Args as in [`PretrainedEncoder`].
-
-        Raises:
-            ValueError: If the model does not read pictures alone, or its checkpoint lacks weights.
-        """
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, loading = AutoModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
+    def check_model(cls, name_or_path: str, model: PreTrainedModel) -> None:
         if model.main_input_name != "pixel_values":
             raise ValueError(
                 f"'{name_or_path}' is a {type(model).__name__}, which is no encoder of pictures alone; name a vision "
                 "backbone, or choose the encoder dual_encoder for a CLIP or SigLIP model."
             )
-        # A classifier is saved without the pooler that AutoModel puts on top.
-        poolers = {key for key in loading["missing_keys"] if key.startswith("pooler.")}
-        check_weights(name_or_path, loading["missing_keys"] - poolers)
-        return cls(model, AutoImageProcessor.from_pretrained(name_or_path, **source), has_pooler=not poolers)
+
+    @classmethod
+    def load_processor(cls, name_or_path: str, **source) -> BaseImageProcessor:
+        return AutoImageProcessor.from_pretrained(name_or_path, **source)
 
     def prepare(self, images: list[Image.Image]) -> BatchFeature:
         return self.processor(images=images, return_tensors="pt")

@@ -8,14 +8,14 @@ named; `mmesid embed --encoder dual_encoder` reads it.
 """
 
 import os
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from accelerate import PartialState
 
 from ..data.prepared import PreparedDataset
 from ..encoders import load_encoder
-from ..encoders.dual_encoder import DualEncoder, require_sizes
+from ..encoders.dual_encoder import CLIPSizes
 from ..encoders.dual_encoder_training import DualEncoderTrainingArguments, dual_encoder_trainer
 from ..encoders.remote_code import refuse_unpinned_code
 from ..publishing.repository import present
@@ -25,15 +25,12 @@ from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
 
 
-SIZES = (
-    "image_size", "patch_size", "hidden_size", "num_hidden_layers", "projection_dim", "max_text_length",
-    "min_word_frequency",
-)  # fmt: skip
+SIZES = tuple(size.name for size in fields(CLIPSizes))
 METRICS = ("recall@1", "recall@10", "mrr", "loss")
 
 
 @dataclass(kw_only=True)
-class EncoderArguments(StageArguments):
+class EncoderArguments(StageArguments, CLIPSizes):
     """
     Train a dual encoder on the catalogue's own pairs of text and picture.
 
@@ -50,18 +47,6 @@ class EncoderArguments(StageArguments):
         revision (`str`, *optional*): Branch, tag or commit of the model on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that the model's repository brings,
             and no other; takes a full commit hash as --revision.
-
-        > New CLIP
-
-        image_size (`int`, *optional*, defaults to `64`): Side in pixels of the square that pictures are resized to.
-        patch_size (`int`, *optional*, defaults to `32`): Side of a patch in pixels; large ones learn shapes from few
-            pictures.
-        hidden_size (`int`, *optional*, defaults to `128`): Width of both transformers.
-        num_hidden_layers (`int`, *optional*, defaults to `2`): Blocks of either transformer.
-        projection_dim (`int`, *optional*, defaults to `128`): Width of the embeddings.
-        max_text_length (`int`, *optional*, defaults to `32`): Tokens that a text is cut to.
-        min_word_frequency (`int`, *optional*, defaults to `5`): Occurrences of a word in the texts below which it is
-            unknown.
     """
 
     training_class = DualEncoderTrainingArguments
@@ -71,18 +56,11 @@ class EncoderArguments(StageArguments):
     model_name_or_path: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    image_size: int = 64
-    patch_size: int = 32
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    projection_dim: int = 128
-    max_text_length: int = 32
-    min_word_frequency: int = 5
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, positive=SIZES)
-        require_sizes(self.image_size, self.patch_size, self.hidden_size)
+        CLIPSizes.__post_init__(self)
         if self.model_name_or_path is not None:
             for name in set(SIZES) & set(self.changed):
                 raise ValueError(
@@ -107,20 +85,13 @@ def main(argv: list[str] | None = None) -> None:
             run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
         else:
             source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-            encoder, sizes = (
-                cast(DualEncoder, load_encoder("dual_encoder", arguments.model_name_or_path, **source)),
-                {},
-            )
+            encoder, sizes = load_encoder("dual_encoder", arguments.model_name_or_path, **source), {}
             run.details.update(
-                DualEncoder.details_of(arguments.model_name_or_path, arguments.revision),
+                encoder.details_of(arguments.model_name_or_path, arguments.revision),
                 base_model=arguments.model_name_or_path,
             )
         trainer = dual_encoder_trainer(
-            data,
-            trainer_arguments(arguments, run),
-            encoder=encoder,
-            caption_column=arguments.caption_column,
-            **sizes,
+            data, trainer_arguments(arguments, run), encoder, arguments.caption_column, **sizes
         )
         run.details.update(data=data.statistics)
         trainer.draft_record = run.draft_record

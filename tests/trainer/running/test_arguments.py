@@ -127,7 +127,7 @@ def test_a_list_may_be_empty():
         ("sasrec", [*SASREC, "--embedding_dropout", "1.5"], "embedding_dropout is 1.5"),
         ("sasrec", [*SASREC, "--seed", "-1"], "--seed is -1"),
         ("sasrec", [*SASREC, "--hub_links", "mine"], "link mine= does not have the form kind=owner/name"),
-        ("encoder", [*SASREC, "--patch_size", "7"], "image_size 64 must be a multiple of patch_size 7"),
+        ("encoder", [*SASREC, "--image_size", "70"], "image_size is 70; it must be a multiple of 32"),
         ("encoder", [*SASREC, "--held_out_fraction", "1"], "--held_out_fraction is 1.0; it must lie between 0 and 1"),
         ("encoder", [*SASREC, "--image_size", "0"], "--image_size is 0"),
         ("embed", [*SASREC, "--modality", "text", "--encoder", "x"], "There is no encoder 'x'"),

@@ -41,7 +41,7 @@ from ...processes import run_in_two, run_python, start_python
 COLOURS = ("red", "orange", "yellow", "lime", "cyan", "blue", "magenta", "white", "gray", "black", "maroon", "navy")
 NUM_ITEMS = len(COLOURS) ** 2
 WITHOUT_PICTURE, WITHOUT_TEXT = 5, 7
-TINY_CLIP = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "64", "--projection_dim", "32"]
+TINY_CLIP = ["--image_size", "32", "--hidden_size", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_
     table, present = load_table(trained / "visual.safetensors", "visual", NUM_ITEMS)
     assert (~present).nonzero().flatten().tolist() == [0, WITHOUT_PICTURE]
     embedded = StageRecord.load(trained / "visual.json").details
-    assert embedded["missing"] == 1 and embedded["normalised"] is True and embedded["dimension"] == 32
+    assert embedded["missing"] == 1 and embedded["normalised"] is True and embedded["dimension"] == 64
     rows = torch.arange(1, NUM_ITEMS + 1)[present[1:]]
     similarity = table[rows] @ table[rows].T
     left, right = (rows - 1) // len(COLOURS), (rows - 1) % len(COLOURS)
@@ -493,7 +493,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(prepared, trained, tmp_path
 
     # In a copy, a finished shard holds something else than its picture: it is read, not encoded again.
     shutil.copytree(tmp_path / "killed", tmp_path / "marked")
-    mark = torch.zeros(1, 32)
+    mark = torch.zeros(1, 64)
     mark[0, 7] = 1.0
     save_file({"embeddings": mark}, tmp_path / "marked" / shards[2].relative_to(tmp_path / "killed"))
     for name in ("killed", "marked"):

@@ -434,8 +434,7 @@ def test_pushes_of_a_quantizer_change_nothing_in_its_training(on_hub, tiny_run, 
 
 def test_a_trained_encoder_is_published_with_its_card(on_hub, tiny_run, tmp_path):
     flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "encoder"), *HUB]
-    flags += ["--num_train_epochs", "2"]
-    flags += ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--projection_dim", "8"]
+    flags += ["--num_train_epochs", "2", "--image_size", "32", "--hidden_size", "32"]
     main(["encoder", *flags, "--hub_model_id", "tester/encoder", *TRAINING])
     files = on_hub.files("tester/encoder")
     assert {"README.md", "eval_results.json", "model.safetensors", "tokenizer.json"} <= set(files)
@@ -445,7 +444,7 @@ def test_a_trained_encoder_is_published_with_its_card(on_hub, tiny_run, tmp_path
     scope = {}
     exec(card.split("```python")[1].split("```")[0], scope)
     inputs = scope["processor"](text=["a red mug"], return_tensors="pt")
-    assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 8)
+    assert scope["model"].get_text_features(**inputs).pooler_output.shape == (1, 32)
 
 
 def test_nothing_of_the_builder_is_published(published, tiny_run, hub_environment):

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
     torch.manual_seed(0)
     captions = [f"thing {row} of kind {row % 4}" for row in range(NUM_ITEMS)]
-    encoder = DualEncoder.from_captions(captions, image_size=16, patch_size=8, hidden_size=32, min_word_frequency=1)
+    encoder = DualEncoder.from_captions(captions, image_size=32, hidden_size=32, min_word_frequency=1)
     encoder.save_pretrained(root / "encoder")
     named = ["--encoder", "dual_encoder", "--model_name_or_path", str(root / "encoder"), "--use_cpu", "true"]
     for modality in ABSENT:
