@@ -16,6 +16,8 @@ import pytest
 import transformers
 import yaml
 
+from mmesid.hub_cards.licences import HUB_LICENCES
+
 
 TOKEN = "hf_loopback"
 REPOSITORY = r"(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
@@ -25,17 +27,7 @@ PAGE = r"(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+?)"
 LFS_SUFFIXES = (".safetensors", ".parquet", ".pt", ".pth")
 
 # What the Hub takes, as its own refusals list it.
-LICENCES = set(
-    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
-    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
-    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
-    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
-    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
-    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
-    "mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl "
-    "lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
-    "grok2-community gemma unknown other".split()
-)
+LICENCES = HUB_LICENCES | {"other"}
 SIZES = set(
     "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B 10B<n<100B 100B<n<1T n>1T".split()
 )
@@ -215,18 +207,12 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repository, commit
 
-    def who_am_i(self):
-        token = {"type": "access_token", "accessToken": {"role": "write"}}
-        self.answer(200, {"name": "tester", "type": "user", "orgs": [], "auth": token})
-
     def validate_card(self):
         card = json.loads(self.body)
         errors, warnings = card_problems(card["content"], card["repoType"])
-        problems = {
-            kind: [{"message": text} for text in texts]
-            for kind, texts in zip(("errors", "warnings"), (errors, warnings))
-        }
-        self.answer(400 if errors else 200, problems)
+        problems = {"errors": errors, "warnings": warnings}
+        described = {kind: [{"message": text} for text in texts] for kind, texts in problems.items()}
+        self.answer(400 if errors else 200, described)
 
     def create_repository(self):
         wanted = json.loads(self.body)
@@ -267,8 +253,6 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.server.large_files[value["oid"]]
-            elif operation["key"] == "deletedFile":
-                del files[value["path"]]
         page = f"{self.server.url}/{'' if kind == 'models' else 'datasets/'}{repo}"
         pull_request = {}
         if "create_pr" in self.query:
@@ -315,11 +299,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         self.answer(200, entries)
 
-    def list_paths(self, kind: str, repo: str, revision: str):
-        repository, commit = self.repository(kind, repo, revision)
-        wanted = json.loads(self.body)["paths"]
-        self.answer(200, [entry for entry in tree(repository.commits[commit]) if entry["path"] in wanted])
-
     def send_file(self, kind: str | None, repo: str, revision: str, name: str):
         repository, commit = self.repository((kind or "models/").rstrip("/"), repo, revision)
         content = repository.commits[commit].get(name)
@@ -335,17 +314,13 @@ def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
     if match is None:
         return [], ["empty or missing yaml metadata in repo card"]
     try:
-        data = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        return [f"bad yaml: {error}"], []
-    if not isinstance(data, dict):
-        return ["the metadata is no mapping"], []
-    errors = []
+        return [text for valid, text in rules(yaml.safe_load(match[1]), repo_type) if not valid], []
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        return [f"the metadata do not have the form of the Hub's: {error}"], []
 
-    def check(valid, text: str) -> bool:
-        if not valid:
-            errors.append(text)
-        return bool(valid)
+
+def rules(data: dict, repo_type: str):
+    """Whether the metadata keep a rule, and what the Hub says if they do not, for each rule."""
 
     def is_text(value) -> bool:
         return isinstance(value, str) and value.strip() != ""
@@ -357,56 +332,48 @@ def card_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
         value = data.get(name, [])
         return value if isinstance(value, list) else [value]
 
-    check(set(several("license")) <= LICENCES, f'"license" must be one of {sorted(LICENCES)}')
-    if data.get("license") == "other":
-        check(re.fullmatch(r"[a-z0-9.-]+", str(data.get("license_name"))), '"license_name" is no identifier')
-    for name in ("tags", "datasets"):
-        check(isinstance(data.get(name, []), list), f'"{name}" must be an array')
-    check(all(map(is_text, several("tags"))), '"tags" must hold strings')
+    yield set(several("license")) <= LICENCES, f'"license" must be one of {sorted(LICENCES)}'
+    name = data.get("license_name", "absent")
+    yield re.fullmatch(r"[a-z0-9.-]+", name), '"license_name" is no identifier'
+    yield (data.get("license") == "other") == ("license_name" in data), '"license_name" belongs to license "other"'
+    for name in ("tags", "datasets", "model-index"):
+        yield isinstance(data.get(name, []), list), f'"{name}" must be an array'
+    yield all(map(is_text, several("tags"))), '"tags" must hold strings'
     for name in ("datasets", "base_model"):
-        check(all(map(is_id, several(name))), f'"{name}" with value {data.get(name)} is not valid. Use ids of the Hub')
+        yield all(map(is_id, several(name))), f'"{name}" with value {data.get(name)} is not valid. Use ids of the Hub'
     for name in ("library_name", "model_name", "pretty_name"):
-        check(is_text(data.get(name, "absent")), f'"{name}" must be a string')
-    check(set(several("size_categories")) <= SIZES, f'"size_categories" must be one of {sorted(SIZES)}')
-    if repo_type == "dataset":
-        for config in several("configs"):
-            check(is_text(config.get("config_name")), '"configs.config_name" is required')
-            check(isinstance(config.get("default", False), bool), '"configs.default" must be a boolean')
-            for files in config.get("data_files", []):
-                check(is_text(files.get("split")) and is_text(files.get("path")), '"data_files" need split and path')
-    index = data.get("model-index", [])
-    if not check(isinstance(index, list), '"model-index" must be an array'):
-        return errors, []
-    for place, entry in enumerate(index):
-        at = f"model-index[{place}]"
-        check(is_text(entry.get("name")), f'"{at}.name" is required')
-        check(isinstance(entry.get("results"), list) and entry["results"], f'"{at}.results" is required')
-        for number, result in enumerate(entry.get("results") or []):
-            at = f"model-index[{place}].results[{number}]"
-            check(is_text(result.get("task", {}).get("type")), f'"{at}.task.type" is required')
-            check(is_text(result.get("dataset", {}).get("name")), f'"{at}.dataset.name" is required')
-            check(is_id(result.get("dataset", {}).get("type")), f'"{at}.dataset.type" is no id of the Hub')
-            check(result.get("metrics"), f'"{at}.metrics" is required')
-            for metric in result.get("metrics") or []:
-                check(is_text(metric.get("type")), f'"{at}.metrics.type" is required')
+        yield is_text(data.get(name, "absent")), f'"{name}" must be a string'
+    yield set(several("size_categories")) <= SIZES, f'"size_categories" must be one of {sorted(SIZES)}'
+    for config in several("configs") if repo_type == "dataset" else []:
+        yield is_text(config.get("config_name")), '"configs.config_name" is required'
+        yield isinstance(config.get("default", False), bool), '"configs.default" must be a boolean'
+        for files in config.get("data_files", []):
+            yield is_text(files.get("split")) and is_text(files.get("path")), '"data_files" need split and path'
+    for entry in several("model-index"):
+        yield is_text(entry.get("name")), '"model-index.name" is required'
+        yield entry.get("results"), '"model-index.results" is required'
+        for result in entry["results"]:
+            dataset = result.get("dataset", {})
+            yield is_text(result.get("task", {}).get("type")), '"model-index.results.task.type" is required'
+            yield is_text(dataset.get("name")), '"model-index.results.dataset.name" is required'
+            yield is_id(dataset.get("type")), '"model-index.results.dataset.type" is no id of the Hub'
+            yield result.get("metrics"), '"model-index.results.metrics" is required'
+            for metric in result.get("metrics", []):
                 value = metric.get("value")
-                number_given = isinstance(value, (int, float)) and math.isfinite(value)
-                check(number_given or is_text(value), f'"{at}.metrics.value" is no number')
-    return errors, []
+                is_number = isinstance(value, (int, float)) and math.isfinite(value)
+                yield is_text(metric.get("type")), '"model-index.results.metrics.type" is required'
+                yield is_number or is_text(value), '"model-index.results.metrics.value" is no number'
 
 
 def tree(files: dict[str, bytes]) -> list[dict]:
     """Files and folders of a commit, as the Hub describes them."""
     folders = {name[:end] for name in files for end, letter in enumerate(name) if letter == "/"}
-    entries = [{"type": "directory", "oid": git_digest(name.encode()), "size": 0, "path": name} for name in folders]
-    return sorted(
-        entries
-        + [
-            {"type": "file", "oid": git_digest(content), "size": len(content), "path": name}
-            for name, content in files.items()
-        ],
-        key=lambda entry: entry["path"],
-    )
+    entries = [("directory", name, name.encode(), 0) for name in folders]
+    entries += [("file", name, content, len(content)) for name, content in files.items()]
+    return [
+        {"type": kind, "oid": git_digest(content), "size": size, "path": name}
+        for kind, name, content, size in sorted(entries, key=lambda entry: entry[1])
+    ]
 
 
 def large_digest(content: bytes) -> str:
@@ -419,7 +386,6 @@ def git_digest(content: bytes) -> str:
 
 # Methods, path, whether the writer's token is needed, handler.
 ROUTES = [
-    ("GET", r"/api/whoami-v2", True, Handler.who_am_i),
     ("POST", r"/api/validate-yaml", False, Handler.validate_card),
     ("POST", r"/api/repos/create", True, Handler.create_repository),
     ("POST", rf"/api/{REPOSITORY}/branch/(?P<branch>.+)", True, Handler.create_branch),
@@ -429,6 +395,5 @@ ROUTES = [
     ("PUT", r"/_lfs/(?P<oid>[0-9a-f]{64})", False, Handler.receive_large_file),
     ("GET", rf"/api/{REPOSITORY}(?:/revision/{REVISION})?", False, Handler.describe),
     ("GET", rf"/api/{REPOSITORY}/tree/{REVISION}(?:/(?P<folder>.+))?", False, Handler.list_folder),
-    ("POST", rf"/api/{REPOSITORY}/paths-info/{REVISION}", False, Handler.list_paths),
     ("GET HEAD", rf"/{PAGE}/resolve/{REVISION}/(?P<name>.+)", False, Handler.send_file),
 ]
