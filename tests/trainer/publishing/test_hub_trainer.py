@@ -5,7 +5,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from mmesid.trainer.data.prepared import Sequences
 from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
@@ -94,22 +93,13 @@ def test_a_published_checkpoint_resumes_to_the_weights_of_an_uninterrupted_train
     assert str(tmp_path).encode() not in on_hub.everything()
 
 
-def test_a_stage_takes_links(tmp_path):
-    def make_trainer(link):
-        arguments = SASRecTrainingArguments(output_dir=str(tmp_path), use_cpu=True, hub_links=[link])
-        model = SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8))
-        return SASRecTrainer(model, arguments, eval_dataset=[])
-
-    assert make_trainer("dataset=me/data").hub_links == {"dataset": "me/data"}
-    with pytest.raises(ValueError, match="The link cousin=me/data does not have the form kind=owner/name"):
-        make_trainer("cousin=me/data")
-
-
-def test_checkpoints_of_deepspeed_and_fsdp_are_refused(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, hub_strategy=HubStrategy.CHECKPOINT)
-    trainer = SASRecTrainer(
-        SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8)), arguments, eval_dataset=[]
+def test_links_are_read_from_the_arguments_and_checkpoints_of_fsdp_are_refused(tmp_path):
+    arguments = SASRecTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, hub_links=["dataset=me/data"], hub_strategy="checkpoint"
     )
+    model = SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8))
+    trainer = SASRecTrainer(model, arguments, eval_dataset=[])
+    assert trainer.hub_links == {"dataset": "me/data"}
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="hub_strategy 'checkpoint' would publish the checkpoints of DeepSpeed or FS"):
         trainer.init_hf_repo()

@@ -18,14 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import DatasetCard, HfApi, ModelCard
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaModel,
-    pipeline,
-)
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, LlamaConfig, LlamaModel, pipeline
 
 from mmesid.trainer.cli import main
 from mmesid.trainer.data.prepared import PreparedDataset
