@@ -37,18 +37,10 @@ def mmd(source: torch.Tensor, target: torch.Tensor, block_size: int = 1024) -> t
     Squared maximum mean discrepancy between two sets under a sum of five Gaussian kernels, in the biased estimate
     \\(\overline{k(x, x')} + \overline{k(y, y')} - 2 \overline{k(x, y)}\\).
 
-    The kernels' bandwidths are a factor of two apart, around the mean squared distance between the points of both sets
-    together, which is a constant to the gradient. Distances come from matrix products, block of rows by block of rows,
-    and the kernels of a block are computed again in the backward pass: memory is `block_size * (n + m)` for the
-    kernels and `(n + m) * d` for the points.
-
-    Args:
-        source (`torch.Tensor` of shape `(n, d)`): First set.
-        target (`torch.Tensor` of shape `(m, d)`): Second set.
-        block_size (`int`, *optional*, defaults to 1024): Rows of the kernel matrix held at a time.
-
-    Returns:
-        `torch.Tensor`: A scalar in float32; 0 if either set is empty.
+    `source` is `(n, d)`, `target` `(m, d)`; a scalar in float32, 0 if either set is empty. The kernels' bandwidths are
+    a factor of two apart, around the mean squared distance between the points of both sets together, which is a
+    constant to the gradient. Kernels are computed `block_size` rows at a time, and again in the backward pass: memory
+    is `block_size * (n + m)` for the kernels and `(n + m) * d` for the points.
     """
     n, m = source.shape[0], target.shape[0]
     with torch.autocast(source.device.type, enabled=False):
@@ -69,19 +61,10 @@ def mmd(source: torch.Tensor, target: torch.Tensor, block_size: int = 1024) -> t
         return signs @ torch.cat(sums)
 
 
-def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """
-    Symmetric in-batch InfoNCE between two views of the same items: the mean of the cross-entropies of finding an
-    item's other view among all, in both directions, by cosine similarity.
-
-    Args:
-        anchor (`torch.Tensor` of shape `(n, d)`): First view, one row per item.
-        other (`torch.Tensor` of shape `(n, d)`): Second view of the same items.
-        temperature (`float`, *optional*, defaults to 0.1): Divides the similarities.
-
-    Returns:
-        `torch.Tensor`: A scalar in float32; 0 if there is no item.
-    """
+def info_nce(anchor: torch.Tensor, other: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Symmetric in-batch InfoNCE between two views `(n, d)` of the same items: the mean of the cross-entropies of
+    finding an item's other view among all, in both directions, by cosine similarity over the temperature. A scalar in
+    float32; 0 if there is no item."""
     with torch.autocast(anchor.device.type, enabled=False):
         anchor = nn.functional.normalize(anchor.float(), dim=-1)
         other = nn.functional.normalize(other.float(), dim=-1)
@@ -108,20 +91,10 @@ def _near_weights(distances: torch.Tensor, focus: float) -> torch.Tensor:
 
 
 def distance_correlation_loss(embeddings: torch.Tensor, quantized: torch.Tensor, focus: float = 1.0) -> torch.Tensor:
-    """
-    One minus the mean, over the items of a batch, of the weighted correlation between an item's distances to the
-    others before and after quantization. It does not change when the quantized space is scaled.
-
-    Args:
-        embeddings (`torch.Tensor` of shape `(n, D)`): Original vectors.
-        quantized (`torch.Tensor` of shape `(n, d)`): Quantized vectors of the same items.
-        focus (`float`, *optional*, defaults to 1.0): How fast the weights of distances fall as they grow; 0 weighs all
-            alike.
-
-    Returns:
-        `torch.Tensor`: A scalar in float32 between 0 and 2; 0 if there are fewer than three items, which have nothing
-        to correlate.
-    """
+    """One minus the mean, over the items of a batch, of the weighted correlation between an item's distances to the
+    others in `embeddings` `(n, D)` and `quantized` `(n, d)`; `focus` as in [`MMRQVAEConfig`]. A scalar in float32
+    between 0 and 2, which does not change when the quantized space is scaled; 0 for fewer than three items, which have
+    nothing to correlate."""
     n = embeddings.shape[0]
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings, quantized = embeddings.float(), quantized.float()

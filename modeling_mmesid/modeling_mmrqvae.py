@@ -1,8 +1,6 @@
 """MM-RQ-VAE: one residual quantizer per modality, whose codes are the semantic ID of an item."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -168,25 +166,13 @@ class MMRQVAEBranch(nn.Module):
     def forward(
         self, embeddings: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Args:
-            embeddings (`torch.Tensor` of shape `(batch_size, embedding_dim)`): Embeddings of items.
-            rows (`torch.LongTensor` of shape `(present,)`): The items that have the modality; the others take part in
-                no loss.
-
-        Returns:
-            `tuple`: Codes `(batch_size, num_quantizers)`, quantized vectors `(batch_size, codebook_dim)`,
-            reconstructions `(batch_size, embedding_dim)`, and the losses by their names in [`MMRQVAEOutput`].
-        """
-        objectives: dict[str, Callable] = {
-            "distance": self._follow_distances,
-            "paper": partial(self._reconstruct, mmd),
-            "mse": partial(self._reconstruct, mean_squared_error),
-        }
-        inputs = self.standardize(embeddings)
+        """Codes, quantized vectors, reconstructions `(batch_size, embedding_dim)`, and the losses by their names in
+        [`MMRQVAEOutput`], in which only `rows` `(present,)` take part, the items that have the modality."""
+        inputs = self.standardize(embeddings)  # (batch_size, embedding_dim)
         latents = self.encoder(inputs)  # (batch_size, codebook_dim)
         codes = self.quantizer.encode(latents)  # (batch_size, num_quantizers)
-        quantized, outputs, losses = objectives[self.config.objective](inputs, latents, codes, rows)
+        objective = self._follow_distances if self.config.objective == "distance" else self._reconstruct
+        quantized, outputs, losses = objective(inputs, latents, codes, rows)
         return codes, quantized, self._unstandardize(outputs), losses
 
     def _follow_distances(self, inputs, latents, codes, rows):
@@ -204,11 +190,12 @@ class MMRQVAEBranch(nn.Module):
         }
         return quantized, outputs, losses
 
-    def _reconstruct(self, reconstruction_loss, inputs, latents, codes, rows):
+    def _reconstruct(self, inputs, latents, codes, rows):
         """Reconstructions follow the embeddings; the gradient passes straight through the codes to the encoder."""
         quantized = latents + (self.quantizer.decode(codes) - latents).detach()
         outputs = self.decoder(quantized)
         codebook_loss, commitment_loss = self.quantizer.losses(latents[rows], codes[rows])
+        reconstruction_loss = mmd if self.config.objective == "paper" else mean_squared_error
         losses = {
             "objective_loss": reconstruction_loss(outputs[rows], inputs[rows]),
             "decoding_loss": torch.zeros_like(codebook_loss),
@@ -381,9 +368,7 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
             )
         if present is not None:
             if name not in present or present[name].shape != values.shape[:1]:
-                raise ValueError(
-                    f"present['{name}'] must be given with shape ({values.shape[0]},), one value per item."
-                )
+                raise ValueError(f"present['{name}'] must be given with shape ({len(values)},), one value per item.")
             values = torch.where(present[name].bool()[:, None], values, mean.to(values.dtype))
         finite = values.isfinite().all(-1)
         if not finite.all():
@@ -394,14 +379,13 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
 
     def _alignment_loss(self, quantized: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = next(iter(quantized.values())).new_zeros((), dtype=torch.float32)
-        anchor, *others = self.config.modalities
-        if self.config.alignment_loss_weight == 0 or anchor not in quantized:
+        # In the order of the config: what is left of it begins with the anchor, or has none.
+        anchor, *others = quantized
+        if self.config.alignment_loss_weight == 0 or anchor != self.config.modalities[0]:
             return loss
         for name in others:
-            if name in quantized:
-                both = (masks[anchor] & masks[name]).nonzero()[:, 0]
-                left, right = quantized[anchor][both], quantized[name][both]
-                loss = loss + info_nce(left, right, self.config.alignment_temperature)
+            both = (masks[anchor] & masks[name]).nonzero()[:, 0]
+            loss = loss + info_nce(quantized[anchor][both], quantized[name][both], self.config.alignment_temperature)
         return loss
 
 

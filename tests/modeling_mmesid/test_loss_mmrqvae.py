@@ -108,7 +108,7 @@ def test_info_nce_equals_the_definition(temperature):
 
 def test_info_nce_of_no_item_is_zero_with_zero_gradients():
     anchor = torch.zeros(0, 4, requires_grad=True)
-    value = info_nce(anchor, torch.zeros(0, 4))
+    value = info_nce(anchor, torch.zeros(0, 4), 0.1)
     value.backward()
     assert value == 0 and anchor.grad.shape == (0, 4)
 

@@ -172,13 +172,7 @@ class HubTrainerMixin:
             record = self.draft_record()
         else:
             record = unstaged_record(self.stage, changed_arguments(self.args), time.perf_counter() - self._start)
-        # Of the last evaluation, without its timings.
-        evaluated = {
-            name.removeprefix("eval_"): value
-            for entry in self.state.log_history
-            for name, value in entry.items()
-            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
-        }
+        evaluated = self._latest_evaluation()
         # Not in place: the stage's own metrics and details are those of its draft.
         record = dataclasses.replace(
             record,
