@@ -26,12 +26,7 @@ ENCODERS = {
 
 
 def encoder_class(kind: str | None) -> "type[PretrainedEncoder]":
-    """
-    The class of an encoder.
-
-    Raises:
-        ValueError: If there is no encoder of this name, or a package that it takes is not installed.
-    """
+    """The class of an encoder; `ValueError` if there is none of this name, or a package that it takes is missing."""
     if kind not in ENCODERS:
         raise ValueError(f"There is no encoder '{kind}'; choose one of {', '.join(ENCODERS)}.")
     module, name = ENCODERS[kind].split(":")
@@ -50,16 +45,8 @@ def settings_of(kind: str | None) -> set[str]:
 
 def load_encoder(kind: str | None, name_or_path: str, **settings):
     """
-    Loads an encoder.
-
-    Args:
-        kind (`str`): A key of `ENCODERS`.
-        name_or_path (`str`): The encoder's model: a directory or a name on the Hub.
-        settings: Parameters of its `from_pretrained`, such as `revision`, `dtype` (`torch.dtype`) and
-            `trust_remote_code`.
-
-    Raises:
-        ValueError: If there is no such encoder, it has no such setting, or the model does not fit.
+    Loads an encoder, a key of `ENCODERS`, with a model: a directory or a name on the Hub. `settings` are parameters of
+    its `from_pretrained`, such as `revision`, `dtype` (`torch.dtype`) and `trust_remote_code`.
     """
     for name in settings.keys() - settings_of(kind):
         raise ValueError(f"The encoder {kind} has no use for {name}, got {settings[name]!r}; leave it out.")

@@ -25,19 +25,17 @@ DROPPED_WORDS = 0.3
 SMALLEST_CROP = 0.9
 
 
+@dataclass(eq=False)
 class CaptionedPictures(torch.utils.data.Dataset):
     """
     Those pairs of text and picture that `indices` name. With augmentation, a pair never looks the same twice: words
     are left out of the text, and the picture is cropped and mirrored.
     """
 
-    def __init__(
-        self, captions: list[str], pictures: Sequence[Image.Image], indices: list[int], augment: bool = False
-    ):
-        self.captions = captions
-        self.pictures = pictures
-        self.indices = indices
-        self.augment = augment
+    captions: list[str]
+    pictures: Sequence[Image.Image]
+    indices: list[int]
+    augment: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)

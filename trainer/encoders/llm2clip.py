@@ -113,20 +113,12 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         return cls(clip, llama, tokenizer, image_processor)
 
     @classmethod
-    def details_of(
-        cls,
-        name_or_path: str,
-        revision: str | None = None,
-        text_model_name_or_path: str | None = None,
-        text_model_revision: str | None = None,
-        **settings,
-    ) -> dict:
+    def details_of(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:
         details = super().details_of(name_or_path, revision)
-        if text_model_name_or_path is not None:
-            details |= {
-                "text_encoder": text_model_name_or_path,
-                "text_encoder_revision": resolve_revision(text_model_name_or_path, text_model_revision),
-            }
+        llama = settings.get("text_model_name_or_path")
+        if llama is not None:
+            llama_revision = resolve_revision(llama, settings.get("text_model_revision"))
+            details |= {"text_encoder": llama, "text_encoder_revision": llama_revision}
         return details
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:
@@ -141,9 +133,7 @@ class LLM2CLIPEncoder(PretrainedEncoder):
             features = self.clip.get_image_features(batch["pixel_values"].to(self.clip.device, self.clip.dtype))
         else:
             batch = batch.to(self.llama.device)
-            states = self.llama(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).last_hidden_state
+            states = self.llama(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
             features = self.clip.get_text_features(masked_mean(states, batch["pooling_mask"]).to(self.clip.dtype))
         return features.float().cpu()
 
@@ -180,19 +170,13 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchFeatu
         truncation=True,
         max_length=MAX_TEXT_LENGTH - len(prefix) - len(suffix),
     )["input_ids"]
-    pooled = torch.tensor([len(body) + len(suffix) for body in bodies])
-    length = len(prefix) + int(pooled.max())
-    from_end = torch.arange(length, 0, -1)
     # Padding is attended to by nothing: any token will do.
-    filler = [suffix[0]] * length
-    turns = [prefix + body + suffix for body in bodies]
-    return BatchFeature(
-        {
-            "input_ids": torch.tensor([(filler + turn)[-length:] for turn in turns]),
-            "attention_mask": (from_end <= pooled[:, None] + len(prefix)).long(),
-            "pooling_mask": (from_end <= pooled[:, None]).long(),
-        }
-    )
+    tokenizer.pad_token = TEXT_SUFFIX
+    turns = {"input_ids": [prefix + body + suffix for body in bodies]}
+    batch = tokenizer.pad(turns, padding_side="left", return_tensors="pt", verbose=False)
+    pooled = torch.tensor([len(body) + len(suffix) for body in bodies])
+    from_end = torch.arange(batch["input_ids"].shape[1], 0, -1)
+    return BatchFeature({**batch, "pooling_mask": (from_end <= pooled[:, None]).long()})
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -27,14 +27,6 @@ def refuse_foreign_code(name_or_path: str, revision: str | None = None) -> None:
     """
     Refuses a model whose files name classes of other repositories, as `other/repository--module.Class`: `transformers`
     loads these from wherever the other repository's main branch stands, whatever commit the model is pinned to.
-
-    Args:
-        name_or_path (`str`): A directory, or a repository on the Hub, whose small files are downloaded.
-        revision (`str`, *optional*): Branch, tag or commit of the repository.
-
-    Raises:
-        FileNotFoundError: If the Hub does not give the repository.
-        ValueError: If there is such a class, or a file is not JSON.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():

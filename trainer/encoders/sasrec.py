@@ -8,12 +8,7 @@ from .encoding import PretrainedEncoder
 
 
 class SASRecEncoder(PretrainedEncoder):
-    """
-    Knows the items of the dataset that it was trained on, and reads nothing of them.
-
-    Args:
-        model (`SASRecForSequentialRecommendation`): The model.
-    """
+    """Knows the items of the dataset that it was trained on, and reads nothing of them."""
 
     model_help = "the directory that `mmesid sasrec` wrote"
     reads = ()
@@ -30,12 +25,7 @@ class SASRecEncoder(PretrainedEncoder):
 
     @torch.inference_mode()
     def item_embeddings(self, num_items: int) -> torch.Tensor:
-        """
-        The embeddings of items 1 to N, `(num_items, hidden_size)` in float32, on the CPU.
-
-        Raises:
-            ValueError: If the model knows another number of items.
-        """
+        """The embeddings of items 1 to N, `(num_items, hidden_size)` in float32, on the CPU."""
         embeddings = self.model.item_table()[1:]
         if len(embeddings) != num_items:
             raise ValueError(

