@@ -16,7 +16,7 @@ def shop() -> tuple[pd.DataFrame, pd.DataFrame]:
     items = pd.DataFrame({"item_id": catalogue.item_ids, "title": catalogue.titles(), "brand": "Veldt"})
     interactions = pd.DataFrame(
         {
-            "user_id": [events.user_ids[user] for user in events.users],
+            "buyer": [events.user_ids[user] for user in events.users],
             "item_id": [catalogue.item_ids[item] for item in events.items],
             "timestamp": events.times,
         }
@@ -40,7 +40,7 @@ class Letters:
 def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     interactions, items = shop
 
-    data = mmesid.prepare(interactions, items)
+    data = mmesid.prepare(interactions, items, columns={"user_id": "buyer"}, repeats="first")
     sasrec = mmesid.train_sasrec(
         data, mmesid.SASRecConfig(hidden_size=16), mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4)
     )

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import numpy as np
@@ -28,28 +27,13 @@ def prepare(
     interactions: pd.DataFrame | datasets.Dataset,
     items: pd.DataFrame | datasets.Dataset | None = None,
     *,
-    user_column: str = "user_id",
-    item_column: str = "item_id",
-    time_column: str | None = "timestamp",
-    rating_column: str | None = None,
-    item_field: str | None = None,
-    title_field: str = "title",
-    description_field: str = "description",
-    brand_field: str = "brand",
-    categories_field: str = "categories",
-    price_field: str = "price",
-    image_field: str = "image",
+    columns: dict[str, str | None] | None = None,
+    item_fields: dict[str, str] | None = None,
     text_fields: list[str] | None = None,
-    min_interactions: int = 0,
-    min_rating: float | None = None,
-    duplicates: Literal["drop", "keep"] = "drop",
-    repeats: Literal["keep", "first", "last"] = "keep",
-    split: Literal["leave_one_out", "global_time"] = "leave_one_out",
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.1,
     on_bad_image: str = "error",
     source_name: str = "interactions",
     licence: str = "unknown",
+    **settings,
 ) -> PreparedDataset:
     """
     Turns a table of interactions, and one of items, into the dataset that models are trained on and evaluated with.
@@ -59,31 +43,22 @@ def prepare(
         interactions (`pandas.DataFrame` or `datasets.Dataset`): One row per interaction of a user with an item.
         items (`pandas.DataFrame` or `datasets.Dataset`, *optional*): One row per item. Without it, and where it lacks
             an item of the interactions, items have nothing but their ids.
-        user_column (`str`, *optional*, defaults to `"user_id"`): Column of the interactions with the user's id, an
-            integer or a string.
-        item_column (`str`, *optional*, defaults to `"item_id"`): Column of the interactions with the item's id.
-        time_column (`str`, *optional*, defaults to `"timestamp"`): Column of the interactions with the time: a number,
-            a timestamp or ISO 8601. `None` takes the order of the rows.
-        rating_column (`str`, *optional*): Column of the interactions with the rating.
-        item_field (`str`, *optional*, defaults to `item_column`): Column of the items with the item's id.
-        title_field (`str`, *optional*, defaults to `"title"`): Column of the items with the title. Like those that
-            follow, it may be absent under its default name.
-        description_field (`str`, *optional*, defaults to `"description"`): Column with the description.
-        brand_field (`str`, *optional*, defaults to `"brand"`): Column with the brand.
-        categories_field (`str`, *optional*, defaults to `"categories"`): Column with the categories: a list, or a
-            string with `|` between them.
-        price_field (`str`, *optional*, defaults to `"price"`): Column with the price.
-        image_field (`str`, *optional*, defaults to `"image"`): Column with the picture: `datasets.Image`, the bytes
-            of an image file, or the path of one. Pictures behind URLs count as missing.
+        columns (`dict[str, str]`, *optional*): What columns of the interactions are called, `{"user_id": "buyer"}` for
+            example. `"user_id"` and `"item_id"` are integers or strings, `"timestamp"` is a number, a timestamp or ISO
+            8601 (`None` takes the order of the rows); each has its own name by default. There is no `"rating"` unless
+            its column is named.
+        item_fields (`dict[str, str]`, *optional*): What columns of the items are called: `"item_id"` (by default as in
+            the interactions), `"title"`, `"description"`, `"brand"`, `"categories"` (a list, or a string with `|`
+            between them), `"price"` and `"image"` (`datasets.Image`, the bytes of an image file, or the path of one;
+            pictures behind URLs count as missing). All but the id may be absent under these names.
         text_fields (`list[str]`, *optional*): Columns that an item's text is made of, in order; by default those that
             are there of title, attributes, genres, brand, categories and description.
-        min_interactions, min_rating, duplicates, repeats, split, validation_fraction, test_fraction:
-            See [`SequenceSettings`]: filters (k-core, ratings, repetition) and the split, `"leave_one_out"` or
-            `"global_time"`.
         on_bad_image (`str`, *optional*, defaults to `"error"`): Whether a picture that cannot be read is an `"error"`
             or counts as `"missing"`.
         source_name (`str`, *optional*, defaults to `"interactions"`): What the data are called on cards.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used.
+        **settings: Filters (`min_rating`, `duplicates`, `repeats`, `min_interactions`) and split (`split`,
+            `validation_fraction`, `test_fraction`), as [`SequenceSettings`] takes them.
 
     Returns:
         [`PreparedDataset`]
@@ -95,33 +70,22 @@ def prepare(
 
     ```python
     >>> import mmesid
-    >>> data = mmesid.prepare(orders, products, user_column="customer", min_interactions=5)
+    >>> data = mmesid.prepare(orders, products, columns={"user_id": "customer"}, min_interactions=5)
     >>> data.num_items, len(data.sequences("test"))
     ```
     """
-    settings = SequenceSettings(
-        min_rating, duplicates, repeats, min_interactions, split, validation_fraction, test_fraction
-    )
+    sequence_settings = SequenceSettings(**settings)
     check_on_bad_image(on_bad_image)
     source = read_tabular(
         in_memory(interactions, "interactions"),
         None if items is None else in_memory(items, "items"),
-        user_column=user_column,
-        item_column=item_column,
-        time_column=time_column,
-        rating_column=rating_column,
-        item_field=item_field,
-        title_field=title_field,
-        description_field=description_field,
-        brand_field=brand_field,
-        categories_field=categories_field,
-        price_field=price_field,
-        image_field=image_field,
+        columns=columns,
+        item_fields=item_fields,
         text_fields=text_fields,
         source_name=source_name,
         licence=licence,
     )
-    return prepare_source(source, settings, on_bad_image)
+    return prepare_source(source, sequence_settings, on_bad_image)
 
 
 def in_memory(data: pd.DataFrame | datasets.Dataset, name: str) -> TableLocation:

@@ -244,10 +244,10 @@ class SequenceSettings:
         if self.min_interactions < 0:
             raise ValueError(f"min_interactions is a count, 0 or more, got {self.min_interactions}.")
         shares = (self.validation_fraction, self.test_fraction)
-        if self.split == "global_time" and not (min(shares) > 0 and sum(shares) < 1):
+        if not (min(shares) > 0 and sum(shares) < 1):
             raise ValueError(
                 "validation_fraction and test_fraction are shares that leave some to train on, got "
-                f"{self.validation_fraction} and {self.test_fraction}."
+                f"{self.validation_fraction} and {self.test_fraction}; lower them."
             )
 
 

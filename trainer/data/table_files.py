@@ -3,10 +3,12 @@ Tables wherever they are: CSV, TSV, Parquet and JSON lines (gzipped or not, on d
 loads from a folder or a repository, and tables in memory.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -23,6 +25,12 @@ PARQUET_SUFFIXES = (".parquet",)
 
 # Bytes of a CSV file that are parsed at a time; a row must fit.
 _CSV_BLOCK = 2**23
+
+# Only a repository has a revision: an @ in the path of a folder belongs to it.
+_LOCATION = re.compile(
+    r"((?P<repository>[\w.-]+(?:/[\w.-]+)?)|.*?)(?::([^:@\[\]/\\]+))?(?(repository)(?:@([\w./-]+))?)(?:\[(.+)\])?",
+    re.S,
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,26 @@ class TableLocation:
         )
 
 
+def parse_location(location: str) -> TableLocation:
+    """
+    Where a flag says that a table is: a file or an address as it is, otherwise `path:config@revision[split]`, of which
+    all but the path may be left out.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    if Path(location).exists() or "://" in location or format_suffix(Path(location)) is not None:
+        return TableLocation(location)
+    path, _, config, revision, split = _LOCATION.fullmatch(location).groups()
+    table = TableLocation(path, config, split or "train", revision)
+    if table.is_file() or (table.is_repository() and re.search(r"[:@\[\]]", path)):
+        raise ValueError(
+            f"'{location}' is neither on this machine nor of the form owner/name:config@revision[split], of which all "
+            "but the name may be left out; correct it."
+        )
+    return table
+
+
 def format_suffix(path: Path) -> str | None:
     """What the name says of a file's format, its compression aside: `".csv"` of `ratings.csv.gz`; `None` if nothing
     that is known."""
@@ -174,6 +202,19 @@ def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], 
         if name not in present:
             remedy = f"set {wanted[name]} to one of them" if isinstance(wanted, dict) else "name another table"
             raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; {remedy}.")
+
+
+def renamed(names: dict[str, str | None], chosen: dict[str, str | None] | None, setting: str) -> dict[str, Any]:
+    """
+    The names of columns by what we call them: those that were chosen, the defaults `names` for the others.
+
+    Raises:
+        ValueError: If one is chosen for what is not among `names`; the sentence names the setting.
+    """
+    for ours in chosen or {}:
+        if ours not in names:
+            raise ValueError(f"{setting} has no '{ours}'; name columns for {', '.join(names)}.")
+    return names | (chosen or {})
 
 
 def unknown_format(path: Path) -> ValueError:

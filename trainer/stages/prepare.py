@@ -6,10 +6,10 @@ Turns a source of interactions, texts and pictures into the prepared dataset tha
     mmesid prepare --source amazon_2014 --interactions reviews_Beauty_5.json.gz \
         --items meta_Beauty.json.gz --output_dir runs/beauty/prepared
     mmesid prepare --source amazon_2023 \
-        --interactions McAuley-Lab/Amazon-Reviews-2023 --interactions_config raw_review_All_Beauty \
-        --items McAuley-Lab/Amazon-Reviews-2023 --items_config raw_meta_All_Beauty --output_dir runs/beauty/prepared
-    mmesid prepare --source tabular --interactions orders.csv --time_column ordered_at \
-        --items products.parquet --min_interactions 5 --split global_time --output_dir runs/mine/prepared
+        --interactions McAuley-Lab/Amazon-Reviews-2023:raw_review_All_Beauty \
+        --items McAuley-Lab/Amazon-Reviews-2023:raw_meta_All_Beauty --output_dir runs/beauty/prepared
+    mmesid prepare --source tabular --interactions orders.csv --columns user_id=buyer timestamp=ordered_at \
+        --items products.parquet --item_fields title=name --min_interactions 5 --output_dir runs/mine/prepared
 """
 
 import dataclasses
@@ -27,9 +27,10 @@ from ..data.preparation import prepare_source
 from ..data.prepared import CARD_CONFIGS
 from ..data.sequences import SequenceSettings
 from ..data.source import Source
-from ..data.sources import SETTINGS, SOURCES, reader_of, settings_of
+from ..data.sources import PICTURES, SOURCES, reader_of, settings_of
 from ..data.sources.amazon import file_of
-from ..data.table_files import TableLocation
+from ..data.sources.tabular import COLUMNS, ITEM_FIELDS
+from ..data.table_files import TableLocation, parse_location, renamed
 from ..publishing.repository import present
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
@@ -52,21 +53,11 @@ class PrepareArguments(StageArguments, SequenceSettings):
             amazon_2014, amazon_2018, amazon_2023: reviews and metadata of that generation; movielens: the folder of
             MovieLens 1M or 100K; tabular: any two tables whose columns you name.
         source_dir (`str`, *optional*): sequences, movielens: the folder.
-        interactions (`str`, *optional*): amazon_*, tabular: file of the interactions (.jsonl, .json, .csv, .tsv or
+        interactions (`str`, *optional*): amazon_*, tabular: the interactions: a file (.jsonl, .json, .csv, .tsv or
             .parquet, .gz if gzipped), hf://datasets/owner/name/file for one on the Hub, or a folder or repository that
-            `datasets.load_dataset` loads; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023.
-        interactions_config (`str`, *optional*): amazon_*, tabular: configuration of a folder or repository of
-            interactions; of McAuley-Lab/Amazon-Reviews-2023, raw_review_All_Beauty, say.
-        interactions_split (`str`, *optional*, defaults to `"train"`): amazon_*, tabular: split of a folder or
-            repository of interactions.
-        interactions_revision (`str`, *optional*): amazon_*, tabular: branch, tag or commit of a repository of
-            interactions.
+            `datasets.load_dataset` loads, as owner/name:config@revision[split], of which all but the name may be left
+            out; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023:raw_review_All_Beauty.
         items (`str`, *optional*): amazon_*, tabular: the items, in the same forms; tabular may do without.
-        items_config (`str`, *optional*): amazon_*, tabular: configuration of a folder or repository of items; of
-            McAuley-Lab/Amazon-Reviews-2023, raw_meta_All_Beauty, say.
-        items_split (`str`, *optional*, defaults to `"train"`): amazon_*, tabular: split of a folder or repository of
-            items.
-        items_revision (`str`, *optional*): amazon_*, tabular: branch, tag or commit of a repository of items.
         source_name (`str`, *optional*): What the data are called on the card; by default after the folder or file they
             come from.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used, for the card; not
@@ -74,21 +65,13 @@ class PrepareArguments(StageArguments, SequenceSettings):
 
         > Columns
 
-        user_column (`str`, *optional*, defaults to `"user_id"`): tabular: column of the interactions: user.
-        item_column (`str`, *optional*, defaults to `"item_id"`): tabular: column of the interactions: item.
-        time_column (`str`, *optional*, defaults to `"timestamp"`): tabular: column of the interactions: time, as
-            number, timestamp or ISO 8601; empty if the rows are in the order of time.
-        rating_column (`str`, *optional*): tabular: column of the interactions: rating, if there is one.
-        item_field (`str`, *optional*): Field of an item: its id; sequences: `item` by default, tabular: as
-            `item_column`.
-        title_field (`str`, *optional*, defaults to `"title"`): tabular: field of an item: title.
-        description_field (`str`, *optional*, defaults to `"description"`): tabular: field of an item: description.
-        brand_field (`str`, *optional*, defaults to `"brand"`): tabular: field of an item: brand.
-        categories_field (`str`, *optional*, defaults to `"categories"`): tabular: field of an item: categories, a list
-            or a string with |.
-        price_field (`str`, *optional*, defaults to `"price"`): tabular: field of an item: price.
-        image_field (`str`, *optional*, defaults to `"image"`): sequences, tabular: field of an item: its picture, as a
-            file, a URL or (in Parquet and `datasets`) the picture itself.
+        columns (`list[str]`, *optional*): tabular: columns of the interactions that have other names than ours, as
+            ours=theirs each, for example user_id=buyer. Ours are user_id, item_id, timestamp (a number, a timestamp or
+            ISO 8601; `timestamp=` if the rows are in the order of time) and rating, which is read only if you name it.
+        item_fields (`list[str]`, *optional*): sequences, tabular: fields of the items that have other names than ours,
+            in the same form. Ours are item_id (by default `item` in sequences, and named as in the interactions in
+            tabular), image (a file, a URL or, in Parquet and `datasets`, the picture itself) and, in tabular, title,
+            description, brand, categories (a list, or a string with |) and price.
         text_fields (`list[str]`, *optional*): Fields that make an item's text, in order; by default those present of
             title, attributes, genres, brand, categories, description.
 
@@ -113,26 +96,11 @@ class PrepareArguments(StageArguments, SequenceSettings):
     source: str
     source_dir: str | None = None
     interactions: str | None = None
-    interactions_config: str | None = None
-    interactions_split: str = "train"
-    interactions_revision: str | None = None
     items: str | None = None
-    items_config: str | None = None
-    items_split: str = "train"
-    items_revision: str | None = None
     source_name: str | None = None
     licence: str = "unknown"
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    time_column: str = "timestamp"
-    rating_column: str | None = None
-    item_field: str | None = None
-    title_field: str = "title"
-    description_field: str = "description"
-    brand_field: str = "brand"
-    categories_field: str = "categories"
-    price_field: str = "price"
-    image_field: str = "image"
+    columns: list[str] | None = None
+    item_fields: list[str] | None = None
     text_fields: list[str] | None = None
     image_dir: str | None = None
     download_images: bool = False
@@ -144,17 +112,7 @@ class PrepareArguments(StageArguments, SequenceSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
-            self,
-            share=("validation_fraction", "test_fraction"),
-            positive=("num_items", "num_users"),
-            not_negative=("min_interactions", "seed"),
-        )
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                f"--validation_fraction {self.validation_fraction} and --test_fraction {self.test_fraction} leave "
-                "nothing to train on; lower them."
-            )
+        check_ranges(self, positive=("num_items", "num_users"), not_negative=("seed",))
         check_arguments(self)
         SequenceSettings.__post_init__(self)
 
@@ -172,42 +130,50 @@ def check_arguments(arguments: PrepareArguments) -> None:
                 f"`--source {arguments.source}` has no use for {name}, got {getattr(arguments, name)!r}; leave it "
                 "out, see --help."
             )
+    renamed(COLUMNS, chosen_names(arguments, "columns"), "columns")
+    renamed(ITEM_FIELDS, chosen_names(arguments, "item_fields"), "item_fields")
     if arguments.download_images and arguments.image_cache_dir is None:
         raise ValueError("download_images needs image_cache_dir, the folder that keeps the pictures.")
     if arguments.image_dir is not None and Path(arguments.image_dir).is_file() and arguments.image_cache_dir is None:
         raise ValueError("An archive as image_dir needs image_cache_dir, the folder that it is unpacked into.")
 
 
+def chosen_names(arguments: PrepareArguments, setting: str) -> dict[str, str]:
+    """What `ours=theirs` of a setting choose; raises `ValueError` if one has another form."""
+    pairs = {entry: entry.split("=", maxsplit=1) for entry in getattr(arguments, setting) or []}
+    for entry, pair in pairs.items():
+        if len(pair) == 1:
+            raise ValueError(f"--{setting} takes ours=theirs, for example item_id=sku, got '{entry}'; correct it.")
+    return dict(pairs.values())
+
+
 def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
     """Where the tables are: files of the Hub downloaded, its repositories at the commit they are at now."""
     locations = {}
     for name in ("interactions", "items"):
-        path = getattr(arguments, name)
-        if path is None:
+        if getattr(arguments, name) is None:
             continue
-        location = TableLocation(
-            path,
-            config=getattr(arguments, f"{name}_config"),
-            split=getattr(arguments, f"{name}_split"),
-            revision=getattr(arguments, f"{name}_revision"),
-        )
-        location = file_of(location, name)
+        asked = parse_location(getattr(arguments, name))
+        location = file_of(asked, name)
         if location.is_file():
             location = dataclasses.replace(location, path=str(local_file(location.path)))
         elif location.is_repository() and not HF_HUB_OFFLINE:
-            with on_the_hub(path):
-                commit = HfApi().dataset_info(path, revision=location.revision).sha
-            location = dataclasses.replace(location, revision=commit)
+            with on_the_hub(location.path):
+                commit = HfApi().dataset_info(location.path, revision=location.revision).sha
             # The name of a repository says nothing about what is in it: a new commit is another input.
-            arguments.changed[f"{name}_revision"] = commit
+            location = asked = dataclasses.replace(location, revision=commit)
         locations[name] = location
+        # So is another part of the same folder.
+        parts = {"config": asked.config, "split": asked.split, "revision": asked.revision}
+        arguments.changed[name] = asked.path
+        arguments.changed |= {f"{name}_{part}": one for part, one in parts.items() if one not in (None, "train")}
     return locations
 
 
 def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation], pictures: dict[str, Path]) -> Source:
     """Calls the source's reader with the settings that it uses; what is not set is left to the reader."""
-    combined = {name for names in SETTINGS.values() for name in names}
-    settings = {name: getattr(arguments, name) for name in settings_of(arguments.source) if name not in combined}
+    settings = {name: getattr(arguments, name) for name in settings_of(arguments.source) if name not in PICTURES}
+    settings |= {name: chosen_names(arguments, name) for name in ("columns", "item_fields") if name in settings}
     settings |= locations | ({"pictures": pictures} if pictures else {})
     return reader_of(arguments.source)(**{name: value for name, value in settings.items() if value is not None})
 

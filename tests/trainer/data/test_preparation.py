@@ -19,7 +19,8 @@ ORDERS = {
     "at": ["2026-03-01", "2026-01-01", "2026-01-02", "2026-02-01", "2026-02-02", "2026-04-01", "2026-05-01"],
 }
 PRODUCTS = {"sku": [3, 5, 7], "title": ["Pen", "Ink", None], "brand": ["Acme", None, None], "price": [1.5, None, 2.0]}
-COLUMNS = {"user_column": "customer", "item_column": "sku", "time_column": "at"}
+NAMES = {"user_id": "customer", "item_id": "sku", "timestamp": "at"}
+COLUMNS = {"columns": NAMES}
 
 
 def assert_equal(data: PreparedDataset, expected: PreparedDataset) -> None:
@@ -37,7 +38,7 @@ def test_tables_in_memory_give_what_files_give(tmp_path, table):
     orders, products = pd.DataFrame(ORDERS), pd.DataFrame(PRODUCTS)
     orders.to_csv(tmp_path / "orders.csv", index=False)
     products.to_parquet(tmp_path / "products.parquet")
-    flags = [flag for name, value in COLUMNS.items() for flag in (f"--{name}", value)]
+    flags = ["--columns", *(f"{ours}={theirs}" for ours, theirs in NAMES.items())]
     files = ["--interactions", str(tmp_path / "orders.csv"), "--items", str(tmp_path / "products.parquet")]
     main(["--source", "tabular", *files, *flags, "--output_dir", str(tmp_path / "prepared")])
     data = prepare(table(ORDERS), table(PRODUCTS), **COLUMNS)
@@ -56,13 +57,13 @@ def test_tables_in_memory_give_what_files_give(tmp_path, table):
 
 def test_settings_reach_the_sequences():
     frame = pd.DataFrame(ORDERS | {"stars": [5, 5, 5, 5, 5, 5, 1], "sku": pd.Categorical(ORDERS["sku"])})
-    data = prepare(frame, **COLUMNS, rating_column="stars", min_rating=2, min_interactions=2)
+    data = prepare(frame, columns=NAMES | {"rating": "stars"}, min_rating=2, min_interactions=2)
     assert data.statistics["dropped_low_ratings"] == 1 and data.statistics["interactions"] == 6
     assert data.titles == data.texts == [""] * 4 and "image" not in data.items().column_names
     times = pd.to_datetime(frame["at"], utc=True)
     later = prepare(frame.assign(at=times), **COLUMNS, split="global_time", validation_fraction=0.3, test_fraction=0.3)
     assert later.statistics["split"] == "global_time"
-    in_order = prepare(frame, **COLUMNS | {"time_column": None})
+    in_order = prepare(frame, columns=NAMES | {"timestamp": None})
     assert [in_order.item_ids[row] for row in in_order.sequences("test")[0]["history"]] == ["7", "3", "5"]
 
 
@@ -85,7 +86,7 @@ def test_pictures_of_a_table_are_kept(tmp_path, kind):
         pictures = [str(tmp_path / "0.png"), None, str(tmp_path / "2.png")]
     table = PRODUCTS | {"photo": pictures}
     products = pd.DataFrame(table) if kind.startswith("frame") else datasets.Dataset.from_dict(table)
-    data = prepare(pd.DataFrame(ORDERS), products, **COLUMNS, image_field="photo")
+    data = prepare(pd.DataFrame(ORDERS), products, **COLUMNS, item_fields={"image": "photo"})
     data.save(tmp_path / "prepared")
     for items in (data.items(), PreparedDataset.load(tmp_path / "prepared").items()):
         colours = [image and image.convert("RGB").getpixel((1, 1)) for image in items["image"]]
@@ -105,8 +106,10 @@ def test_a_picture_that_cannot_be_read_is_refused_or_missing():
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, {"user_column": "user_id"}, "'interactions' has no column 'user_id', only customer, sku, at; set user"),
-        ({}, {"title_field": "name"}, "'items' has no column 'name', only sku, title, brand, price; set tit"),
+        ({}, {"columns": {}}, "'interactions' has no column 'user_id', only customer, sku, at; set user_id in col"),
+        ({}, {"columns": {"user": "customer"}}, "columns has no 'user'; name columns for user_id, item_id, "),
+        ({}, {"item_fields": {"rating": "x"}}, "item_fields has no 'rating'; name columns for item_id, title, desc"),
+        ({}, {"item_fields": {"title": "name"}}, "'items' has no column 'name', only sku, .*; set title in item_fi"),
         ({}, {"text_fields": ["colour"]}, "'items' has no column 'colour', only .*; set text_fields to one"),
         ({}, {"on_bad_image": "skip"}, "on_bad_image is 'skip'; choose one of error, missing"),
         ({}, {"min_interactions": 4}, "No user of 2 is left with min_interactions=4"),

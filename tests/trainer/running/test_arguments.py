@@ -153,7 +153,7 @@ def test_a_list_may_be_empty():
         (
             "prepare",
             ["--output_dir", "o", "--source", "synthetic", "--validation_fraction", ".6", "--test_fraction", ".6"],
-            "leave nothing to train on",
+            "are shares that leave some to train on",
         ),
         ("evaluate", [*SASREC, "--model_dirs", "a/x", "b/x"], "Two models are called 'x'"),
         ("evaluate", [*SASREC, "--model_dirs", "a", "--bootstrap_resamples", "0"], "--bootstrap_resamples is 0"),
@@ -271,7 +271,8 @@ def test_the_help_is_there_without_torch_and_says_what_is_required():
     assert "  --objective" in " ".join(lines)
 
 
-def test_the_help_of_finetune_is_short_and_grouped():
+def test_help_is_short_and_grouped():
+    assert stage_help("prepare").count("\n  --") <= 25
     text = stage_help("finetune")
     assert text.count("\n  --") <= 25
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]

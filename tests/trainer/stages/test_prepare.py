@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.table_files import parse_location
 from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import sasrec
 from mmesid.trainer.stages.prepare import main
@@ -125,8 +126,14 @@ def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
     for flag, value in {"image_dir": "x", "licence": "CC0", "source_name": "x", "text_fields": "title"}.items():
         with pytest.raises(ValueError, match=f"`--source synthetic` has no use for {flag}, got .*; leave it out"):
             synthetic(tmp_path / "prepared", f"--{flag}", value)
-    with pytest.raises(ValueError, match="`--source sequences` has no use for title_field, got 'name'"):
-        main(["--source", "sequences", "--source_dir", str(folder), "--title_field", "name", "--output_dir", "p"])
+    for flags, message in {
+        ("--columns", "user_id=u"): r"`--source sequences` has no use for columns, got \['user_id=u'\]",
+        ("--item_fields", "title=name"): "item_fields has no 'title'; name columns for item_id, image",
+        ("--item_fields", "titel=name"): "item_fields has no 'titel'; name columns for item_id, title, ",
+        ("--item_fields", "name"): "--item_fields takes ours=theirs, for example item_id=sku, got 'name'; correct it",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            main(["--source", "sequences", "--source_dir", str(folder), "--output_dir", str(tmp_path / "p"), *flags])
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         main(["--source", "sequences", "--source_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "p")])
 
@@ -140,6 +147,31 @@ def test_a_mistyped_path_is_named_where_the_hub_cannot_be_reached(tmp_path, monk
     monkeypatch.setattr("mmesid.trainer.stages.prepare.HfApi.dataset_info", unreachable)
     with pytest.raises(FileNotFoundError, match=r"'ordrs' is not on this machine, .* \(Connection refused\); correct"):
         main(flags)
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("me/shop", ("me/shop", None, "train", None)),
+        ("me/shop:orders@v1[all]", ("me/shop", "orders", "all", "v1")),
+        ("me/shop@refs/pr/1[train[:10%]]", ("me/shop", None, "train[:10%]", "refs/pr/1")),
+        ("hf://datasets/me/shop@v1/orders.csv", ("hf://datasets/me/shop@v1/orders.csv", None, "train", None)),
+        ("{folder}", ("{folder}", None, "train", None)),
+        ("{folder}:orders[all]", ("{folder}", "orders", "all", None)),
+        ("a@b:c/orders.csv.gz", ("a@b:c/orders.csv.gz", None, "train", None)),
+        *((wrong, None) for wrong in ("me/shop@v1:a", "me/shop:", "me/shop[]", "orders.csv[all]", "/me@home/shop")),
+    ],
+)  # fmt: skip
+def test_a_location_is_a_file_or_what_load_dataset_is_told(tmp_path, location, expected):
+    folder = tmp_path / "me@home:1"
+    folder.mkdir()
+    if expected is None:
+        with pytest.raises(ValueError, match="is neither on this machine nor of the form owner/name:config@revision"):
+            parse_location(location)
+    else:
+        path, *others = expected
+        found = parse_location(location.format(folder=folder))
+        assert (found.path, found.config, found.split, found.revision) == (path.format(folder=folder), *others)
 
 
 def png(colour) -> bytes:
@@ -170,7 +202,7 @@ def tabular(folder, *flags) -> PreparedDataset:
 def test_a_split_in_time_reaches_files_card_and_training(shop):
     data = tabular(
         shop, "--split", "global_time", "--validation_fraction", "0.2", "--test_fraction", "0.2",
-        "--rating_column", "stars", "--min_rating", "2", "--repeats", "first",
+        "--columns", "rating=stars", "--min_rating", "2", "--repeats", "first",
     )  # fmt: skip
     orders = [line.split(",") for line in (shop / "orders.csv").read_text().splitlines()[1:]]
     start, end = data.statistics["validation_starts"], data.statistics["test_starts"]
@@ -330,3 +362,9 @@ def test_what_was_read_decides_whether_prepare_runs_again(shop, capsys):
         file.write("\nu1,1,59,5")
     tabular(shop)
     assert "prepare: wrote" in capsys.readouterr().out
+    for split in ("train", "test"):
+        (shop / "parts").mkdir(exist_ok=True)
+        (shop / "orders.csv").rename(shop / f"parts/{split}.csv")
+        (shop / "orders.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,{item},1\n" for item in range(4)))
+    assert tabular(shop, "--interactions", str(shop / "parts")).statistics["users"] == 12
+    assert tabular(shop, "--interactions", f"{shop / 'parts'}[test]").statistics["users"] == 1

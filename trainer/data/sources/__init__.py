@@ -22,12 +22,8 @@ SOURCES = {
     "tabular": "tabular:read_tabular",
 }
 
-# Parameters that are made of several settings; the first of them says whether there is any.
-SETTINGS = {
-    "interactions": ("interactions", "interactions_config", "interactions_split", "interactions_revision"),
-    "items": ("items", "items_config", "items_split", "items_revision"),
-    "pictures": ("image_dir", "image_cache_dir", "download_images"),
-}
+# The settings that the parameter `pictures` is made of.
+PICTURES = ("image_dir", "image_cache_dir", "download_images")
 
 
 def reader_of(source: str) -> Callable:
@@ -47,6 +43,5 @@ def settings_of(source: str) -> dict[str, bool]:
     """The settings that a source uses, and whether it needs them."""
     settings: dict[str, bool] = {}
     for name, parameter in inspect.signature(reader_of(source)).parameters.items():
-        first, *others = SETTINGS.get(name, (name,))
-        settings |= {first: parameter.default is parameter.empty} | dict.fromkeys(others, False)
+        settings |= dict.fromkeys(PICTURES if name == "pictures" else (name,), parameter.default is parameter.empty)
     return settings

@@ -84,8 +84,9 @@ def file_of(location: TableLocation, kind: str) -> TableLocation:
             return TableLocation(f"hf://datasets/{repository}/{match.expand(file)}", reader=reader)
     raise ValueError(
         f"'{REPOSITORY}' is read by the interactions' configurations raw_review_<category>, "
-        "0core_rating_only_<category> and 5core_rating_only_<category>, and the items' raw_meta_<category>; got "
-        f"{kind}_config={location.config!r}; name one of them, or a file, as hf://datasets/{REPOSITORY}/<file>."
+        "0core_rating_only_<category> and 5core_rating_only_<category>, and the items' raw_meta_<category>; the "
+        f"configuration of {kind} is {location.config!r}; name one of them, as {REPOSITORY}:raw_meta_<category>, or "
+        f"a file, as hf://datasets/{REPOSITORY}/<file>."
     )
 
 
@@ -173,10 +174,10 @@ def _reviews(path: Path, columns: InteractionColumns) -> Iterator[tuple[str, str
         user, item, time, rating = (review[name] for name in names)
         if not isinstance(time, int) or not isinstance(rating, int | float):
             raise ValueError(
-                f"{line_of(path, number)} has {columns.time}={time!r} and {columns.rating}={rating!r}; they must be "
-                "an integer and a number."
+                f"{line_of(path, number)} has {columns.timestamp}={time!r} and {columns.rating}={rating!r}; they must "
+                "be an integer and a number."
             )
-        yield raw_id(user, columns.user, path, number), raw_id(item, columns.item, path, number), time, rating
+        yield raw_id(user, columns.user_id, path, number), raw_id(item, columns.item_id, path, number), time, rating
 
 
 def _plain(value):

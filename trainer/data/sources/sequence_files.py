@@ -15,6 +15,7 @@ import numpy as np
 
 from ..files import line_of, parse_json, read_lines, require
 from ..source import Catalogue, CatalogueBuilder, Interactions, Source
+from ..table_files import renamed
 from ..texts import is_missing
 
 
@@ -25,8 +26,7 @@ ITEMS_FILE = "items.jsonl"
 def read_sequence_files(
     source_dir: str | os.PathLike,
     *,
-    item_field: str = "item",
-    image_field: str = "image",
+    item_fields: dict[str, str] | None = None,
     text_fields: list[str] | None = None,
     pictures: dict[str, Path] | None = None,
     source_name: str | None = None,
@@ -35,9 +35,8 @@ def read_sequence_files(
     """
     Args:
         source_dir (`str` or `os.PathLike`): The folder.
-        item_field (`str`, *optional*, defaults to `"item"`): Field with an item's raw id, a string or an integer.
-        image_field (`str`, *optional*, defaults to `"image"`): Field with the path of an item's picture, null or
-            absent if there is none.
+        item_fields (`dict[str, str]`, *optional*, defaults to `{"item_id": "item", "image": "image"}`): Fields with an
+            item's raw id, a string or an integer, and with the path of its picture, null or absent if there is none.
         text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must
             have them, possibly null. By default those of `TEXT_FIELDS` that a line has.
         pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; others are looked for in the folder.
@@ -50,7 +49,8 @@ def read_sequence_files(
     """
     directory = Path(source_dir)
     builder = CatalogueBuilder(text_fields, pictures)
-    catalogue = _read_items(directory / ITEMS_FILE, builder, item_field, image_field)
+    names = renamed({"item_id": "item", "image": "image"}, item_fields, "item_fields")
+    catalogue = _read_items(directory / ITEMS_FILE, builder, names["item_id"], names["image"])
     interactions = _read_sequences(directory / SEQUENCES_FILE, catalogue.item_ids)
     return Source(source_name or directory.resolve().name, licence, False, catalogue, interactions)
 

@@ -27,6 +27,7 @@ from ..table_files import (
     is_line_file,
     parquet_batches,
     readable,
+    renamed,
     require_columns,
     unknown_format,
 )
@@ -37,6 +38,10 @@ _ZONE = re.compile(r":\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d)?)$")
 
 _ROWS_AT_ONCE = 65_536
 
+# What the columns are called by default; there is no rating unless one is named.
+COLUMNS = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp", "rating": None}
+ITEM_FIELDS = {name: name for name in ("item_id", "title", "description", "brand", "categories", "price", "image")}
+
 
 @dataclass(frozen=True)
 class InteractionColumns:
@@ -44,65 +49,38 @@ class InteractionColumns:
     Names of the columns of interactions.
 
     Args:
-        user (`str`): Raw id of the user.
-        item (`str`): Raw id of the item.
-        time (`str`, *optional*): When it happened: integers, floats, timestamps, or strings in ISO 8601; `None` takes
-            the order of the rows.
+        user_id (`str`): Raw id of the user.
+        item_id (`str`): Raw id of the item.
+        timestamp (`str`, *optional*): When it happened: integers, floats, timestamps, or strings in ISO 8601; `None`
+            takes the order of the rows.
         rating (`str`, *optional*): The user's rating, possibly null; `None` if there are none.
         fixed (`bool`, *optional*, defaults to `False`): Whether a format has these names, so that no setting does.
     """
 
-    user: str
-    item: str
-    time: str | None = None
+    user_id: str
+    item_id: str
+    timestamp: str | None = None
     rating: str | None = None
     fixed: bool = False
 
     @property
     def names(self) -> list[str]:
-        return [name for name in (self.user, self.item, self.time, self.rating) if name is not None]
+        return [self.user_id, self.item_id, *(name for name in (self.timestamp, self.rating) if name is not None)]
 
     @property
     def required(self) -> list[str] | dict[str, str]:
         """The columns, with the setting that chooses each where one does."""
         if self.fixed:
             return self.names
-        return {name: f"{kind}_column" for kind, name in vars(self).items() if kind != "fixed" and name is not None}
-
-
-@dataclass(frozen=True)
-class ItemColumns:
-    """Names of the columns of items, as [`~mmesid.prepare`] takes them. One with its default name may be absent."""
-
-    item: str
-    title: str = "title"
-    description: str = "description"
-    brand: str = "brand"
-    categories: str = "categories"
-    price: str = "price"
-    image: str = "image"
-
-    @property
-    def required(self) -> dict[str, str]:
-        """The columns that must be there, the id and those with another name than the default, with their settings."""
-        return {name: f"{field}_field" for field, name in vars(self).items() if field == "item" or name != field}
+        return {name: f"{ours} in columns" for ours, name in vars(self).items() if name in self.names}
 
 
 def read_tabular(
     interactions: TableLocation,
     items: TableLocation | None = None,
     *,
-    user_column: str = "user_id",
-    item_column: str = "item_id",
-    time_column: str | None = "timestamp",
-    rating_column: str | None = None,
-    item_field: str | None = None,
-    title_field: str = "title",
-    description_field: str = "description",
-    brand_field: str = "brand",
-    categories_field: str = "categories",
-    price_field: str = "price",
-    image_field: str = "image",
+    columns: dict[str, str | None] | None = None,
+    item_fields: dict[str, str] | None = None,
     text_fields: list[str] | None = None,
     pictures: dict[str, Path] | None = None,
     source_name: str | None = None,
@@ -112,8 +90,7 @@ def read_tabular(
     Args:
         interactions (`TableLocation`): The table of interactions.
         items (`TableLocation`, *optional*): The table of items; without it they have nothing but ids.
-        user_column, item_column, time_column, rating_column, item_field, title_field, description_field, brand_field,
-            categories_field, price_field, image_field, text_fields: See [`~mmesid.prepare`].
+        columns, item_fields, text_fields: See [`~mmesid.prepare`].
         pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; other pictures are looked for beside the
             table.
         source_name (`str`, *optional*, defaults to where the interactions are): What the data are called.
@@ -121,32 +98,28 @@ def read_tabular(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a column is missing or a row cannot be read.
+        ValueError: If a name is unknown, a column is missing or a row cannot be read.
     """
-    columns = InteractionColumns(user_column, item_column, time_column or None, rating_column)
-    item_columns = ItemColumns(
-        item_field or item_column,
-        title_field,
-        description_field,
-        brand_field,
-        categories_field,
-        price_field,
-        image_field,
-    )
+    names = renamed(COLUMNS, columns, "columns")
+    item_names = renamed(ITEM_FIELDS | {"item_id": names["item_id"]}, item_fields, "item_fields")
     collector = InteractionCollector()
-    read_interactions(interactions, columns, collector)
+    read_interactions(
+        interactions,
+        InteractionColumns(names["user_id"], names["item_id"], names["timestamp"] or None, names["rating"] or None),
+        collector,
+    )
     collector.finish()
     builder = CatalogueBuilder(text_fields, pictures)
-    embedded = None if items is None else _read_items(items, item_columns, builder)
+    embedded = None if items is None else _read_items(items, item_names, builder)
     name = source_name or Path(interactions.path).name.split(".")[0]
     if embedded is not None and pictures:
         raise ValueError(
-            f"The items hold their pictures themselves, in '{image_field}'; leave out image_dir, or set image_field "
-            "to another column."
+            f"The items hold their pictures themselves, in '{item_names['image']}'; leave out image_dir, or set image "
+            "in item_fields to another column."
         )
     source = join(name, licence, collector, builder, None if items is None else items.path)
     if embedded is not None:
-        source.catalogue.images = EmbeddedImages(embedded, image_field, len(source.catalogue))
+        source.catalogue.images = EmbeddedImages(embedded, item_names["image"], len(source.catalogue))
     return source
 
 
@@ -158,7 +131,7 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
         FileNotFoundError: If there is no such file.
         ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
     """
-    rows, time_type = 0, None
+    rows, time_type, clock = 0, None, columns.timestamp
     for batch in _with_progress(_interaction_batches(location, columns), location):
         where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
         ratings = None
@@ -166,17 +139,17 @@ def read_interactions(location: TableLocation, columns: InteractionColumns, coll
             column = _cast(batch[columns.rating], pa.float32(), columns.rating, where)
             ratings = pc.fill_null(column, float("nan")).to_numpy(zero_copy_only=False)
         collector.extend(
-            _ids(batch[columns.user], columns.user, where),
-            _ids(batch[columns.item], columns.item, where),
-            np.arange(rows, rows + len(batch)) if columns.time is None else _times(batch, columns.time, where),
+            _ids(batch[columns.user_id], columns.user_id, where),
+            _ids(batch[columns.item_id], columns.item_id, where),
+            np.arange(rows, rows + len(batch)) if clock is None else _times(batch, clock, where),
             ratings,
         )
-        if columns.time is not None:
+        if clock is not None:
             # Integers are taken as they are and floats as seconds: both in one column would not be one clock.
-            kind = batch[columns.time].type
+            kind = batch[clock].type
             time_type = time_type or kind
             if kind != time_type:
-                raise ValueError(f"{where} column '{columns.time}' is {kind}, and {time_type} before; choose one.")
+                raise ValueError(f"{where} column '{clock}' is {kind}, and {time_type} before; choose one.")
         rows += len(batch)
 
 
@@ -208,7 +181,7 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
     elif suffix in PARQUET_SUFFIXES:
         yield from parquet_batches(path, _ROWS_AT_ONCE, columns.required)
     elif suffix in SEPARATORS:
-        types = {columns.user: pa.string(), columns.item: pa.string()}
+        types = {columns.user_id: pa.string(), columns.item_id: pa.string()}
         if columns.rating is not None:
             types[columns.rating] = pa.float64()
         yield from csv_batches(path, columns.required, types)
@@ -221,7 +194,7 @@ def _interaction_lines(path: Path, columns: InteractionColumns) -> Iterator[list
     for number, line in read_lines(path):
         row = parse_json(line, path, number)
         require(row, required, path, number)
-        for name in (columns.user, columns.item):
+        for name in (columns.user_id, columns.item_id):
             row[name] = raw_id(row[name], name, path, number)
         yield [row.get(name) for name in columns.names]
 
@@ -279,7 +252,7 @@ def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
     return _cast(column, pa.int64(), name, where).to_numpy()
 
 
-def _read_items(location: TableLocation, columns: ItemColumns, builder: CatalogueBuilder) -> datasets.Dataset | None:
+def _read_items(location: TableLocation, names: dict[str, str], builder: CatalogueBuilder) -> datasets.Dataset | None:
     """Adds the items of a table to a builder; returns the table if it holds the pictures itself."""
     table = location.load(streaming=False)
     path = None
@@ -289,32 +262,32 @@ def _read_items(location: TableLocation, columns: ItemColumns, builder: Catalogu
             with readable(path):
                 table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     folder = path.parent if path is not None else Path(location.path) if location.table is None else Path()
-    own_fields = [name for name in builder.text_fields or () if name not in vars(columns)]
-    wanted = [*vars(columns).values(), *own_fields]
-    required = columns.required | dict.fromkeys(own_fields, "text_fields")
+    own_fields = [name for name in builder.text_fields or () if name not in names]
+    wanted = [*names.values(), *own_fields]
+    # The id, and columns with another name than ours.
+    required = {name: f"{ours} in item_fields" for ours, name in names.items() if ours == "item_id" or ours != name}
+    required |= dict.fromkeys(own_fields, "text_fields")
 
     if table is not None:
         require_columns(required, table.column_names, location.path)
-        embedded = holds_pictures(table.features.get(columns.image))
-        names = [name for name in wanted if name in table.column_names and not (embedded and name == columns.image)]
-        selected = table.select_columns(names).with_format(None)
+        embedded = holds_pictures(table.features.get(names["image"]))
+        present = [name for name in wanted if name in table.column_names and not (embedded and name == names["image"])]
+        selected = table.select_columns(present).with_format(None)
         selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
         rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
     else:
         embedded = False
         rows = _item_rows(Path(location.path if path is None else path), wanted, required)
     for where, row in rows:
-        values = {field: row.get(name) for field, name in vars(columns).items()} | {
-            name: row.get(name) for name in own_fields
-        }
-        item_id, categories = values.pop("item"), values["categories"]
+        values = {field: row.get(name) for field, name in [*names.items(), *zip(own_fields, own_fields)]}
+        item_id, categories = values.pop("item_id"), values["categories"]
         if not isinstance(item_id, str | int) or item_id == "":
-            raise ValueError(f"{where} has {columns.item}={item_id!r}; an id is an integer or a string.")
+            raise ValueError(f"{where} has {names['item_id']}={item_id!r}; an id is an integer or a string.")
         if isinstance(categories, str):
             values["categories"] = categories.split("|")
         image = values.pop("image")
         if not is_missing(image) and not isinstance(image, str):
-            raise ValueError(f"{where} has {columns.image}={image!r}; a picture is a URL or the name of a file.")
+            raise ValueError(f"{where} has {names['image']}={image!r}; a picture is a URL or the name of a file.")
         builder.append(str(item_id), values, builder.image_location(image, folder), where)
     return table if embedded else None
 

@@ -217,15 +217,14 @@ api.create_repo(**dataset, exist_ok=True)
 script = b"raise SystemExit('a loading script ran')"
 api.upload_file(path_or_fileobj=script, path_in_repo="Amazon-Reviews-2023.py", **dataset)
 first = api.upload_folder(folder_path=folder, **dataset).oid
-whole = ["--source", "amazon_2023", "--interactions", name, "--items", name, "--items_config", "raw_meta_All_Beauty"]
-main([*whole, "--interactions_config", "raw_review_All_Beauty", "--output_dir", f"{output}/reviews"])
-main([*whole, "--interactions_config", "0core_rating_only_All_Beauty", "--output_dir", f"{output}/ratings"])
+whole = ["--source", "amazon_2023", "--items", f"{name}:raw_meta_All_Beauty", "--interactions"]
+main([*whole, f"{name}:raw_review_All_Beauty", "--output_dir", f"{output}/reviews"])
+main([*whole, f"{name}:0core_rating_only_All_Beauty", "--output_dir", f"{output}/ratings"])
 api.upload_file(path_or_fileobj=b"{}", path_in_repo="raw/review_categories/All_Beauty.jsonl", **dataset)
-pinned = ["--interactions_config", "raw_review_All_Beauty", "--interactions_revision", first]
-main([*whole, *pinned, "--output_dir", f"{output}/pinned"])
-for wrong in ([], ["--interactions_config", "raw_meta_All_Beauty"], ["--interactions_config", "raw_review_All_Beuty"]):
+main([*whole, f"{name}:raw_review_All_Beauty@{first}", "--output_dir", f"{output}/pinned"])
+for wrong in (name, f"{name}:raw_meta_All_Beauty", f"{name}:raw_review_All_Beuty"):
     try:
-        main([*whole, *wrong, "--output_dir", f"{output}/wrong"])
+        main([*whole, wrong, "--output_dir", f"{output}/wrong"])
     except (ValueError, FileNotFoundError) as error:
         print("refused:", error)
 """
@@ -251,22 +250,15 @@ def test_the_configurations_of_the_hubs_dataset_are_read_whatever_its_loading_sc
         assert [example["target"] for example in data.sequences("test")] == [3, 3]
         assert data.statistics["source"] == "Amazon 2023, All_Beauty"
     no_name, of_items, mistyped = (line for line in result.stdout.splitlines() if line.startswith("refused: "))
-    assert "raw_review_<category>" in no_name and "got interactions_config=None; name one of them" in no_name
-    assert "got interactions_config='raw_meta_All_Beauty'" in of_items
+    assert "raw_review_<category>" in no_name and "interactions is None; name one of them" in no_name
+    assert "the configuration of interactions is 'raw_meta_All_Beauty'" in of_items
     assert "All_Beuty.jsonl' is not on this machine, and the Hub at http" in mistyped and "answers 404" in mistyped
 
-    commit = json.loads((output / "pinned/record.json").read_text())["arguments"]["interactions_revision"]
-    names = "--source amazon_2023 --interactions McAuley-Lab/Amazon-Reviews-2023 --interactions_config".split()
-    names += f"raw_review_All_Beauty --interactions_revision {commit} --items McAuley-Lab/Amazon-Reviews-2023".split()
-    again = [
-        *names,
-        "--items_config",
-        "raw_meta_All_Beauty",
-        "--force",
-        "true",
-        "--output_dir",
-        str(output / "pinned"),
-    ]
+    read = json.loads((output / "pinned/record.json").read_text())["arguments"]
+    name = "McAuley-Lab/Amazon-Reviews-2023"
+    again = ["--source", "amazon_2023", "--items", f"{name}:{read['items_config']}", "--interactions"]
+    again.append(f"{name}:{read['interactions_config']}@{read['interactions_revision']}")
+    again += ["--force", "true", "--output_dir", str(output / "pinned")]
     before = (output / "pinned/items.parquet").read_bytes()
     offline = subprocess.run(
         [sys.executable, "-m", "mmesid.trainer.stages.prepare", *again],

@@ -49,7 +49,7 @@ def test_text_fields_choose_and_order_the_text(folder):
     items = [{"id": 9, "title": "T", "brand": "B", "price": 3.5, "tags": ["x", None, "y"]}]
     (folder / "items.jsonl").write_text(json.dumps(items[0]), encoding="utf-8")
     (folder / "sequences.txt").write_text("u 9 9 9", encoding="utf-8")
-    source = read_sequence_files(folder, text_fields=["tags", "price"], item_field="id")
+    source = read_sequence_files(folder, text_fields=["tags", "price"], item_fields={"item_id": "id"})
     assert source.catalogue.texts() == ["x, y. 3.5"]
     assert source.catalogue.images is None, "no line has a picture"
 

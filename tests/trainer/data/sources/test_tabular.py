@@ -40,12 +40,12 @@ ITEMS = {
     "colour": ["red", "blue", None],
     "picture": ["pen.png", "https://images.example/ink.png", None],
 }
-COLUMNS = {"user_column": "customer", "item_column": "sku", "time_column": "at", "rating_column": "stars"}
+COLUMNS = {"columns": {"user_id": "customer", "item_id": "sku", "timestamp": "at", "rating": "stars"}}
 ITEM_COLUMNS = {
-    "title_field": "name", "categories_field": "tags", "price_field": "cost", "image_field": "picture",
+    "item_fields": {"title": "name", "categories": "tags", "price": "cost", "image": "picture"},
     "text_fields": ["title", "colour", "categories"],
 }  # fmt: skip
-UNTIMED = {"user_column": "customer", "item_column": "sku", "time_column": None}
+UNTIMED = {"columns": {"user_id": "customer", "item_id": "sku", "timestamp": None}}
 
 
 def write_table(path, columns: dict):
@@ -155,8 +155,7 @@ def test_pictures_in_a_saved_dataset_stay_there_until_they_are_read(tmp_path):
             TableLocation(str(orders)),
             TableLocation(str(products)),
             **COLUMNS,
-            title_field="name",
-            image_field="picture",
+            item_fields={"title": "name", "image": "picture"},
         ).catalogue.images
         assert len(images) == 3 and [image is None for image in images] == [False, True, True]
         with Image.open(io.BytesIO(images[0])) as read:
@@ -174,18 +173,21 @@ folder, output = sys.argv[1:]
 api, dataset = HfApi(), {"repo_id": "tester/shop", "repo_type": "dataset"}
 api.create_repo(**dataset)
 api.upload_folder(folder_path=folder, **dataset)
-columns = "--source tabular --user_column customer --item_column sku --time_column at --title_field name".split()
+columns = "--source tabular --columns user_id=customer item_id=sku timestamp=at --item_fields title=name".split()
 files = ["--interactions", "hf://datasets/tester/shop/orders.parquet",
          "--items", "hf://datasets/tester/shop@main/products.parquet"]
 main([*columns, *files, "--output_dir", f"{output}/files"])
-repository = ["--interactions", "tester/shop", "--interactions_config", "orders", "--interactions_split", "all",
-              "--items", "tester/shop", "--items_config", "products", "--output_dir", f"{output}/repository"]
+repository = ["--interactions", "tester/shop:orders[all]", "--items", "tester/shop:products@main",
+              "--output_dir", f"{output}/repository"]
 main([*columns, *repository])
 by_file, by_repository = (PreparedDataset.load(f"{output}/{name}") for name in ("files", "repository"))
 assert by_file.item_ids == by_repository.item_ids == ["", "010", "007", "500"], by_file.item_ids
 assert by_file.sequences("test")[1]["target"] == by_repository.sequences("test")[1]["target"] == 3
-commit = StageRecord.load(f"{output}/repository").arguments["items_revision"]
-assert commit == api.dataset_info("tester/shop").sha
+commit = api.dataset_info("tester/shop").sha
+read = StageRecord.load(f"{output}/repository").arguments
+of_orders = {"": "tester/shop", "_config": "orders", "_split": "all", "_revision": commit}
+assert {part: read[f"interactions{part}"] for part in of_orders} == of_orders, read
+assert read["items_revision"] == commit and "items_split" not in read, read
 main([*columns, *repository])
 api.upload_file(path_or_fileobj=b"x", path_in_repo="other.txt", **dataset)
 main([*columns, *repository])
@@ -374,7 +376,7 @@ def test_bad_items_are_named(tmp_path):
         read("none.jsonl", {"sku": [None]})
     with pytest.raises(ValueError, match=r"ids.csv' describes no item of the interactions.*'007' and there like '7'"):
         read("ids.csv", {"sku": [7, 10]})
-    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title; set title_field to one"):
-        read("title.csv", {"sku": ["007"], "title": ["x"]}, title_field="name")
+    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title; set title in item"):
+        read("title.csv", {"sku": ["007"], "title": ["x"]}, item_fields={"title": "name"})
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv' does not exist"):
         read_tabular(TableLocation(str(tmp_path / "nowhere.csv")), **COLUMNS)
