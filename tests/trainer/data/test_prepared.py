@@ -1,4 +1,4 @@
-"""What is written is what is read: by this project's reader and by `datasets.load_dataset`."""
+"""What is written is what is read."""
 
 import io
 
@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import load_dataset
 from PIL import Image
 
 from mmesid.trainer.data import preparation, prepared
@@ -97,28 +96,6 @@ def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
         assert pq.read_table(tmp_path / "parts" / name).equals(pq.read_table(tmp_path / "whole" / name))
     sequences = PreparedDataset.load(tmp_path / "parts").sequences("test")
     assert sequences[2]["history"].tolist() == [2, 2, 2, 2, 3]
-
-
-def test_load_dataset_reads_the_directory_and_decodes_pictures(tmp_path, source):
-    from mmesid.hub_cards import save_card
-    from mmesid.trainer.running.records import StageRecord
-
-    statistics = write(tmp_path / "prepared", source)
-    details = {"data": statistics, "configs": prepared.CARD_CONFIGS}
-    record = StageRecord("prepare", "", {}, {}, {}, {}, details, {}, "", 0.0, 0, "")
-    save_card(tmp_path / "prepared", vars(record))
-    sequences = load_dataset(str(tmp_path / "prepared"), cache_dir=str(tmp_path / "cache"))
-    assert sequences["test"][0] == {"user_id": "ann", "history": [1, 2, 3, 1], "target": 2}
-    assert {split: len(rows) for split, rows in sequences.items()} == {"train": 3, "validation": 3, "test": 3}
-
-    loaded = load_dataset(str(tmp_path / "prepared"), "items", cache_dir=str(tmp_path / "cache"), split="train")
-    direct = PreparedDataset.load(tmp_path / "prepared").items()
-    assert loaded.features == direct.features
-    for items in (loaded, direct):
-        assert items["row"][:] == [1, 2, 3, 4]
-        for row, item_id in enumerate("abcd"):
-            image = items[row]["image"]
-            assert image is None if item_id == "b" else image.convert("RGB").getpixel((3, 3)) == COLOURS[item_id]
 
 
 def test_pictures_are_read_from_disk_one_by_one(tmp_path):

@@ -78,8 +78,9 @@ def test_prepared_directory_loads_as_a_dataset(tmp_path):
         "target": example["target"],
     }
     items = load_dataset(**options, name="items", split="train")
-    assert items["title"][:] == data.titles[1:]
-    assert [image is None for image in items["image"]] == [image is None for image in data.items()["image"]]
+    assert items.features == data.items().features and items["title"][:] == data.titles[1:]
+    for loaded, read in zip(items["image"], data.items()["image"], strict=True):
+        assert (loaded is None) == (read is None) and (loaded is None or loaded.tobytes() == read.tobytes())
     assert items[0]["image"].size == (64, 64)
 
 
