@@ -1,16 +1,14 @@
 """Use, perplexity and collisions of codes against a count by hand."""
 
 import math
-from pathlib import Path
 
-import evaluate
 import pytest
 
-import mmesid.trainer
+from .conftest import load
 
 
 def test_codes_against_a_count_by_hand():
-    metric = evaluate.load(str(Path(mmesid.trainer.__file__).parent / "metrics/codes"))
+    metric = load("codes")
     metric.add_batch(codes=[[0, 3], [1, 3], [1, 3]])
     metric.add_batch(codes=[[2, 3]])
     values = metric.compute(codebook_size=4)
@@ -22,7 +20,5 @@ def test_codes_against_a_count_by_hand():
 
 
 def test_a_code_beyond_the_codebook_is_refused():
-    metric = evaluate.load(str(Path(mmesid.trainer.__file__).parent / "metrics/codes"))
-    metric.add_batch(codes=[[0, 4]])
     with pytest.raises(ValueError, match="is 4; codes go from 0 to 3"):
-        metric.compute(codebook_size=4)
+        load("codes").compute(codes=[[0, 4]], codebook_size=4)

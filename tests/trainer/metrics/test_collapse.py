@@ -1,14 +1,12 @@
 """Spectrum of a table against tables whose singular values are known, and against a decomposition by torch."""
 
-from pathlib import Path
-
-import evaluate
 import numpy as np
 import pytest
 import torch
 
-import mmesid.trainer
 from mmesid.trainer.metrics.collapse.collapse import collapse_metrics, singular_values
+
+from .conftest import load
 
 
 def test_a_table_of_known_spectrum():
@@ -16,7 +14,7 @@ def test_a_table_of_known_spectrum():
     left, _ = np.linalg.qr(random.normal(size=(50, 4)))
     right, _ = np.linalg.qr(random.normal(size=(4, 4)))
     table = left @ np.diag([8.0, 4.0, 4.0, 0.04]) @ right
-    metric = evaluate.load(str(Path(mmesid.trainer.__file__).parent / "metrics/collapse"))
+    metric = load("collapse")
     metric.add_batch(embeddings=table[:30])
     metric.add_batch(embeddings=table[30:])
     values = metric.compute()

@@ -2,14 +2,13 @@
 
 import itertools
 import math
-from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 
-import mmesid.trainer
 from mmesid.trainer.metrics.forgetting.forgetting import kendall_tau
+
+from .conftest import load
 
 
 def counted_tau(before, after) -> float:
@@ -36,7 +35,7 @@ def test_tau_equals_a_count_of_pairs_with_ties_and_without(levels):
 
 
 def test_tau_is_the_mean_of_the_groups_and_pooled_is_over_all_pairs():
-    metric = evaluate.load(str(Path(mmesid.trainer.__file__).parent / "metrics/forgetting"))
+    metric = load("forgetting")
     groups = {
         3: ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]),
         8: ([1.0, 5.0], [2.0, 2.0]),

@@ -22,28 +22,36 @@ from modeling_mmesid.recommendation import score_items
 NUM_ITEMS = 30
 
 
-def cyclic(users: int, seed: int) -> Sequences:
-    """Every user walks the catalogue in order from a random start: item 7 is always followed by item 8."""
-    random = np.random.default_rng(seed)
-    starts, lengths = random.integers(0, NUM_ITEMS, size=users), random.integers(1, 8, size=users)
-    walks = [(start + np.arange(length + 1)) % NUM_ITEMS + 1 for start, length in zip(starts, lengths, strict=True)]
+def walks(starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """Every user walks the catalogue in order: item 7 is always followed by item 8."""
+    rows = [(start + np.arange(length + 1)) % NUM_ITEMS + 1 for start, length in zip(starts, lengths, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
-    targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
-    return Sequences([str(user) for user in range(users)], flat, offsets, targets)
+    flat = np.concatenate([walk[:-1] for walk in rows]).astype(np.int32)
+    targets = np.array([walk[-1] for walk in rows], dtype=np.int32)
+    return Sequences([str(user) for user in range(len(rows))], flat, offsets, targets)
 
 
-def sasrec_trainer(arguments):
+def cyclic(users: int, seed: int) -> Sequences:
+    random = np.random.default_rng(seed)
+    return walks(random.integers(0, NUM_ITEMS, size=users), random.integers(1, 8, size=users))
+
+
+def arguments(tmp_path, **settings) -> TrainingArguments:
+    quick = {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **quick | settings)
+
+
+def sasrec_trainer(args):
     config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_history=10, hidden_dropout=0.0)
     return SASRecTrainer(
         SASRecForSequentialRecommendation(config),
-        arguments,
+        args,
         train_dataset=TrainingWindows(cyclic(200, 0), 10),
         eval_dataset=EvaluationHistories(cyclic(61, 1)),
     )
 
 
-def mmesid_trainer(arguments, backbone_class=LlamaConfig, backbone_kwargs=None, **kwargs):
+def mmesid_trainer(args, backbone_class=LlamaConfig, backbone_kwargs=None, **kwargs):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MMESIDConfig(
         backbone_config=backbone_class(vocab_size=10, **sizes, **(backbone_kwargs or {})),
@@ -58,20 +66,20 @@ def mmesid_trainer(arguments, backbone_class=LlamaConfig, backbone_kwargs=None, 
     model.initialize_items(torch.ones(NUM_ITEMS + 1, dtype=torch.long))
     return MMESIDTrainer(
         model,
-        arguments,
+        args,
         train_dataset=TrainingWindows(cyclic(200, 0), 10),
         eval_dataset=EvaluationHistories(cyclic(61, 1)),
         **kwargs,
     )
 
 
-def sampled_mmesid_trainer(arguments):
-    return mmesid_trainer(arguments, num_candidates=20)
+def sampled_mmesid_trainer(args):
+    return mmesid_trainer(args, num_candidates=20)
 
 
-def unpacked_mmesid_trainer(arguments):
+def unpacked_mmesid_trainer(args):
     # A window shorter than prompt and history, which a packed sequence cannot respect.
-    trainer = mmesid_trainer(arguments, MistralConfig, {"sliding_window": 8, "num_key_value_heads": 2})
+    trainer = mmesid_trainer(args, MistralConfig, {"sliding_window": 8, "num_key_value_heads": 2})
     assert not trainer.data_collator.packed
     return trainer
 
@@ -79,11 +87,8 @@ def unpacked_mmesid_trainer(arguments):
 @pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer, sampled_mmesid_trainer, unpacked_mmesid_trainer])
 def test_training_learns_the_rule(make, tmp_path):
     set_seed(0)
-    arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=12, learning_rate=1e-2, per_device_train_batch_size=32, use_cpu=True,
-        report_to="none", disable_tqdm=True, save_strategy="no", per_device_eval_batch_size=16,
-    )  # fmt: skip
-    trainer = make(arguments)
+    sizes = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 16}
+    trainer = make(arguments(tmp_path, max_steps=-1, num_train_epochs=12, learning_rate=1e-2, **sizes))
     before = trainer.rank()["hr@5"]
     trainer.train()
     assert before < 0.5
@@ -91,33 +96,26 @@ def test_training_learns_the_rule(make, tmp_path):
 
 
 def test_a_backbone_that_cannot_take_the_mask_is_named_in_a_warning(tmp_path, caplog):
-    unpacked_mmesid_trainer(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    unpacked_mmesid_trainer(arguments(tmp_path))
     assert "cannot share a sequence on MistralModel: its sliding window of 8" in caplog.text
-
-
-def quick_arguments(tmp_path) -> TrainingArguments:
-    return TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=8, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no",
-    )  # fmt: skip
 
 
 def test_flex_attention_that_fails_its_trial_is_not_used(tmp_path, caplog, monkeypatch):
     """As on CUDA, where it is tried; on the CPU it has no backward pass."""
     monkeypatch.setattr("mmesid.trainer.recommender.mmesid_trainer.should_try_flex_attention", lambda model: True)
     with torch.compiler.set_stance("force_eager"):
-        trainer = mmesid_trainer(quick_arguments(tmp_path))
+        trainer = mmesid_trainer(arguments(tmp_path))
     assert "FlexAttention cannot read the packed prefixes of LlamaModel" in caplog.text
     assert "does not support backward on CPU" in caplog.text
     assert trainer.data_collator.packed and trainer.train_attention == "sdpa"
     caplog.clear()
-    chosen = mmesid_trainer(quick_arguments(tmp_path), flex_attention=False)
+    chosen = mmesid_trainer(arguments(tmp_path), flex_attention=False)
     assert chosen.train_attention == "sdpa" and not caplog.text
     assert trainer.train().training_loss > 0
 
 
 def test_the_attention_of_training_is_that_of_training_alone(tmp_path):
-    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    trainer = mmesid_trainer(arguments(tmp_path))
     assert trainer.train_attention == "sdpa", "FlexAttention is not tried on the CPU"
     trainer.train_attention, seen = "eager", []
     trainer.model.model.backbone.register_forward_pre_hook(
@@ -129,7 +127,7 @@ def test_the_attention_of_training_is_that_of_training_alone(tmp_path):
 
 
 def test_batches_hold_histories_of_like_length(tmp_path):
-    trainer = mmesid_trainer(quick_arguments(tmp_path))
+    trainer = mmesid_trainer(arguments(tmp_path))
     spread = [int(np.ptp((batch["items"] != 0).sum(1).numpy())) for batch in trainer.get_train_dataloader()]
     lengths = trainer.train_dataset.lengths
     assert sum((batch["items"] != 0).sum().item() for batch in trainer.get_train_dataloader()) == sum(lengths)
@@ -154,28 +152,20 @@ def test_gradient_accumulation_makes_the_same_update(tmp_path):
     weights = []
     for batch_size, steps in ((64, 1), (32, 2)):
         set_seed(0)
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=1, learning_rate=0.1, optim="sgd", per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-            max_grad_norm=0.0, lr_scheduler_type="constant",
-        )  # fmt: skip
-        trainer = mmesid_trainer(arguments)
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        settings |= {"max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        trainer = mmesid_trainer(arguments(tmp_path, **settings))
         # Equal lengths, so that the mean over users is the mean over targets.
-        lengths = np.full(64, 4)
-        walks = [(user + np.arange(5)) % NUM_ITEMS + 1 for user in range(64)]
-        flat = np.concatenate([walk[:-1] for walk in walks]).astype(np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        targets = np.array([walk[-1] for walk in walks], dtype=np.int32)
-        trainer.train_dataset = TrainingWindows(Sequences([""] * 64, flat, offsets, targets), 10)
+        trainer.train_dataset = TrainingWindows(walks(np.arange(64), np.full(64, 4)), 10)
         trainer.train()
         weights.append(trainer.model.model.items.id_embeddings.weight.detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
 def test_the_caller_s_arguments_are_left_alone(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    sasrec_trainer(arguments)
-    assert arguments.batch_eval_metrics is False
+    given = arguments(tmp_path)
+    sasrec_trainer(given)
+    assert given.batch_eval_metrics is False
 
 
 def test_collators_keep_the_whole_history_for_masking():
@@ -196,8 +186,7 @@ def test_padding_never_reaches_beyond_the_learnt_positions():
 
 def test_ranks_under_bf16_do_not_suffer_from_ties(tmp_path):
     """Scores that differ by less than bf16 resolves: rounded, they would tie and rank every target last."""
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True)
-    trainer = sasrec_trainer(arguments)
+    trainer = sasrec_trainer(arguments(tmp_path, bf16=True))
     with torch.no_grad():
         trainer.model.model.norm.weight.zero_()
         trainer.model.model.norm.bias.copy_(torch.eye(32)[0])
@@ -210,7 +199,7 @@ def test_ranks_under_bf16_do_not_suffer_from_ties(tmp_path):
 
 @pytest.mark.parametrize("make", [sasrec_trainer, mmesid_trainer])
 def test_ranks_alone_come_back_from_a_batch_and_nothing_keeps_gradients(make, tmp_path, monkeypatch):
-    trainer = make(quick_arguments(tmp_path))
+    trainer = make(arguments(tmp_path))
     returned, graphs = [], []
 
     def step(*args, **kwargs):
