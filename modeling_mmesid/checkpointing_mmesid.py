@@ -54,7 +54,7 @@ class BaseModelMixin:
         # A branch moves on. Only what came from a Hub has a commit.
         revision = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
         backbone = AutoModel.from_pretrained(
-            pretrained_backbone_name_or_path, **backbone_kwargs | ({} if revision is None else {"revision": revision})
+            pretrained_backbone_name_or_path, **backbone_kwargs | {"revision": revision}
         )
         if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
@@ -113,14 +113,7 @@ class BaseModelMixin:
         nothing: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, nothing) if with_loading_info else model
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        merge_backbone: bool = False,
-        is_main_process: bool = True,
-        **kwargs,
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, merge_backbone: bool = False, **kwargs) -> None:
         """
         Saves as [`~transformers.PreTrainedModel.save_pretrained`] does, with the code of the pipeline, and the LoRA
         adapter also to `adapter/` in PEFT's format.
@@ -129,55 +122,41 @@ class BaseModelMixin:
             save_directory (`str` or `os.PathLike`): Where to.
             merge_backbone (`bool`, *optional*, defaults to `False`): Write a self-contained checkpoint instead: the
                 adapter merged into the backbone, no base model to fetch.
-            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes what all share.
 
         Raises:
             ValueError: If `merge_backbone` is asked of a quantized backbone, whose weights cannot hold the sum.
         """
         if merge_backbone and self.config.base_model_name_or_path is not None:
-            merged = self._merged_for_saving()
-            return merged.save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            self._save_code_and_adapter(save_directory)
+            return self._merged_for_saving().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        custom_object_save(SequentialRecommendationPipeline, save_directory)
+        if self.config.lora is not None:
+            adapter_config = LoraConfig(
+                **self.config.lora,
+                base_model_name_or_path=self.config.base_model_name_or_path,
+                revision=self.config.base_model_revision,
+                inference_mode=True,
+            )
+            adapter_dir = os.path.join(save_directory, "adapter")
+            adapter_config.save_pretrained(adapter_dir)
+            weights = get_peft_model_state_dict(self.base_model.backbone)
+            save_file(
+                {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+                os.path.join(adapter_dir, "adapter_model.safetensors"),
+                metadata={"format": "pt"},
+            )
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """
-        As [`~transformers.PreTrainedModel.push_to_hub`].
-
-        Raises:
-            ValueError: If the base model is a folder on this machine.
-        """
+        """As [`~transformers.PreTrainedModel.push_to_hub`]; refuses a base model that is a folder on this machine."""
         require_public_base_model(self.config.base_model_name_or_path)
         return super().push_to_hub(repo_id, **kwargs)
 
-    def _save_code_and_adapter(self, save_directory: str | os.PathLike) -> None:
-        """Writes the code of the pipeline, and the adapter in PEFT's format."""
-        custom_object_save(SequentialRecommendationPipeline, save_directory)
-        if self.config.lora is None:
-            return
-        adapter_dir = os.path.join(save_directory, "adapter")
-        adapter_config = LoraConfig(
-            **self.config.lora,
-            base_model_name_or_path=self.config.base_model_name_or_path,
-            revision=self.config.base_model_revision,
-            inference_mode=True,
-        )
-        adapter_config.save_pretrained(adapter_dir)
-        weights = get_peft_model_state_dict(self.base_model.backbone)
-        save_file(
-            {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
-            os.path.join(adapter_dir, "adapter_model.safetensors"),
-            metadata={"format": "pt"},
-        )
-
     @torch.no_grad()
     def _merged_for_saving(self):
-        """
-        The same weights without base model and adapter, shared with this model where nothing was merged.
-
-        Fit to be saved and for nothing else: buffers that no checkpoint holds (`rotary_emb.inv_freq`) have no values.
-        """
+        """The same weights without base model and adapter, shared with this model where nothing was merged. Fit to be
+        saved alone: buffers that no checkpoint holds (`rotary_emb.inv_freq`) have no values."""
         weights = self.state_dict()
         for name, layer in self.named_modules():
             if not isinstance(layer, LoraLayer):

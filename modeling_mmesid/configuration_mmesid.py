@@ -10,12 +10,6 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .checkpoints import CheckpointConfig
 
 
-# Where the code that travels with a checkpoint has its pipeline.
-CUSTOM_PIPELINES = {
-    "sequential-recommendation": {"impl": "pipeline_mmesid.SequentialRecommendationPipeline", "pt": ["AutoModel"]}
-}
-
-
 @strict
 class MMESIDConfig(CheckpointConfig):
     r"""
@@ -96,7 +90,9 @@ class MMESIDConfig(CheckpointConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
-        return super().to_dict() | {"custom_pipelines": CUSTOM_PIPELINES}
+        # Where the code that travels with a checkpoint has its pipeline.
+        pipeline = {"impl": "pipeline_mmesid.SequentialRecommendationPipeline", "pt": ["AutoModel"]}
+        return super().to_dict() | {"custom_pipelines": {"sequential-recommendation": pipeline}}
 
     @property
     def hidden_size(self) -> int:

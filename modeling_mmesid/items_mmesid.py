@@ -23,10 +23,7 @@ MINIMUM_AGREEMENT = 0.3
 class MMESIDModality(nn.Module):
     """
     One modality of the items: the frozen embedding, projected, and the semantic ID, embedded by trainable code
-    vectors.
-
-    The frozen embeddings are centred and scaled to a mean norm of one, which a projection with bias could learn but
-    would take long to.
+    vectors. The embeddings are centred and scaled to a mean norm of one, which a projection would learn, but slowly.
     """
 
     def __init__(self, config: MMESIDConfig, embedding_dim: int):
@@ -49,19 +46,16 @@ class MMESIDModality(nn.Module):
             self.absent_code = nn.Parameter(torch.zeros(hidden_size))
 
     def project(self, items: torch.Tensor) -> torch.Tensor:
-        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; the learnt absent vector where the modality is
-        missing."""
+        """p_m = W_m x_m + b_m of the given rows, `(items, hidden)`; a learnt vector where the modality is missing."""
         projected = self.projection((self.embeddings[items] - self.center) * self.scale)
         return torch.where(self.present[items, None], projected, self.absent_embedding)
 
     def embed_codes(self, items: torch.Tensor) -> torch.Tensor:
-        """q_m, the sum of the code vectors over levels, of the given rows, `(items, hidden)`; the absent vector where
-        missing."""
+        """q_m, the sum of the rows' code vectors over levels, `(items, hidden)`; a learnt vector where missing."""
         return torch.where(self.present[items, None], self.code_projection(self._summed(items)), self.absent_code)
 
     def source(self, items: torch.Tensor) -> torch.Tensor:
-        """What the modality puts into the fused table, `(items, hidden)`: the projection, and in the shared form the
-        codes."""
+        """What the modality puts into the fused table, `(items, hidden)`: in the shared form the codes, too."""
         return self.project(items) + self.embed_codes(items) if self.scores_codes else self.project(items)
 
     def _summed(self, items: torch.Tensor) -> torch.Tensor:
@@ -82,10 +76,9 @@ class MMESIDModality(nn.Module):
     @torch.no_grad()
     def initialize_codes(self, code_vectors: torch.Tensor, length: float) -> None:
         """
-        Starts from trained code vectors, `(levels, codebook_size, codebook_dim)`. The distances that they keep between
-        the items stay in proportion: the vectors are scaled to a mean `length` of what [`embed_codes`] gives. Where
-        widths differ, they are mapped to the model's width by their principal directions, turned at random; a wider
-        quantizer loses the directions of least variance.
+        Starts from trained code vectors, `(levels, codebook_size, codebook_dim)`, scaled to a mean `length` of what
+        [`embed_codes`] gives: distances between items stay in proportion. Where widths differ, principal directions,
+        turned at random, map them to the model's; a wider quantizer loses the directions of least variance.
         """
         self.code_vectors.copy_(code_vectors)
         items = self.present.nonzero()[:, 0]
@@ -107,9 +100,7 @@ class MMESIDFusion(nn.Module):
     r"""
     Weights of an item's sources by how often it was seen in training:
     \\(g_i = \mathrm{softmax}(\mathrm{MLP}(\mathrm{norm}(\log(1 + freq_i))) / temperature)\\).
-
-    The last layer starts at zero, so that all sources start with equal weight. The range that frequencies are
-    normalised by is kept: items added later must not shift the weights of the trained ones.
+    All start with equal weight. The range of the normalisation is kept: items added later must not shift the others.
     """
 
     def __init__(self, config: MMESIDConfig, num_sources: int):
@@ -121,8 +112,8 @@ class MMESIDFusion(nn.Module):
         self.output = nn.Linear(config.fusion_hidden_size, num_sources)
 
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Weights of the given rows, `(items, sources)`, each row summing to one; a source that an item lacks in
-        `present`, `(items, sources)` in bool, gets none."""
+        """Weights of the given rows, `(items, sources)`, that sum to one over what an item has in `present`, `(items,
+        sources)` in bool."""
         low, high = self.log_range
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
         hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
@@ -132,11 +123,9 @@ class MMESIDFusion(nn.Module):
 
 class MMESIDItems(nn.Module):
     """
-    What an item is, to the backbone (its token) and to the score (its row of the fused table).
-
-    Shared form: token and table row are the same vector, the fusion of a free ID vector and, per modality, projection
-    plus codes. Paper's form: the token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the
-    projections.
+    What an item is, to the backbone (its token) and to the score (its row of the fused table). Shared form: token and
+    row are the same vector, the fusion of a free ID vector and, per modality, projection plus codes. Paper's form: the
+    token is GELU(MLP([p_m, q_m, ...])), the table fuses a score head with the projections.
     """
 
     def __init__(self, config: MMESIDConfig):
@@ -182,15 +171,12 @@ class MMESIDItems(nn.Module):
                 by default.
 
         Raises:
-            ValueError: If a table is missing, its shape, type or values do not fit the configuration, or no item has
-                some modality.
+            ValueError: If a table is missing or does not fit the configuration, or no item has some modality.
         """
-        config = self.config
-        rows = config.num_items + 1
+        config, rows = self.config, self.config.num_items + 1
         if frequencies.shape != (rows,):
             raise ValueError(
-                f"frequencies have shape {tuple(frequencies.shape)} for {rows - 1} items; give one value per row, "
-                "where row 0 is padding."
+                f"frequencies have shape {tuple(frequencies.shape)}; give one value per row, 0..{config.num_items}."
             )
         embeddings, codes, code_vectors = embeddings or {}, codes or {}, code_vectors or {}
         names = sorted(config.modalities)
@@ -261,8 +247,10 @@ class MMESIDItems(nn.Module):
         self.fusion.frequencies = nn.functional.pad(self.fusion.frequencies, (0, count))
         self.has_id = nn.functional.pad(self.has_id, (0, count))
         self.removed = nn.functional.pad(self.removed, (0, count))
-        self.id_embeddings = _with_zero_rows(self.id_embeddings, count)
-        self.token_id_embeddings = _with_zero_rows(self.token_id_embeddings, count)
+        for name, table in list(self.named_children()):
+            if isinstance(table, nn.Embedding):
+                weight = nn.functional.pad(table.weight, (0, 0, 0, count))
+                setattr(self, name, nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0))
         first = config.num_items + 1
         config.num_items += count
         return list(range(first, first + count))
@@ -270,14 +258,11 @@ class MMESIDItems(nn.Module):
     def _masks(
         self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None, rows: int
     ) -> dict[str, torch.Tensor]:
-        """Which rows of the given tables have each modality, `(rows,)` each; by default those with a non-zero
-        embedding."""
-        widths = dict(zip(self.config.modalities, self.config.embedding_dims, strict=True))
+        """Which rows of the given tables have each modality, `(rows,)`; those with a non-zero embedding by default."""
         masks = {}
-        for name in widths.keys() & embeddings:
-            _check_table("embeddings", name, embeddings[name], (rows, widths[name]))
-            given = present is not None and name in present
-            mask = present[name].clone() if given else (embeddings[name] != 0).any(-1)
+        for name, table in embeddings.items():
+            _check_table("embeddings", name, table, (rows, self.modalities[name].embeddings.shape[1]))
+            mask = present[name].clone() if name in (present or {}) else (table != 0).any(-1)
             if mask.dtype != torch.bool or mask.shape != (rows,):
                 raise ValueError(
                     f"present of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}; give torch.bool of shape "
@@ -311,22 +296,16 @@ class MMESIDItems(nn.Module):
                     f"({agreement:.0%} agree); give the one that the model was trained with."
                 )
 
-    def modality_sources(self, items: torch.Tensor) -> torch.Tensor:
-        """What each modality puts into the fused table, `(items, modalities, hidden)`."""
-        return torch.stack([modality.source(items) for modality in self.modalities.values()], dim=1)
-
     def sources(self, items: torch.Tensor) -> torch.Tensor:
-        """What the fused table is made of, of shape `(items, sources, hidden)`: the ID vector (or score head), then
-        each modality."""
-        sources = [self.id_embeddings(items)[:, None]] if self.has_id_source else []
-        return torch.cat(sources + [self.modality_sources(items)] if self.modalities else sources, dim=1)
+        """What the fused table is made of, `(items, sources, hidden)`: ID vector (or score head), then modalities."""
+        sources = [self.id_embeddings(items)] if self.has_id_source else []
+        return torch.stack(sources + [modality.source(items) for modality in self.modalities.values()], dim=1)
 
     def weights(self, items: torch.Tensor) -> torch.Tensor:
         """
-        Fusion weights of shape `(items, sources)`, the ID vector (or score head) first, scaled to sum to the number of
-        sources: a factor that no ranking sees, without which every source would learn more slowly the more there are.
-        What an item lacks (a modality; the ID vector of an item added after training) has weight 0, and the others
-        share its part.
+        Fusion weights `(items, sources)`, the ID vector (or score head) first, scaled to sum to the number of sources:
+        a factor that no ranking sees, without which every source would learn more slowly the more there are. What an
+        item lacks (a modality; the ID vector if it was added after training) has weight 0.
         """
         present = [self.has_id[items]] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
@@ -340,8 +319,8 @@ class MMESIDItems(nn.Module):
         weights = self.weights(items)
         if not self.modalities:
             return weights, weights.new_zeros(len(items), self.config.hidden_size)
-        content = torch.einsum("is,ish->ih", weights[:, self.has_id_source :], self.modality_sources(items))
-        return weights[:, :1], content
+        sources = torch.stack([modality.source(items) for modality in self.modalities.values()], dim=1)
+        return weights[:, :1], torch.einsum("is,ish->ih", weights[:, self.has_id_source :], sources)
 
     def vectors(self, items: torch.Tensor) -> torch.Tensor:
         """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
@@ -349,12 +328,8 @@ class MMESIDItems(nn.Module):
         return torch.addcmul(content, id_weight, self.id_embeddings(items)) if self.has_id_source else content
 
     def table(self) -> torch.Tensor:
-        """
-        The whole fused table, `(items + 1, hidden)`.
-
-        What a modality computes on the way is many times as large as the table. Beyond `ITEMS_PER_BLOCK` items it is
-        computed block by block, and again in the backward pass, so that it is held for one block at a time.
-        """
+        """The whole fused table, `(items + 1, hidden)`. Of a large catalogue, what the modalities compute on the way,
+        many times the table, is held for one block at a time, and computed again in the backward pass."""
         rows = torch.arange(len(self.has_id), device=self.has_id.device)
         if len(rows) <= ITEMS_PER_BLOCK:
             id_weight, content = self._id_weight_and_content(rows)
@@ -402,11 +377,3 @@ def _check_codes(name: str, codes: torch.Tensor, codebook_size: int, present: to
             f"The codes of '{name}' in row {row} are {codes[row].tolist()}, outside 0..{codebook_size - 1}; take them "
             "from the quantizer that the configuration describes."
         )
-
-
-def _with_zero_rows(table: nn.Embedding | None, count: int) -> nn.Embedding | None:
-    """An embedding with `count` rows of zeros behind its own."""
-    if table is None:
-        return None
-    weight = nn.functional.pad(table.weight, (0, 0, 0, count))
-    return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0)

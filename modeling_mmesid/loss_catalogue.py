@@ -58,9 +58,8 @@ def fused_kernel(
     Which of the installed fused kernels serves a loss of so many rows, or `None` for the tiles of this module.
 
     `cut-cross-entropy` ([Wijmans et al., 2024](https://arxiv.org/abs/2411.09009)) comes first: it writes no logits to
-    memory at all, in half precision alone. `liger-kernel` writes them for as many rows at a time as make `rows *
-    hidden_size` logits, so a large catalogue leaves it a few rows at a time, for each of which it would read the whole
-    table; it serves where there are as many as in a tile here.
+    memory at all, in half precision alone. `liger-kernel` holds `rows * hidden_size` logits, so a large catalogue
+    leaves it a few rows at a time, each of which reads the whole table; it serves where a tile here has no more.
     """
     if device_type != "cuda" or rows == 0:
         return None

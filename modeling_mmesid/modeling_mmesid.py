@@ -9,7 +9,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpointing_mmesid import BaseModelMixin
@@ -41,22 +40,14 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            init.zeros_(module.weight[module.padding_idx])
+        super()._init_weights(module)
         if isinstance(module, MMESIDModality):
-            init.normal_(module.absent_embedding, std=std)
-            if module.num_quantizers:
-                init.normal_(module.code_vectors, std=std)
-                init.normal_(module.absent_code, std=std)
-        if isinstance(module, MMESIDFusion):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
+        elif isinstance(module, MMESIDFusion):
             init.normal_(module.hidden.weight, std=1.0)
             init.zeros_(module.output.weight)
-        if isinstance(module, MMESIDItems):
+        elif isinstance(module, MMESIDItems):
             init.ones_(module.has_id)
             init.zeros_(module.removed)
 
@@ -146,7 +137,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         inputs_embeds = torch.where((items != 0)[..., None], item_tokens, words)  # (batch, length, hidden)
         prompt_length = len(self.config.prompt_prefix_ids)
         past_key_values, skipped = None, 0
-        if prompt_length and self._recomputes_layers():
+        if prompt_length and self.training and self.backbone.is_activation_checkpointing:
             # Recomputed layers keep no keys and values: the prompt stands in every row.
             prompt = self._prompt_embeddings().expand(len(items), -1, -1)
             inputs_embeds = torch.cat([prompt, inputs_embeds], dim=1)
@@ -169,13 +160,6 @@ class MMESIDModel(MMESIDPreTrainedModel):
         )
         return BaseModelOutput(last_hidden_state=output.last_hidden_state[:, skipped:])
 
-    def _recomputes_layers(self) -> bool:
-        return self.training and any(
-            layer.gradient_checkpointing
-            for layer in self.backbone.modules()
-            if isinstance(layer, GradientCheckpointingLayer)
-        )
-
     def _packed_mask(
         self, shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int, dtype: torch.dtype
     ):
@@ -191,13 +175,12 @@ class MMESIDModel(MMESIDPreTrainedModel):
         prefix = torch.tensor([self.config.prompt_prefix_ids], device=self.device)
         return self.backbone.get_input_embeddings()(prefix)
 
+    def _prompt_states(self) -> Cache:
+        return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True).past_key_values
+
     def _prompt_cache(self, batch_size: int) -> Cache:
         """Keys and values of the prompt before the items, for `batch_size` users."""
-
-        def compute() -> Cache:
-            return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True).past_key_values
-
-        cache = self.kept_until_changed(compute, self.backbone, tuple(self.config.prompt_prefix_ids))
+        cache = self.kept_until_changed(self._prompt_states, self.backbone, tuple(self.config.prompt_prefix_ids))
         if not torch.is_grad_enabled():
             # A copy, for the backbone appends to what it is given.
             cache = deepcopy(cache)
@@ -271,13 +254,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         return self.model.items.extend(embeddings, present, quantizer)
 
     def remove_items(self, rows: Sequence[int]) -> None:
-        """
-        Takes items out of every later recommendation. Their rows stay, so that histories that hold them are read as
-        before.
-
-        Raises:
-            ValueError: If a row is outside the catalogue.
-        """
+        """Takes items, given by their rows, out of every later recommendation. Histories that hold them are read as
+        before."""
         require_rows("rows", rows, self.config.num_items)
         self.model.items.removed[list(rows)] = True
 
@@ -290,23 +268,13 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         """
         The fused table of shape `(items + 1, hidden)`, t_i = S (g_{i,0} w_i + sum_m g_{i,m} (...)) over S sources: the
         score of item i is its inner product with the user representation. Row 0 is padding and zero.
-
         Do not write to it: in evaluation without gradients the same tensor is given until the items change.
         """
         return self.kept_until_changed(self.model.items.table, self.model.items)
 
     def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Splits scores into what the sources of the items add to them.
-
-        Args:
-            user_embeddings (`torch.FloatTensor` of shape `(batch, hidden)`): User representations.
-            items (`torch.LongTensor` of shape `(batch, top_k)`): Rows.
-
-        Returns:
-            `dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`: for each source, `"id"` (the paper's score
-            head) and the modalities; their sum is the score.
-        """
+        """Scores of the rows `items`, `(batch, top_k)`, for `user_embeddings`, `(batch, hidden)`, in parts that sum to
+        them: `"id"` (in the paper's form the score head) and each modality."""
         rows, own = items.flatten(), self.model.items
         weighted = (own.weights(rows)[..., None] * own.sources(rows)).unflatten(0, items.shape)
         contributions = torch.einsum("bh,bksh->bks", user_embeddings.to(weighted.dtype), weighted)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .checkpoints import SafetensorsMixin
 from .configuration_sasrec import SASRecConfig
@@ -56,18 +55,6 @@ class SASRecPreTrainedModel(SafetensorsMixin, PreTrainedModel):
     main_input_name = "items"
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            init.zeros_(module.weight[module.padding_idx])
-        if isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
 
 
 class SASRecModel(SASRecPreTrainedModel):

@@ -33,13 +33,10 @@ def pack_histories(
 
     Returns:
         `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
-            - **input_ids**: tokens, 0 where an item or padding stands.
-            - **items**: item rows, 0 where a token or padding stands.
-            - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the user is read at the
-              last of them.
+            - **input_ids** and **items**: tokens and item rows, 0 where the other or padding stands.
+            - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the last is the user's.
             - **labels** (with `targets`): target row where a user is read, -100 elsewhere.
-            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them; otherwise they
-              just count.
+            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them.
             - **shared_length** (likewise): how many leading positions each position sees.
             - **segment_ids** (likewise): the copy of the closing tokens that a position belongs to, 0 for the items,
               which all copies share, -1 for padding.
@@ -105,8 +102,7 @@ def prepend_prompt(
 def _visibility(shared_length: torch.Tensor, segment_ids: torch.Tensor, prompt_length: int) -> Callable:
     """
     Who sees whom in a packed sequence, as FlexAttention asks: a query sees the `prompt_length` keys before the
-    sequence, the first `shared_length` positions, and in its own segment what is not behind it. Padding sees itself,
-    so that no row is empty.
+    sequence, the first `shared_length` positions, and in its own segment what is not behind it. Padding sees itself.
     """
 
     def visible(batch, head, query, key):

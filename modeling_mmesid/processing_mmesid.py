@@ -108,11 +108,9 @@ class MMESIDProcessor(ProcessorMixin):
     def prompt_ids(self) -> tuple[list[int], list[int]]:
         """
         Token ids of the prompt before and after the items: `prompt_prefix_ids` and `prompt_suffix_ids` of
-        [`MMESIDConfig`].
-
-        The tokenizer's own chat template frames system and user turn and opens the assistant's; one that knows no
-        system turn (Gemma's, Mistral's first) has its sentence open the user's. A tokenizer without a chat template
-        gets the plain sentences, opened by its beginning-of-sequence token.
+        [`MMESIDConfig`]. The tokenizer's own chat template frames system and user turn and opens the assistant's; one
+        that knows no system turn (Gemma's, Mistral's first) has its sentence open the user's. A tokenizer without a
+        chat template gets the plain sentences, opened by its beginning-of-sequence token.
         """
         before, after = self.user_prompt.split("{items}")
         if not before and not after:

@@ -82,8 +82,7 @@ def require_rows(name: str, rows: Sequence[int], num_items: int) -> None:
 
 
 def check_histories(histories: Sequence[Sequence[int]], num_items: int) -> None:
-    """Raises a `ValueError` that names the history if there is none, one is empty, or one holds a row not in
-    1..`num_items`."""
+    """Raises a `ValueError` if there is no history, one is empty, or one holds a row not in 1..`num_items`."""
     if len(histories) == 0:
         raise ValueError("There is no history to recommend for; give a list of rows for one user at least.")
     for index, history in enumerate(histories):
@@ -117,10 +116,8 @@ def pad_histories(histories: Sequence[Sequence[int]], device: torch.device | Non
 
 
 class RecommendationMixin:
-    """
-    `recommend` for models that have `encode_histories(histories) -> (batch, hidden)`, `item_table() -> (items + 1,
-    hidden)` and `score_contributions(user_embeddings, items) -> dict[str, (batch, top_k)]`.
-    """
+    """`recommend` for models with `encode_histories(histories) -> (batch, hidden)`, `item_table() -> (items + 1,
+    hidden)` and `score_contributions(user_embeddings, items) -> dict[str, (batch, top_k)]`."""
 
     # Rows that are read in histories but never recommended, `(items + 1,)` in bool.
     removed_items: torch.Tensor | None = None
