@@ -21,7 +21,7 @@ from ..publishing.repository import add_metrics
 from ..recommender.evaluation import POPULARITY, SPLITS, model_ranks, popularity_ranks, results_page, summarize
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
-from ..running.records import RECORD_NAME, StageRecord, StageRun
+from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
 
 
 RANKING_STAGES = ("sasrec", "finetune")
@@ -86,16 +86,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_model_dirs(directories: list[Path]) -> None:
-    """
-    Raises:
-        FileNotFoundError: If a directory is not that of a stage that has finished.
-        ValueError: If the stage that wrote a directory makes nothing that ranks.
-    """
+    """Raises `FileNotFoundError` if a directory is not that of a stage that has finished, and `ValueError` if that
+    stage makes nothing that ranks."""
     for directory in directories:
-        if not (directory / RECORD_NAME).is_file():
-            raise FileNotFoundError(
-                f"'{directory}' has no {RECORD_NAME}; give --model_dirs the directories of stages that have finished."
-            )
+        require_exists(directory / RECORD_NAME)
         stage = StageRecord.load(directory).stage
         if stage not in RANKING_STAGES:
             raise ValueError(

@@ -35,6 +35,13 @@ from ..running.records import StageRun, require_exists
 from ..running.training import fit, trainer_arguments
 
 
+# What `build_recommender` takes under the same name.
+BUILT_FROM = (
+    "freeze_backbone", "lora_r", "lora_alpha", "lora_target_modules", "hidden_size", "num_hidden_layers",
+    "user_prompt", "code_initialization",
+)  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class FinetuneArguments(StageArguments):
     """
@@ -115,13 +122,12 @@ class FinetuneArguments(StageArguments):
         require_items_place(self.user_prompt)
         if self.lora_r and not self.freeze_backbone and not self.lora_target_modules:
             raise ValueError("--lora_target_modules names no layer; name some, or set --lora_r 0 for no adapter.")
-        if self.modalities != []:
-            for name in ("embeddings_dir", "quantizer_dir"):
-                if getattr(self, name) is None:
-                    raise ValueError(
-                        f"--{name} is not set; give the directory, or --modalities without a name for items that are "
-                        "a free ID vector alone."
-                    )
+        for name in ("embeddings_dir", "quantizer_dir"):
+            if self.modalities != [] and getattr(self, name) is None:
+                raise ValueError(
+                    f"--{name} is not set; give the directory, or --modalities without a name for items that are a "
+                    "free ID vector alone."
+                )
         if self.quantization is None:
             return
         if not self.lora_r and not self.freeze_backbone:
@@ -142,28 +148,27 @@ class FinetuneArguments(StageArguments):
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(FinetuneArguments, argv)
     modalities = content_modalities(arguments)
-    run = StageRun("finetune", arguments, inputs=_inputs(arguments, modalities))
+    paths = {modality: table_path(arguments.embeddings_dir, modality) for modality in modalities}
+    inputs: dict = {"prepared_dir": arguments.prepared_dir}
+    if modalities:
+        inputs |= {"quantizer_dir": arguments.quantizer_dir, "embeddings_dir": list(paths.values())}
+    run = StageRun("finetune", arguments, inputs)
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
+    quantizer = codes = None
+    if modalities:
+        quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
+        codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
     model, processor = build_recommender(
         data,
-        {name: load_table(table_path(arguments.embeddings_dir, name), name, data.num_items) for name in modalities},
-        MMRQVAEModel.from_pretrained(arguments.quantizer_dir) if modalities else None,
-        read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
-        if modalities
-        else None,
+        {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()},
+        quantizer,
+        codes,
         backbone=arguments.backbone_name_or_path,
         backbone_kwargs=backbone_kwargs(arguments),
-        freeze_backbone=arguments.freeze_backbone,
-        lora_r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_target_modules=arguments.lora_target_modules,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        user_prompt=arguments.user_prompt,
-        code_initialization=arguments.code_initialization,
         seed=arguments.training.seed,
+        **{name: getattr(arguments, name) for name in BUILT_FROM},
         **arguments.config,
     )
     run.details.update(
@@ -173,13 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         base_model_licence=model_licence(arguments.backbone_name_or_path, arguments.backbone_revision),
     )
     with run as staging:
-        trainer = finetune_trainer(
-            model,
-            processor,
-            data,
-            trainer_arguments(arguments, run),
-            flex_attention=arguments.attn_implementation is None,
-        )
+        training = trainer_arguments(arguments, run)
+        flex_attention = arguments.attn_implementation is None
+        trainer = finetune_trainer(model, processor, data, training, flex_attention=flex_attention)
         trainer.draft_record = run.draft_record
         fit(trainer)
         run.metrics["validation"] = trainer.rank()
@@ -219,19 +220,10 @@ def base_model(name_or_path: str | None) -> str | None:
     return str(Path(name_or_path).resolve()) if is_folder else name_or_path
 
 
-def _inputs(arguments: FinetuneArguments, modalities: list[str]) -> dict[str, str | list[Path]]:
-    inputs: dict[str, str | list[Path]] = {"prepared_dir": arguments.prepared_dir}
-    if modalities:
-        inputs["quantizer_dir"] = arguments.quantizer_dir
-        inputs["embeddings_dir"] = [table_path(arguments.embeddings_dir, modality) for modality in modalities]
-    return inputs
-
-
 def backbone_kwargs(arguments: FinetuneArguments) -> dict:
     """How `AutoModel.from_pretrained` loads the decoder."""
-    kwargs = {} if arguments.backbone_revision is None else {"revision": arguments.backbone_revision}
-    if arguments.attn_implementation is not None:
-        kwargs["attn_implementation"] = arguments.attn_implementation
+    kwargs = {"revision": arguments.backbone_revision, "attn_implementation": arguments.attn_implementation}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if arguments.quantization is not None:
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -92,13 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 def indexed_items(
     model: MMESIDForSequentialRecommendation, processor: MMESIDProcessor, arguments: IndexArguments
 ) -> tuple[datasets.Dataset, torch.Tensor]:
-    """
-    The items that can be recommended, with the index of their vectors.
-
-    Returns:
-        `tuple[datasets.Dataset, torch.Tensor]`: Columns `row`, `item_id` and, if the processor knows them, `title`,
-        with the index `INDEX_NAME`; the same rows as a tensor of shape `(indexed items,)`.
-    """
+    """The items that can be recommended, as columns `row`, `item_id` and, if the processor knows them, `title`, with
+    the index of their vectors; and the same rows as a tensor of shape `(indexed items,)`."""
     import faiss
 
     rows = torch.arange(1, model.config.num_items + 1)

@@ -14,11 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from modeling_mmesid import (
-    MMESIDForSequentialRecommendation,
-    MMESIDProcessor,
-    SequentialRecommendationPipeline,
-)
+from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, SequentialRecommendationPipeline
 
 from ..data.files import on_the_hub, read_lines
 from ..running.arguments import CommandArguments, check_ranges, parse
@@ -27,6 +23,8 @@ from ..running.records import write_text_atomic
 
 
 BATCH_SIZE = 1024
+# Those of the pipeline.
+SETTINGS = ("top_k", "exclude_history", "allowed_items", "denied_items", "return_contributions")
 
 
 @dataclass(kw_only=True)
@@ -78,18 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     histories = read_histories(arguments)
     with loading_from(arguments.model_dir):
         processor = MMESIDProcessor.from_pretrained(arguments.model_dir)
-    # Before the weights are loaded: an unknown item ends it.
-    processor(histories)
-    with loading_from(arguments.model_dir):
+        # Before the weights are loaded: an unknown item ends it.
+        processor(histories)
         model = MMESIDForSequentialRecommendation.from_pretrained(arguments.model_dir)
     recommender = SequentialRecommendationPipeline(model=model, processor=processor, device=device)
-    settings = {
-        "top_k": arguments.top_k,
-        "exclude_history": arguments.exclude_history,
-        "allowed_items": arguments.allowed_items,
-        "denied_items": arguments.denied_items,
-        "return_contributions": arguments.return_contributions,
-    }
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     users: list = []
     for start in tqdm(range(0, len(histories), BATCH_SIZE), desc="Recommending", unit="batch", delay=2):
         users += recommender(histories[start : start + BATCH_SIZE], batch_size=BATCH_SIZE, **settings)
@@ -115,13 +106,8 @@ def print_user(history: list[str], items: list[dict], processor: MMESIDProcessor
 
 
 def loading_from(model_dir: str) -> AbstractContextManager:
-    """
-    Surrounds the loading of a recommender.
-
-    Raises:
-        FileNotFoundError: If `model_dir` is a directory without a recommender, or neither a directory nor a repository
-            that the Hub gives.
-    """
+    """Surrounds the loading of a recommender; raises `FileNotFoundError` if `model_dir` is a directory without one, or
+    neither a directory nor a repository that the Hub gives."""
     if not Path(model_dir).is_dir():
         return on_the_hub(model_dir)
     for name in ("config.json", "processor_config.json"):
@@ -134,11 +120,8 @@ def loading_from(model_dir: str) -> AbstractContextManager:
 
 
 def read_histories(arguments: RecommendArguments) -> list[list[str]]:
-    """
-    Raises:
-        ValueError: If the file is empty or not UTF-8, or a line is not a list of item ids.
-        FileNotFoundError: If the file does not exist.
-    """
+    """Raises `FileNotFoundError` if there is no such file, and `ValueError` if it is empty or not UTF-8, or a line is
+    not a list of item ids."""
     if arguments.history is not None:
         return [arguments.history]
     path = Path(arguments.histories_file)

@@ -54,7 +54,7 @@ def test_a_stage_that_did_not_finish_is_named_before_anything_is_ranked(
     shutil.copytree(tiny_run / "sasrec", tmp_path / "stopped", ignore=shutil.ignore_patterns(RECORD_NAME))
     monkeypatch.setattr(evaluate, "popularity_ranks", refuse)
     monkeypatch.setattr(evaluate, "model_ranks", refuse)
-    with pytest.raises(FileNotFoundError, match=r"stopped' has no record\.json; give --model_dirs .* have finished"):
+    with pytest.raises(FileNotFoundError, match=r"stopped/record\.json' does not exist; run the stage"):
         evaluated("sasrec", "stopped")
     assert contents(checkpoint) == before
     assert not (tmp_path / "evaluation").exists()
