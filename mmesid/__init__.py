@@ -6,28 +6,30 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from modeling_mmesid import (
-        MMESIDConfig,
-        MMESIDForSequentialRecommendation,
-        MMESIDProcessor,
-        MMRQVAEConfig,
-        MMRQVAEModel,
-        SASRecConfig,
-        SASRecForSequentialRecommendation,
-    )
+    # `as` says to type checkers that the name is public.
+    from modeling_mmesid import MMESIDConfig as MMESIDConfig
+    from modeling_mmesid import MMESIDForSequentialRecommendation as MMESIDForSequentialRecommendation
+    from modeling_mmesid import MMESIDProcessor as MMESIDProcessor
+    from modeling_mmesid import MMRQVAEConfig as MMRQVAEConfig
+    from modeling_mmesid import MMRQVAEModel as MMRQVAEModel
+    from modeling_mmesid import SASRecConfig as SASRecConfig
+    from modeling_mmesid import SASRecForSequentialRecommendation as SASRecForSequentialRecommendation
 
-    from .trainer.data.preparation import prepare
-    from .trainer.data.prepared import PreparedDataset
-    from .trainer.data.tables import EmbeddingTable
-    from .trainer.encoders.dual_encoder_training import DualEncoderTrainingArguments, train_dual_encoder
-    from .trainer.encoders.embedding import embed
-    from .trainer.publishing.repository import push
-    from .trainer.quantizer.trainer import MMRQVAETrainingArguments
-    from .trainer.quantizer.training import quantize
-    from .trainer.recommender.evaluation import evaluate
-    from .trainer.recommender.mmesid_trainer import MMESIDTrainingArguments
-    from .trainer.recommender.sasrec_trainer import SASRecTrainingArguments
-    from .trainer.recommender.training import build_recommender, finetune, train_sasrec
+    from .trainer.data.preparation import prepare as prepare
+    from .trainer.data.prepared import PreparedDataset as PreparedDataset
+    from .trainer.data.tables import EmbeddingTable as EmbeddingTable
+    from .trainer.encoders.dual_encoder_training import DualEncoderTrainingArguments as DualEncoderTrainingArguments
+    from .trainer.encoders.dual_encoder_training import train_dual_encoder as train_dual_encoder
+    from .trainer.encoders.embedding import embed as embed
+    from .trainer.publishing.repository import push as push
+    from .trainer.quantizer.trainer import MMRQVAETrainingArguments as MMRQVAETrainingArguments
+    from .trainer.quantizer.training import quantize as quantize
+    from .trainer.recommender.evaluation import evaluate as evaluate
+    from .trainer.recommender.mmesid_trainer import MMESIDTrainingArguments as MMESIDTrainingArguments
+    from .trainer.recommender.sasrec_trainer import SASRecTrainingArguments as SASRecTrainingArguments
+    from .trainer.recommender.training import build_recommender as build_recommender
+    from .trainer.recommender.training import finetune as finetune
+    from .trainer.recommender.training import train_sasrec as train_sasrec
 
 
 __version__ = version("mmesid")
@@ -35,13 +37,8 @@ __version__ = version("mmesid")
 # Imported when a name is asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
 _NAMES = {
     "modeling_mmesid": (
-        "MMESIDConfig",
-        "MMESIDForSequentialRecommendation",
-        "MMESIDProcessor",
-        "MMRQVAEConfig",
-        "MMRQVAEModel",
-        "SASRecConfig",
-        "SASRecForSequentialRecommendation",
+        "MMESIDConfig", "MMESIDForSequentialRecommendation", "MMESIDProcessor", "MMRQVAEConfig", "MMRQVAEModel",
+        "SASRecConfig", "SASRecForSequentialRecommendation",
     ),
     ".trainer.data.preparation": ("prepare",),
     ".trainer.data.prepared": ("PreparedDataset",),
@@ -55,34 +52,10 @@ _NAMES = {
     ".trainer.recommender.mmesid_trainer": ("MMESIDTrainingArguments",),
     ".trainer.recommender.sasrec_trainer": ("SASRecTrainingArguments",),
     ".trainer.recommender.training": ("build_recommender", "finetune", "train_sasrec"),
-}
+}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "DualEncoderTrainingArguments",
-    "EmbeddingTable",
-    "MMESIDConfig",
-    "MMESIDForSequentialRecommendation",
-    "MMESIDProcessor",
-    "MMESIDTrainingArguments",
-    "MMRQVAEConfig",
-    "MMRQVAEModel",
-    "MMRQVAETrainingArguments",
-    "PreparedDataset",
-    "SASRecConfig",
-    "SASRecForSequentialRecommendation",
-    "SASRecTrainingArguments",
-    "__version__",
-    "build_recommender",
-    "embed",
-    "evaluate",
-    "finetune",
-    "prepare",
-    "push",
-    "quantize",
-    "train_dual_encoder",
-    "train_sasrec",
-]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str):

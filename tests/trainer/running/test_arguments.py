@@ -3,8 +3,7 @@
 import ast
 import dataclasses
 import re
-import subprocess
-import sys
+from importlib import import_module
 
 import pytest
 
@@ -12,36 +11,23 @@ from mmesid.trainer.cli import STAGES
 from mmesid.trainer.data.sources import SOURCES
 from mmesid.trainer.encoders import ENCODERS
 from mmesid.trainer.running.arguments import CommandArguments, parse
-from mmesid.trainer.running.declarations import stage_settings
+from mmesid.trainer.running.declarations import stage_declaration, stage_settings
 from mmesid.trainer.running.help import stage_help
-from mmesid.trainer.stages.embed import EmbedArguments
-from mmesid.trainer.stages.encoder import EncoderArguments
-from mmesid.trainer.stages.evaluate import EvaluateArguments
-from mmesid.trainer.stages.finetune import FinetuneArguments
-from mmesid.trainer.stages.index import IndexArguments
-from mmesid.trainer.stages.prepare import PrepareArguments
-from mmesid.trainer.stages.push import PushArguments
-from mmesid.trainer.stages.quantize import QuantizeArguments
-from mmesid.trainer.stages.recommend import RecommendArguments
-from mmesid.trainer.stages.sasrec import SASRecArguments
 
 
 CLASSES = {
-    "prepare": PrepareArguments,
-    "sasrec": SASRecArguments,
-    "encoder": EncoderArguments,
-    "embed": EmbedArguments,
-    "quantize": QuantizeArguments,
-    "finetune": FinetuneArguments,
-    "evaluate": EvaluateArguments,
-    "recommend": RecommendArguments,
-    "index": IndexArguments,
-    "push": PushArguments,
+    stage: getattr(import_module(f"mmesid.trainer.stages.{stage}"), stage_declaration(stage).node.name)
+    for stage in STAGES
 }
 SASREC = ["--prepared_dir", "prepared", "--output_dir", "out"]
 QUANTIZE = [*SASREC, "--embeddings_dir", "embeddings"]
 FINETUNE = [*QUANTIZE, "--quantizer_dir", "quantizer"]
+STEPS = ["--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps"]
 RECOMMEND = ["--model_dir", "recommender", "--history", "a"]
+
+
+def parsed(stage: str, flags: list[str]):
+    return parse(CLASSES[stage], flags)
 
 
 def one_sentence(error: ValueError) -> bool:
@@ -49,7 +35,7 @@ def one_sentence(error: ValueError) -> bool:
 
 
 def test_flags_become_the_settings_of_stage_model_and_training():
-    arguments = parse(SASRecArguments, [*SASREC, "--learning_rate", "5e-4", "--hidden_size", "32", "--force", "true"])
+    arguments = parsed("sasrec", [*SASREC, *"--learning_rate 5e-4 --hidden_size 32 --force true".split()])
     assert arguments.output_dir == "out" and arguments.force is True
     assert arguments.config["hidden_size"] == 32 and arguments.config["max_history"] == 50
     assert arguments.training.learning_rate == 5e-4 and arguments.training.eval_strategy == "epoch"
@@ -60,14 +46,13 @@ def test_flags_become_the_settings_of_stage_model_and_training():
 
 def test_the_defaults_are_those_of_the_classes_that_declare_them():
     for stage, flags in (("sasrec", SASREC), ("quantize", QUANTIZE), ("finetune", FINETUNE)):
-        arguments = parse(CLASSES[stage], flags)
+        arguments = parsed(stage, flags)
         config = CLASSES[stage].config_class()
         for name, value in arguments.config.items():
             declared = {field.name: field.default for field in dataclasses.fields(config)}[name]
             assert value == declared, f"{stage}.{name}"
         trained = CLASSES[stage].training_class(output_dir="out")
-        assert arguments.training.to_dict() == trained.to_dict() | {"logging_dir": None} or True
-        assert arguments.training.metric_for_best_model == trained.metric_for_best_model
+        assert arguments.training.to_dict() == trained.to_dict()
 
 
 @pytest.fixture
@@ -81,17 +66,15 @@ def settings_file(tmp_path):
 
 def test_flags_override_a_file_of_settings(settings_file):
     path = settings_file("prepared_dir: prepared\noutput_dir: out\nhidden_size: 16\nseed: 3\nbf16: null\n")
-    arguments = parse(SASRecArguments, [path, "--seed", "5"])
+    arguments = parsed("sasrec", [path, "--seed", "5"])
     assert (arguments.prepared_dir, arguments.config["hidden_size"], arguments.training.seed) == ("prepared", 16, 5)
 
 
 def test_a_file_is_checked_as_flags_are(settings_file):
     required = "prepared_dir: a\noutput_dir: b\nembeddings_dir: c\n"
-    assert parse(QuantizeArguments, [settings_file(required + "modalities: text")]).modalities == ["text"]
-    assert (
-        parse(QuantizeArguments, [settings_file(required + "encoder_hidden_dims: []")]).config["encoder_hidden_dims"]
-        == []
-    )
+    assert parsed("quantize", [settings_file(required + "modalities: text")]).modalities == ["text"]
+    arguments = parsed("quantize", [settings_file(required + "encoder_hidden_dims: []")])
+    assert arguments.config["encoder_hidden_dims"] == []
     for text, message in (
         (required + "objective: nonsense", "objective.*nonsense"),
         (required + "codebook_size: many", "--codebook_size: invalid int value: 'many'"),
@@ -100,16 +83,16 @@ def test_a_file_is_checked_as_flags_are(settings_file):
         ("output_dir: [", "is not YAML"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            parse(QuantizeArguments, [settings_file(text)])
+            parsed("quantize", [settings_file(text)])
         assert one_sentence(error.value)
     with pytest.raises(FileNotFoundError, match="no file of settings 'nowhere.yaml'"):
-        parse(QuantizeArguments, ["nowhere.yaml"])
+        parsed("quantize", ["nowhere.yaml"])
 
 
 def test_a_list_may_be_empty():
-    baseline, elsewhere = (parse(FinetuneArguments, [*flags, "--modalities"]) for flags in (SASREC, FINETUNE))
+    baseline, elsewhere = (parsed("finetune", [*flags, "--modalities"]) for flags in (SASREC, FINETUNE))
     assert baseline.modalities == [] and baseline.changed == elsewhere.changed, "what is not read counts for nothing"
-    assert parse(FinetuneArguments, FINETUNE).modalities is None
+    assert parsed("finetune", FINETUNE).modalities is None
 
 
 @pytest.mark.parametrize(
@@ -127,6 +110,17 @@ def test_a_list_may_be_empty():
         ("sasrec", [*SASREC, "--embedding_dropout", "1.5"], "embedding_dropout is 1.5"),
         ("sasrec", [*SASREC, "--seed", "-1"], "--seed is -1"),
         ("sasrec", [*SASREC, "--hub_links", "mine"], "link mine= does not have the form kind=owner/name"),
+        ("sasrec", [*SASREC, "--save_strategy", "no"], "--save_strategy no does not write one .* --load_best_model"),
+        ("sasrec", [*SASREC, "--save_strategy", "steps"], "--load_best_model_at_end true needs a checkpoint of every"),
+        ("sasrec", [*SASREC, *STEPS[:4]], "--save_strategy epoch does not write one"),
+        ("sasrec", [*SASREC, *STEPS, "--save_steps", "2"], "--save_steps 2 is no multiple of --eval_steps 3"),
+        (
+            "sasrec",
+            [*SASREC, "--eval_strategy", "no", "--lr_scheduler_type", "reduce_lr_on_plateau"],
+            "--lr_scheduler_type reduce_lr_on_plateau follows evaluations, and --eval_strategy is no",
+        ),
+        ("sasrec", [*SASREC, "--metric_for_best_model", "accuracy"], "accuracy is not measured; choose one of hr@"),
+        ("sasrec", [*SASREC, "--metric_for_best_model", "loss"], "loss is not measured"),
         ("encoder", [*SASREC, "--image_size", "70"], "image_size is 70; it must be a multiple of 32"),
         ("encoder", [*SASREC, "--held_out_fraction", "1"], "--held_out_fraction is 1.0; it must lie between 0 and 1"),
         ("encoder", [*SASREC, "--image_size", "0"], "--image_size is 0"),
@@ -161,31 +155,7 @@ def test_a_list_may_be_empty():
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(stage, flags, message):
     with pytest.raises(ValueError, match=message) as error:
-        parse(CLASSES[stage], flags)
-    assert one_sentence(error.value), error.value
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--save_strategy", "no"], "--save_strategy no does not write one .* --load_best_model_at_end false"),
-        (["--save_strategy", "steps"], "--load_best_model_at_end true needs a checkpoint of every evaluation"),
-        (["--eval_strategy", "steps", "--eval_steps", "5"], "--save_strategy epoch does not write one"),
-        (
-            ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "3", "--save_steps", "2"],
-            "--save_steps 2 is no multiple of --eval_steps 3",
-        ),
-        (
-            ["--eval_strategy", "no", "--lr_scheduler_type", "reduce_lr_on_plateau"],
-            "--lr_scheduler_type reduce_lr_on_plateau follows evaluations, and --eval_strategy is no",
-        ),
-        (["--metric_for_best_model", "accuracy"], "accuracy is not measured; choose one of hr@"),
-        (["--metric_for_best_model", "loss"], "loss is not measured"),
-    ],
-)
-def test_what_cannot_choose_an_epoch_is_refused(flags, message):
-    with pytest.raises(ValueError, match=message) as error:
-        parse(SASRecArguments, [*SASREC, *flags])
+        parsed(stage, flags)
     assert one_sentence(error.value), error.value
 
 
@@ -201,31 +171,23 @@ def test_what_cannot_choose_an_epoch_is_refused(flags, message):
     ],
 )
 def test_what_can_choose_an_epoch_or_needs_none_works(flags, best, patience):
-    training = parse(SASRecArguments, [*SASREC, *flags]).training
+    training = parsed("sasrec", [*SASREC, *flags]).training
     assert training.load_best_model_at_end is best and training.early_stopping_patience == patience
 
 
 def test_a_metric_that_falls_is_better_small():
     for metric, greater in (("tau", True), ("reconstruction_text", False), ("loss", False)):
-        arguments = parse(QuantizeArguments, [*QUANTIZE, "--metric_for_best_model", metric])
+        arguments = parsed("quantize", [*QUANTIZE, "--metric_for_best_model", metric])
         assert arguments.training.greater_is_better is greater
-
-
-def real_parser_names(stage: str) -> set[str]:
-    """The names that a stage's parser takes, from its dataclasses."""
-    arguments_class = CLASSES[stage]
-    names = {field.name for field in dataclasses.fields(arguments_class) if field.init}
-    names |= {name for members in arguments_class.model_settings.values() for name in members}
-    if arguments_class.training_class is not None:
-        names |= {field.name for field in dataclasses.fields(arguments_class.training_class) if field.init}
-    return names
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_help_has_the_names_types_and_defaults_that_the_parser_has(stage):
     settings = stage_settings(stage)
-    assert set(settings) == real_parser_names(stage)
     arguments_class = CLASSES[stage]
+    classes = filter(None, (arguments_class, arguments_class.training_class))
+    names = {field.name for one in classes for field in dataclasses.fields(one) if field.init}
+    assert set(settings) == names.union(*arguments_class.model_settings.values())
     for field in dataclasses.fields(arguments_class):
         setting = settings[field.name]
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -257,20 +219,6 @@ def test_what_docstrings_say_of_defaults_is_so(stage):
     assert said > 0
 
 
-def test_the_help_is_there_without_torch_and_says_what_is_required():
-    code = (
-        "import sys\nfrom mmesid.trainer.cli import STAGES, main\n"
-        "for stage in STAGES:\n    main([stage, '--help'])\n"
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    *lines, imported = process.stdout.splitlines()
-    assert imported == "[]", process.stderr
-    assert lines.count("  --prepared_dir STR  (required)") == 6
-    assert "  --model_dir STR  (required)" in lines
-    assert "  --objective" in " ".join(lines)
-
-
 def test_help_is_short_and_grouped():
     assert stage_help("prepare").count("\n  --") <= 25
     text = stage_help("finetune")
@@ -290,5 +238,4 @@ def test_the_help_names_every_source_and_encoder():
 
 
 def test_every_command_has_its_class():
-    assert CLASSES.keys() == STAGES.keys()
     assert all(issubclass(arguments_class, CommandArguments) for arguments_class in CLASSES.values())

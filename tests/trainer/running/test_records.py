@@ -158,20 +158,21 @@ def test_the_hardware_does_not_name_the_machine():
     assert not re.search(rf"\b{re.escape(platform.node())}\b", hardware())
 
 
-def test_the_processor_is_called_by_its_model(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    core = "processor\t: {}\nmodel\t\t: 17\nmodel name\t: Brand X: 64-Core\ncpu MHz\t\t: 2596.128\n\n"
-    cpuinfo.write_text(core.format(0) + core.format(1))
-    assert processor_name(cpuinfo) == "Brand X: 64-Core"
-
-
-def test_a_processor_of_unknown_model_is_called_by_its_architecture(tmp_path):
-    architecture = platform.processor() or platform.machine()
-    assert processor_name(tmp_path / "nowhere") == architecture
-    # As on ARM, and on a virtual machine that hides it.
-    for content in ("processor\t: 0\nCPU implementer\t: 0x41\n", "processor\t: 0\nmodel name\t: \n"):
-        (tmp_path / "cpuinfo").write_text(content)
-        assert processor_name(tmp_path / "cpuinfo") == architecture
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("model name\t: Brand X: 64-Core\n", "Brand X: 64-Core"),
+        # As on ARM, and on a virtual machine that hides it.
+        ("CPU implementer\t: 0x41\n", None),
+        ("model name\t: \n", None),
+        (None, None),
+    ],
+)
+def test_the_processor_is_called_by_its_model_or_its_architecture(tmp_path, line, name):
+    if line is not None:
+        core = "processor\t: {}\nmodel\t\t: 17\n" + line + "cpu MHz\t\t: 2596.128\n\n"
+        (tmp_path / "cpuinfo").write_text(core.format(0) + core.format(1))
+    assert processor_name(tmp_path / "cpuinfo") == (name or platform.processor() or platform.machine())
 
 
 @pytest.mark.parametrize(("kind", "name"), [("cuda", "Accelerator Y"), ("mps", "mps")])
@@ -193,11 +194,12 @@ def test_the_digest_of_a_stage_is_that_of_its_outputs(toy):
 
 
 def test_the_digest_of_another_directory_is_that_of_all_its_files(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "c.txt").write_text("1")
+    file = tmp_path / "a" / "b" / "c.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("1")
     before = input_digest(tmp_path / "a")
     assert input_digest(tmp_path / "a") == before
-    (tmp_path / "a" / "b" / "c.txt").rename(tmp_path / "a" / "c.txt")
+    file.rename(tmp_path / "a" / "c.txt")
     assert input_digest(tmp_path / "a") != before
 
 
@@ -210,23 +212,16 @@ def sasrec_arguments(tmp_path, **settings):
     return parse(SASRecArguments, to_flags({"output_dir": tmp_path, "prepared_dir": "prepared"} | settings))
 
 
-def test_what_changes_nothing_computed_is_not_in_the_fingerprint(tmp_path):
-    def fingerprint(**settings):
-        arguments = sasrec_arguments(tmp_path, **settings)
-        return StageRun("sasrec", arguments, inputs={}).fingerprint
+def test_what_changes_nothing_computed_is_not_in_the_fingerprint_nor_in_the_name_of_the_checkpoints(tmp_path):
+    def run(**settings):
+        return StageRun("sasrec", sasrec_arguments(tmp_path, **settings), inputs={})
 
     presentation = {"disable_tqdm": True, "logging_steps": 3, "save_total_limit": 4, "per_device_eval_batch_size": 8}
-    assert fingerprint(**presentation) == fingerprint()
-    assert len({fingerprint(), fingerprint(learning_rate=0.5), fingerprint(seed=7), fingerprint(hidden_size=8)}) == 4
-
-
-def test_checkpoints_are_never_those_of_other_settings(tmp_path):
-    def run(**settings):
-        arguments = sasrec_arguments(tmp_path, **settings)
-        return StageRun("sasrec", arguments, inputs={})
-
-    assert run().checkpoints_dir == run(disable_tqdm=True).checkpoints_dir
-    assert len({run().checkpoints_dir, run(num_train_epochs=9).checkpoints_dir, run(seed=1).checkpoints_dir}) == 3
+    others = [{"learning_rate": 0.5}, {"seed": 7}, {"hidden_size": 8}, {"num_train_epochs": 9}]
+    assert run(**presentation).fingerprint == run().fingerprint
+    assert run(**presentation).checkpoints_dir == run().checkpoints_dir
+    runs = [run(), *(run(**settings) for settings in others)]
+    assert len({one.fingerprint for one in runs}) == len({one.checkpoints_dir for one in runs}) == 5
 
 
 def test_recorded_arguments_are_json_values_without_secrets(tmp_path):

@@ -10,16 +10,7 @@ from mmesid.trainer.data.tables import save_table
 from mmesid.trainer.stages import evaluate, finetune, prepare, quantize, sasrec
 
 
-TRAINING = [
-    "--per_device_train_batch_size",
-    "64",
-    "--disable_tqdm",
-    "true",
-    "--use_cpu",
-    "true",
-    "--learning_rate",
-    "3e-3",
-]
+TRAINING = "--per_device_train_batch_size 64 --disable_tqdm true --use_cpu true --learning_rate 3e-3".split()
 
 
 def finetune_flags(root: Path, output: str) -> list[str]:
