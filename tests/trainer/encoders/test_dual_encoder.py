@@ -5,13 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    BertConfig,
-    BertModel,
-    CLIPModel,
-)
+from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from mmesid.trainer.encoders.dual_encoder import DualEncoder, train_word_tokenizer
 from mmesid.trainer.encoders.encoding import encode
@@ -116,11 +110,9 @@ def test_a_checkpoint_that_lacks_weights_is_refused(clip, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_is_no_dual_encoder_is_refused(tmp_path):
-    config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertModel(config).save_pretrained(tmp_path)
+def test_a_model_that_is_no_dual_encoder_is_refused(sentence_model):
     with pytest.raises(ValueError, match="is a BertModel, which is no dual encoder"):
-        DualEncoder.from_pretrained(str(tmp_path))
+        DualEncoder.from_pretrained(f"{sentence_model}/bert")
 
 
 @pytest.mark.parametrize("sizes", [{"image_size": 40}, {"hidden_size": 40}])

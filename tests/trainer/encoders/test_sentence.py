@@ -4,38 +4,14 @@ import importlib.util
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer
 
 from mmesid.trainer.encoders import sentence
-from mmesid.trainer.encoders.dual_encoder import train_word_tokenizer
 from mmesid.trainer.encoders.encoding import encode
 from mmesid.trainer.encoders.sentence import PACKAGED_MODEL, SentenceEncoder, packaged_model_path
 
 
 TEXTS = ["a red shirt of cotton", "blue", "", "a green lamp for the table, made of steel and paper", "red shoes"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sentence")
-    tokenizer = train_word_tokenizer(TEXTS, max_length=64, min_word_frequency=1)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    BertModel(config).save_pretrained(root / "bert")
-    tokenizer.save_pretrained(root / "bert")
-    transformer = Transformer(str(root / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(16, pooling_mode="mean")]).save(str(root / "sentence"))
-    return root
 
 
 def mean_of_token_states(path, texts):
@@ -47,16 +23,16 @@ def mean_of_token_states(path, texts):
         )
 
 
-def test_embeddings_are_masked_means_in_the_order_of_the_texts(model_dir, tmp_path):
-    encoder = SentenceEncoder.from_pretrained(str(model_dir / "sentence"))
+def test_embeddings_are_masked_means_in_the_order_of_the_texts(sentence_model, tmp_path):
+    encoder = SentenceEncoder.from_pretrained(str(sentence_model / "sentence"))
     embeddings = encode(encoder, tmp_path, texts=TEXTS, batch_size=2, disable_tqdm=True)
     assert embeddings.dtype == torch.float32 and encoder.pooling == "mean"
-    torch.testing.assert_close(embeddings, mean_of_token_states(model_dir / "bert", TEXTS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embeddings, mean_of_token_states(sentence_model / "bert", TEXTS), rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_gives_nearly_the_same_in_float32(model_dir):
-    exact = SentenceEncoder.from_pretrained(str(model_dir / "sentence")).embed(TEXTS)
-    encoder = SentenceEncoder.from_pretrained(str(model_dir / "sentence"), dtype=torch.bfloat16)
+def test_half_precision_gives_nearly_the_same_in_float32(sentence_model):
+    exact = SentenceEncoder.from_pretrained(str(sentence_model / "sentence")).embed(TEXTS)
+    encoder = SentenceEncoder.from_pretrained(str(sentence_model / "sentence"), dtype=torch.bfloat16)
     half = encoder.embed(TEXTS)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
     assert half.dtype == torch.float32
