@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..source import Catalogue, CatalogueBuilder, Interactions, Source
-from .pictures import draw_product
+from .pictures import COLOURS, PATTERNS, draw_product
 
 
 # Category: department, materials, and the categories bought after it.
@@ -38,8 +38,6 @@ CATEGORIES = {
     "armchair": ("home", ("velvet", "leather", "linen"), ("cushion", "lamp", "vase")),
     "cushion": ("home", ("velvet", "linen", "wool"), ("armchair", "lamp", "vase")),
 }  # fmt: skip
-COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "violet", "pink", "brown", "black")
-PATTERNS = ("plain", "striped", "dotted", "checked", "zigzag")
 # Style: what a description says of it.
 STYLES = {
     "classic": "A timeless piece that never looks out of place",
@@ -54,15 +52,11 @@ BRANDS = (
 )  # fmt: skip
 SYLLABLES = "al be cor da el fi go ha is jo ka lu mi no or pa ri so ta vi".split()
 
-# What a user's liking for an item is a sum of, besides the logarithm of its popularity.
-LIKES_STYLE = 1.75
-LIKES_COLOUR = 1.5
-LIKES_PATTERN = 1.0
-LIKES_BRAND = 1.0
-LIKES_DEPARTMENT = 0.75
+# What a user's liking for an item is a sum of, besides the logarithm of its popularity: what a match with the user's
+# taste is worth, and what one with the last purchase is.
+LIKES = {"department": 0.75, "colour": 1.5, "pattern": 1.0, "style": 1.75, "brand": 1.0}
 GOES_WITH_LAST = 2.75
-SAME_COLOUR_AS_LAST = 1.0
-SAME_STYLE_AS_LAST = 0.75
+SAME_AS_LAST = {"colour": 1.0, "style": 0.75}
 SAME_CATEGORY_AS_LAST = -1.5
 
 # Popularity is (rank + offset) ** -exponent: Zipf's law with Mandelbrot's flatter head.
@@ -83,10 +77,7 @@ WITHOUT_DESCRIPTION = 0.1
 
 @dataclass
 class Attributes:
-    """
-    What the items are, as `(items,)` int arrays of positions in `CATEGORIES`, `COLOURS`, `PATTERNS`, `STYLES`,
-    `BRANDS` and among a category's materials.
-    """
+    """What the items are: `(items,)` positions in the vocabularies above and among a category's materials."""
 
     category: np.ndarray
     colour: np.ndarray
@@ -94,6 +85,12 @@ class Attributes:
     style: np.ndarray
     brand: np.ndarray
     material: np.ndarray
+
+    @property
+    def department(self) -> np.ndarray:
+        """The departments of the categories, `(items,)`."""
+        departments = [department for department, _, _ in CATEGORIES.values()]
+        return np.unique(departments, return_inverse=True)[1][self.category]
 
 
 def generate_catalogue(num_items: int = 600, num_users: int = 3000, seed: int = 0) -> Source:
@@ -127,42 +124,40 @@ def generate_catalogue(num_items: int = 600, num_users: int = 3000, seed: int = 
 
 def draw_attributes(num_items: int, rng: np.random.Generator) -> Attributes:
     """Attributes of every item; brands have a house style and a favourite colour."""
-    house_style = rng.integers(len(STYLES), size=len(BRANDS))
-    house_colour = rng.integers(len(COLOURS), size=len(BRANDS))
-    brand = rng.integers(len(BRANDS), size=num_items)
-    style = np.where(rng.random(num_items) < 0.5, house_style[brand], rng.integers(len(STYLES), size=num_items))
-    colour = np.where(rng.random(num_items) < 0.2, house_colour[brand], rng.integers(len(COLOURS), size=num_items))
+
+    def draw(size: int, count: int = num_items) -> np.ndarray:
+        return rng.integers(size, size=count)
+
+    house_style, house_colour = draw(len(STYLES), len(BRANDS)), draw(len(COLOURS), len(BRANDS))
+    brand = draw(len(BRANDS))
     return Attributes(
-        category=rng.integers(len(CATEGORIES), size=num_items),
-        colour=colour,
-        pattern=rng.integers(len(PATTERNS), size=num_items),
-        style=style,
         brand=brand,
-        material=rng.integers(3, size=num_items),
+        style=np.where(rng.random(num_items) < 0.5, house_style[brand], draw(len(STYLES))),
+        colour=np.where(rng.random(num_items) < 0.2, house_colour[brand], draw(len(COLOURS))),
+        category=draw(len(CATEGORIES)),
+        pattern=draw(len(PATTERNS)),
+        material=draw(3),
     )
 
 
 def compose_catalogue(attributes: Attributes, rng: np.random.Generator, picture_rng: np.random.Generator) -> Catalogue:
     """Titles, texts and pictures of the items."""
-    num_items = len(attributes.category)
     builder = CatalogueBuilder(["title", "attributes", "description"])
-    for item in tqdm(range(num_items), desc="drawing products", unit="item", delay=2):
-        category, (department, materials, goes_with) = list(CATEGORIES.items())[attributes.category[item]]
-        colour, pattern = COLOURS[attributes.colour[item]], PATTERNS[attributes.pattern[item]]
-        style, material = list(STYLES)[attributes.style[item]], materials[attributes.material[item]]
-        brand, model = BRANDS[attributes.brand[item]], "".join(rng.choice(SYLLABLES, size=3)).title()
-        named = rng.random(4) < NAMED_IN_TITLE
-        words = [
-            word for word, is_named in zip((style, colour, pattern, material), named) if is_named and word != "plain"
-        ]
+    vocabularies = [list(words) for words in (CATEGORIES, COLOURS, PATTERNS, STYLES, BRANDS)]
+    for item in tqdm(range(len(attributes.category)), desc="drawing products", unit="item", delay=2):
+        # In the order of the vocabularies; the material's is that of the category.
+        *positions, material = (values[item] for values in vars(attributes).values())
+        category, colour, pattern, style, brand = (words[at] for words, at in zip(vocabularies, positions))
+        department, materials, goes_with = CATEGORIES[category]
+        model, named = "".join(rng.choice(SYLLABLES, size=3)).title(), rng.random(4) < NAMED_IN_TITLE
+        words = [word for word, is_named in zip((style, colour, pattern, materials[material]), named) if is_named]
         description = f"{STYLES[style]}. Goes with {goes_with[0]}, {goes_with[1]} and {goes_with[2]}."
-        has_description = rng.random() >= WITHOUT_DESCRIPTION
         values = {
-            "title": " ".join([brand, model, *words, category]),
-            "description": description if has_description else None,
+            "title": " ".join([brand, model, *(word for word in words if word != "plain"), category]),
+            "description": description if rng.random() >= WITHOUT_DESCRIPTION else None,
             "brand": brand,
             "categories": [department, category],
-            "attributes": [brand, category, material],
+            "attributes": [brand, category, materials[material]],
         }
         picture = draw_product(category, colour, pattern, style, picture_rng)
         builder.append(f"sku{item:06d}", values, picture if rng.random() >= WITHOUT_PICTURE else None, "the shop")
@@ -173,22 +168,12 @@ def draw_interactions(attributes: Attributes, num_users: int, rng: np.random.Gen
     """Purchases of every user, one after the other; nobody buys an item twice."""
     num_items = len(attributes.category)
     names = list(CATEGORIES)
-    departments = sorted({department for department, _, _ in CATEGORIES.values()})
-    department_of = np.array([departments.index(department) for department, _, _ in CATEGORIES.values()])
-    complements = np.zeros((len(names), len(names)), np.float32)
-    for category, (_, _, goes_with) in CATEGORIES.items():
-        complements[names.index(category), [names.index(other) for other in goes_with]] = GOES_WITH_LAST
-    np.fill_diagonal(complements, SAME_CATEGORY_AS_LAST)
+    after_last = np.diag(np.full(len(names), SAME_CATEGORY_AS_LAST, np.float32))
+    for category, (_, _, goes_with) in enumerate(CATEGORIES.values()):
+        after_last[category, [names.index(other) for other in goes_with]] = GOES_WITH_LAST
 
-    # Attribute: its value for every item, the number of values, and what a match with the user's taste is worth.
-    liking = {
-        "department": (department_of[attributes.category], len(departments), LIKES_DEPARTMENT),
-        "colour": (attributes.colour, len(COLOURS), LIKES_COLOUR),
-        "pattern": (attributes.pattern, len(PATTERNS), LIKES_PATTERN),
-        "style": (attributes.style, len(STYLES), LIKES_STYLE),
-        "brand": (attributes.brand, len(BRANDS), LIKES_BRAND),
-    }
-    tastes = {name: rng.integers(size, size=(num_users, TASTES_A_USER)) for name, (_, size, _) in liking.items()}
+    sizes = {name: getattr(attributes, name).max() + 1 for name in LIKES}
+    tastes = {name: rng.integers(size, size=(num_users, TASTES_A_USER)) for name, size in sizes.items()}
     popularity = (-ZIPF_EXPONENT * np.log(rng.permutation(num_items) + 1 + ZIPF_OFFSET)).astype(np.float32)
     popularity[rng.random(num_items) < NEW_ARRIVALS] -= NEW_ARRIVAL_PENALTY
     lengths = np.minimum(SHORTEST + rng.geometric(1 / (MEAN_LENGTH - SHORTEST + 1), size=num_users) - 1, LONGEST)
@@ -204,23 +189,23 @@ def draw_interactions(attributes: Attributes, num_users: int, rng: np.random.Gen
             changes = rng.random(len(users)) < CHANGE_OF_TASTE
             taste[users] = np.where(changes, rng.integers(TASTES_A_USER, size=len(users)), taste[users])
             likings = np.tile(popularity, (len(users), 1))
-            for name, (values, _, weight) in liking.items():
-                likings[tastes[name][users, taste[users], None] == values] += weight
+            for name, weight in LIKES.items():
+                likings[tastes[name][users, taste[users], None] == getattr(attributes, name)] += weight
             if step > 0:
                 last = purchases[users, step - 1]
-                likings += complements[attributes.category[last]][:, attributes.category]
-                likings[attributes.colour[last, None] == attributes.colour] += SAME_COLOUR_AS_LAST
-                likings[attributes.style[last, None] == attributes.style] += SAME_STYLE_AS_LAST
+                likings += after_last[attributes.category[last]][:, attributes.category]
+                for name, weight in SAME_AS_LAST.items():
+                    values = getattr(attributes, name)
+                    likings[values[last, None] == values] += weight
                 np.put_along_axis(likings, purchases[users, :step], -np.inf, axis=1)
             # The largest liking after adding Gumbel noise is a draw from their softmax.
             likings += rng.gumbel(size=likings.shape)
             purchases[users, step] = likings.argmax(axis=1)
 
-    steps = np.broadcast_to(np.arange(LONGEST), purchases.shape)
-    happened = steps < lengths[:, None]
+    user, step = np.nonzero(np.arange(LONGEST) < lengths[:, None])
     return Interactions(
         user_ids=[f"user{user:06d}" for user in range(num_users)],
-        users=np.repeat(np.arange(num_users, dtype=np.int32), lengths),
-        items=purchases[happened],
-        times=steps[happened].astype(np.int64),
+        users=user.astype(np.int32),
+        items=purchases[user, step],
+        times=step,
     )
