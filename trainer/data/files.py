@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +16,8 @@ from tqdm.auto import tqdm
 
 @contextmanager
 def on_the_hub(location: str) -> Iterator[None]:
-    """
-    Surrounds what asks the Hub for something that is not on this machine, for example because its path is mistyped.
-
-    Raises:
-        FileNotFoundError: If the Hub cannot be reached, or does not have it; the sentence names the location.
-    """
+    """Surrounds what asks the Hub for a thing that is not on this machine, perhaps because its path is mistyped:
+    `FileNotFoundError` if the Hub cannot be reached or does not have it."""
     try:
         yield
     except (OSError, HFValidationError, httpx2.TransportError) as error:
@@ -41,13 +37,8 @@ def one_line(error: BaseException) -> str:
 
 
 def local_file(location: str | Path) -> Path:
-    """
-    The file at a location on this machine; `hf://datasets/owner/name[@revision]/path` is downloaded into the cache of
-    `huggingface_hub` first.
-
-    Raises:
-        FileNotFoundError: If there is no such file, or the Hub cannot be reached.
-    """
+    """The file at a location on this machine, or of `hf://datasets/owner/name[@revision]/path` in the cache of
+    `huggingface_hub`; raises `FileNotFoundError` if there is none."""
     if str(location).startswith("hf://"):
         uri = parse_hf_uri(str(location))
         with on_the_hub(str(location)):
@@ -58,26 +49,17 @@ def local_file(location: str | Path) -> Path:
     return path
 
 
-def line_of(path: Path, number: int) -> str:
-    """How a line is called in an error."""
-    return f"'{path}', line {number}"
-
-
-def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """
-    Yields every line of a file, gzipped if its name says so, with its number from 1 and without its end.
-
-    Raises:
-        ValueError: If a line is not in the encoding, or the archive is damaged.
-    """
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+    """Yields every line of a file, gzipped if its name says so: what errors call it, and what it says without its end.
+    Raises `ValueError` if it is not in the encoding, or the archive is damaged."""
     number = 0
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         try:
             for number, line in enumerate(tqdm(file, desc=path.name, unit=" lines", delay=2), start=1):
-                yield number, line.decode(encoding).rstrip("\r\n")
+                yield f"'{path}', line {number}", line.decode(encoding).rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{line_of(path, number)} is not {encoding.upper()} ({error.reason} at byte {error.start}); convert "
+                f"'{path}', line {number} is not {encoding.upper()} ({error.reason} at byte {error.start}); convert "
                 "the file."
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -86,49 +68,30 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
             ) from error
 
 
-def parse_json(line: str, path: Path, number: int) -> dict:
-    """
-    The JSON object of a line.
-
-    Raises:
-        ValueError: If the line holds anything else.
-    """
+def parse_json(line: str, where: str) -> dict:
+    """The JSON object of a line; raises `ValueError` if it holds anything else."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{line_of(path, number)} is not JSON ({error.msg} at column {error.colno}); write one JSON object per "
-            "line."
+            f"{where} is not JSON ({error.msg} at column {error.colno}); write one JSON object per line."
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{line_of(path, number)} holds {type(value).__name__}, not a JSON object; write one JSON object per line."
-        )
+        raise ValueError(f"{where} holds {type(value).__name__}, not a JSON object; write one JSON object per line.")
     return value
 
 
-def require(fields: dict, names: tuple[str, ...] | list[str], path: Path, number: int) -> None:
-    """
-    Checks that a line has the fields of these names.
-
-    Raises:
-        ValueError: If it lacks one; the sentence lists those it has.
-    """
+def require(fields: dict, names: Iterable[str], where: str) -> None:
+    """Raises `ValueError` if a line lacks the field of one of these names."""
     for name in names:
         if name not in fields:
             raise ValueError(
-                f"{line_of(path, number)} has no field '{name}', only {', '.join(fields) or 'none at all'}; add it or "
-                "name another."
+                f"{where} has no field '{name}', only {', '.join(fields) or 'none at all'}; add it or name another."
             )
 
 
-def raw_id(value, field: str, path: Path, number: int) -> str:
-    """
-    A raw id as a string.
-
-    Raises:
-        ValueError: If it is neither an integer nor a string, or is empty.
-    """
+def raw_id(value, field: str, where: str) -> str:
+    """A raw id as a string; raises `ValueError` if it is neither an integer nor a string, or is empty."""
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise ValueError(f"{line_of(path, number)} has {field}={value!r}; an id is an integer or a string.")
+        raise ValueError(f"{where} has {field}={value!r}; an id is an integer or a string.")
     return str(value)

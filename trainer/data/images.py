@@ -10,7 +10,6 @@ import io
 import json
 import lzma
 import os
-import queue
 import random
 import shutil
 import tarfile
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..running.records import file_digests, write_text_atomic
+from .files import one_line
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +45,8 @@ USER_AGENT = "mmesid (+https://arxiv.org/abs/2509.02017)"
 TRANSIENT_STATUSES = (408, 425, 429)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 INDEX_FILE = "index.json"
+# What damaged archives raise; OSError in bzip2.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
 class BadImageError(ValueError):
@@ -63,17 +65,8 @@ class BadImageError(ValueError):
 
 
 def read_image(image: Path | bytes, item_id: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """
-    The bytes of a picture, as they are, once [`decode_image`] has decoded its first frame to the last pixel.
-
-    Args:
-        image (`Path` or `bytes`): A picture file, or the bytes of one.
-        item_id (`str`): The item it belongs to, for the error.
-        max_bytes (`int`, *optional*, defaults to 32 MiB): Size above which it is not read.
-
-    Raises:
-        BadImageError: If the file is missing, larger than `max_bytes` or `MAX_PIXELS`, or no picture of `FORMATS`.
-    """
+    """The bytes of a picture, as they are, once [`decode_image`] has decoded its first frame to the last pixel; raises
+    [`BadImageError`], which names the item, if that fails or they are more than `max_bytes`."""
     try:
         return _checked(image, max_bytes)
     except BadImageError as error:
@@ -86,15 +79,8 @@ def read_image(image: Path | bytes, item_id: str, max_bytes: int = MAX_BYTES) ->
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """
-    A picture as an encoder reads it: the first frame, turned as the camera says, in RGB on a white ground.
-
-    Args:
-        data (`bytes`): A picture file.
-
-    Raises:
-        BadImageError: If the bytes are no picture of `FORMATS`, or one of more than `MAX_PIXELS`.
-    """
+    """A picture as an encoder reads it: the first frame, turned as the camera says, in RGB on a white ground. Raises
+    [`BadImageError`] if it is of none of `FORMATS`, damaged, or of more than `MAX_PIXELS`."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             # The header tells the size: nothing of a decompression bomb is unpacked.
@@ -112,7 +98,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadImageError("unreadable", "no picture in a format that is read") from error
     # Damage shows as whatever a format's decoder stumbles over: OSError, SyntaxError, struct.error, RuntimeError ...
     except Exception as error:
-        raise BadImageError("unreadable", " ".join(str(error).split()) or type(error).__name__) from error
+        raise BadImageError("unreadable", one_line(error)) from error
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -135,15 +121,12 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _checked(image: Path | bytes, max_bytes: int) -> bytes:
-    if isinstance(image, Path):
-        try:
-            size = image.stat().st_size
-            data = image.read_bytes() if size <= max_bytes else b""
-        # ValueError: a name that no file can have.
-        except (OSError, ValueError) as error:
-            raise BadImageError("missing", getattr(error, "strerror", None) or str(error)) from error
-    else:
-        size, data = len(image), image
+    try:
+        size = image.stat().st_size if isinstance(image, Path) else len(image)
+        data = image.read_bytes() if isinstance(image, Path) and size <= max_bytes else image
+    # ValueError: a name that no file can have.
+    except (OSError, ValueError) as error:
+        raise BadImageError("missing", getattr(error, "strerror", None) or str(error)) from error
     if size > max_bytes:
         raise BadImageError("too_large", f"{size:,} bytes are more than {max_bytes:,}")
     # All that an encoder will do with it, so that it cannot fail there.
@@ -169,47 +152,38 @@ def fetch_images(
 
     Args:
         sources (`list[str | Path | bytes | None]`): One entry per item; a string is an http(s) URL.
-        cache_dir (`str` or `os.PathLike`): Where the files go, and nowhere else; made if it does not exist.
+        cache_dir (`str` or `os.PathLike`): Where the files go, and nowhere else.
         workers (`int`, *optional*, defaults to 16): Pictures fetched at a time.
-        timeout (`float`, *optional*, defaults to 20.0):
-            Seconds after which an attempt is given up: of silence, and from its start to the last byte of the picture.
-        retries (`int`, *optional*, defaults to 3):
-            Attempts after the first where the server fails, stalls or asks to wait, at growing intervals.
+        timeout (`float`, *optional*, defaults to 20.0): Seconds that an attempt has, and that it may be silent.
+        retries (`int`, *optional*, defaults to 3): Further attempts where the server fails, stalls or asks to wait.
         max_bytes (`int`, *optional*, defaults to 32 MiB): Size above which a picture is given up, unread.
         disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
 
     Returns:
-        `tuple[list[Path | bytes | None], dict[str, int]]`: The sources, with a file in the cache in the place of a
-        URL, and `None` where that failed; and how many of the URLs were `"fetched"`, `"cached"` already, or failed by
-        the reasons of [`BadImageError`].
+        `tuple[list[Path | bytes | None], dict[str, int]]`: The sources, with a file in the place of a URL, or `None`
+        where that failed; and how many URLs were `"fetched"`, `"cached"` already, or failed by which reason.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     files = {url: cache_dir / _digest(url) for url in sources if isinstance(url, str)}
     outcomes = {url: "cached" for url, file in files.items() if file.is_file()}
-    pending: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for url in files:
-        if url not in outcomes:
-            pending.put(url)
+    missing = [url for url in files if url not in outcomes]
+    # One iterator for all workers, which each take the next URL from it.
+    pending = iter(missing)
     lock = threading.Lock()
     examples: dict[str, str] = {}
 
     def work(client: httpx2.Client, progress: tqdm) -> None:
-        while True:
-            try:
-                url = pending.get_nowait()
-            except queue.Empty:
-                return
+        for url in pending:
+            outcome = "fetched"
             try:
                 data = _fetch(client, url, timeout, retries, max_bytes)
                 partial = files[url].with_name(f".{files[url].name}.{os.getpid()}.partial")
                 partial.write_bytes(data)
                 os.replace(partial, files[url])
-                outcome = "fetched"
             except BadImageError as error:
                 outcome = error.reason
-                with lock:
-                    examples.setdefault(outcome, f"{url}: {error}")
+                examples.setdefault(outcome, f"{url}: {error}")
             with lock:
                 outcomes[url] = outcome
                 progress.update()
@@ -223,26 +197,23 @@ def fetch_images(
             # A compressed body could unpack to any size, and pictures are compressed already.
             headers={"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"},
         ) as client,
-        tqdm(total=pending.qsize(), desc="fetching pictures", unit="image", disable=disable_tqdm) as progress,
+        tqdm(total=len(missing), desc="fetching pictures", unit="image", disable=disable_tqdm) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
-        futures = [pool.submit(work, client, progress) for _ in range(min(workers, pending.qsize()))]
+        futures = [pool.submit(work, client, progress) for _ in range(min(workers, len(missing)))]
         try:
             for future in futures:
                 future.result()
         finally:
             # Left over only if a worker failed or the user interrupts: the others end after their current picture.
-            while not pending.empty():
-                pending.get_nowait()
+            for _ in pending:
+                pass
 
     report = Counter(outcomes[url] for url in sources if isinstance(url, str))
     for reason, example in examples.items():
         logger.warning(f"{report[reason]} pictures could not be fetched ({reason}), for example {example}")
-    images = [
-        (files[source] if outcomes[source] in ("cached", "fetched") else None) if isinstance(source, str) else source
-        for source in sources
-    ]
-    return images, dict(report)
+    there = {url: file for url, file in files.items() if outcomes[url] in ("cached", "fetched")}
+    return [there.get(source) if isinstance(source, str) else source for source in sources], dict(report)
 
 
 def _digest(name: str) -> str:
@@ -296,24 +267,12 @@ def list_images(
     path: str | os.PathLike, cache_dir: str | os.PathLike, max_bytes: int = MAX_BYTES
 ) -> tuple[dict[str, Path], dict[str, int]]:
     """
-    The pictures of a folder, or of a zip or tar archive, by their names.
+    The pictures of a folder, or of a zip or tar archive, by their names relative to its root; and how many pictures of
+    an archive were `"too_large"` or `"unreadable"`.
 
-    An archive is unpacked once, into a folder of the cache that carries the digest of its content. Its members are
-    stored under digests of their names, so that no name leads out of the cache.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder or the archive (`.zip`, `.tar`, `.tar.gz`, `.tar.bz2`, `.tar.xz`).
-        cache_dir (`str` or `os.PathLike`): Where an archive is unpacked, made if it does not exist.
-        max_bytes (`int`, *optional*, defaults to 32 MiB): Size above which a picture of an archive is left out.
-
-    Returns:
-        `tuple[dict[str, Path], dict[str, int]]`: The files with a picture's suffix by their name relative to the
-        folder or to the archive's root, with `/` between its parts; and how many pictures of the archive were
-        `"too_large"` or `"unreadable"`.
-
-    Raises:
-        FileNotFoundError: If `path` does not exist.
-        ValueError: If it is a file but no such archive, or if the archive is damaged as a whole.
+    An archive is unpacked once, into a folder of `cache_dir` that carries the digest of its content. Its members are
+    stored under digests of their names: no name leads out of the cache. Raises `FileNotFoundError` if there is no
+    `path`, and `ValueError` if it is no such archive, or a damaged one.
     """
     path = Path(path)
     if path.is_dir():
@@ -344,10 +303,8 @@ def _unpack(archive: Path, directory: Path, max_bytes: int) -> tuple[list[str], 
     names: dict[str, None] = {}
     report: Counter = Counter()
     for name, data in tqdm(_members(archive, max_bytes), f"unpacking {archive.name}", unit="image", delay=2):
-        if data is None:
-            report["unreadable"] += 1
-        elif len(data) > max_bytes:
-            report["too_large"] += 1
+        if data is None or len(data) > max_bytes:
+            report["unreadable" if data is None else "too_large"] += 1
         else:
             (directory / _digest(name)).write_bytes(data)
             names[name] = None
@@ -355,10 +312,8 @@ def _unpack(archive: Path, directory: Path, max_bytes: int) -> tuple[list[str], 
 
 
 def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]]:
-    """
-    Name and content of every picture: no more than `max_bytes + 1` bytes of it, whatever size the archive states, and
-    `None` where it cannot be unpacked.
-    """
+    """Name and content of every picture: no more than `max_bytes + 1` bytes of it, whatever size the archive states,
+    and `None` where it cannot be unpacked."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
@@ -367,23 +322,19 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]
                         try:
                             with opened.open(member) as file:
                                 data = file.read(max_bytes + 1)
-                        # Damaged (OSError: in bzip2), compressed in an unknown way, encrypted.
-                        except (
-                            zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError,
-                            RuntimeError,
-                        ):  # fmt: skip
+                        # RuntimeError: encrypted, or compressed in an unknown way.
+                        except (*_DAMAGE, RuntimeError):
                             data = None
                         yield _normal(member.filename), data
         else:
             with tarfile.open(archive) as opened:
                 for member in opened:
                     # Links and devices are left out.
-                    file = opened.extractfile(member) if member.isreg() and _is_picture(member.name) else None
-                    if file is not None:
-                        yield _normal(member.name), file.read(max_bytes + 1)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+                    if member.isreg() and _is_picture(member.name):
+                        yield _normal(member.name), opened.extractfile(member).read(max_bytes + 1)
+    except _DAMAGE as error:
         raise ValueError(
-            f"'{archive}' is no zip or tar archive that can be read to its end ({' '.join(str(error).split())}); "
+            f"'{archive}' is no zip or tar archive that can be read to its end ({one_line(error)}); "
             "replace it, or unpack it and name the folder."
         ) from error
 

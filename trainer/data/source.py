@@ -22,10 +22,9 @@ FIELD_TYPES = {
     "price": pa.float64(),
 }
 
-# Items, interactions and ids that are copied at a time on their way into Arrow and NumPy.
+# Items, and interactions or ids, that are copied at a time on their way into Arrow and NumPy.
 _ITEMS_AT_ONCE = 8192
-_INTERACTIONS_AT_ONCE = 65_536
-_IDS_AT_ONCE = 65_536
+_ROWS_AT_ONCE = 65_536
 
 
 @dataclass
@@ -36,12 +35,11 @@ class Catalogue:
 
     Args:
         item_ids (`list[str]`): Raw id of every item, no two alike.
-        fields (`pa.Table`): One row per item, nulls where it lacks a field: `title`, and those of `description`,
-            `brand`, `categories`, `price` and of the source's own fields that it has.
+        fields (`pa.Table`): One row per item, nulls where it lacks a field: those of `FIELD_TYPES` and of the source's
+            own that any item has, and `title`.
         text_fields (`list[str]`): Which of them an item's text is made of, in this order.
-        images (`Sequence[str | Path | bytes | None]`, *optional*): Picture of every item, as a URL, as a file or as
-            the bytes of one, `None` where an item has none; `None` instead of a sequence if the source has no
-            pictures at all.
+        images (`Sequence[str | Path | bytes | None]`, *optional*): URL, file or bytes of every item's picture, `None`
+            where there is none; `None` instead of a sequence if no item has one.
         pictures_by_id (`dict[str, Path]`, *optional*, defaults to none): Pictures called after items, for those that
             have no other.
     """
@@ -90,8 +88,7 @@ class Interactions:
 
     Args:
         user_ids (`Sequence[str]`): Raw id of every user, no two alike.
-        users (`np.ndarray`): `(interactions,)` int32 positions in `user_ids`.
-        items (`np.ndarray`): `(interactions,)` int32 positions in the catalogue.
+        users, items (`np.ndarray`): `(interactions,)` int32 positions in `user_ids` and in the catalogue.
         times (`np.ndarray`): `(interactions,)` int64; anything that grows with time. Equal times of one user keep the
             order they are given in.
         ratings (`np.ndarray`, *optional*): `(interactions,)` float32, NaN where an interaction has none; `None` if
@@ -111,12 +108,8 @@ class Interactions:
 @dataclass
 class Source:
     """
-    Args:
-        name (`str`): Where the data come from, for the statistics and the dataset card.
-        licence (`str`): Terms under which they may be used.
-        synthetic (`bool`): Whether they were generated; said wherever results on them appear.
-        catalogue (`Catalogue`): The items.
-        interactions (`Interactions`): What users did with them.
+    Items and what users did with them, with the `name` and the `licence` that the statistics and the dataset card
+    state, and whether they are `synthetic`: said wherever results on them appear.
     """
 
     name: str
@@ -128,13 +121,9 @@ class Source:
 
 class CatalogueBuilder:
     """
-    Collects items one after the other into a [`Catalogue`].
-
-    Args:
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; by default those
-            of `TEXT_FIELDS` that any item has.
-        pictures (`dict[str, Path]`, *optional*): Pictures by name: those that items name, and, for items without a
-            picture, those called after their ids.
+    Collects items one after the other into a [`Catalogue`]: with the `text_fields` that are named, by default those of
+    `TEXT_FIELDS` that any item has, and with `pictures` by name, which are those that items name or, for items without
+    a picture, those called after their ids.
     """
 
     def __init__(self, text_fields: list[str] | None = None, pictures: dict[str, Path] | None = None):
@@ -148,19 +137,9 @@ class CatalogueBuilder:
         self._batches: list[pa.RecordBatch] = []
 
     def append(self, item_id: str, values: dict, image: str | Path | bytes | None, where: str) -> None:
-        """
-        Adds an item.
-
-        Args:
-            item_id (`str`): Its raw id.
-            values (`dict`): Its fields: strings, numbers, lists of them, or null; others than those wanted are left
-                out.
-            image (`str`, `Path` or `bytes`, *optional*): Its picture.
-            where (`str`): Where it was read, for errors.
-
-        Raises:
-            ValueError: If the item was added before, or a field is none of these.
-        """
+        """Adds an item with its fields (strings, numbers, lists of them, or null; others than those wanted are left
+        out) and picture. Raises `ValueError`, which says `where` it was read, if it was added before or a field is
+        none of these."""
         if item_id in self.positions:
             number = self.positions[item_id] + 1
             raise ValueError(f"{where} repeats item '{item_id}', number {number} of the items; keep one of them.")
@@ -191,12 +170,8 @@ class CatalogueBuilder:
         self._rows = []
 
     def build(self) -> Catalogue:
-        """
-        Returns the catalogue.
-
-        Raises:
-            ValueError: If no item has one of the text fields that were asked for, or no picture belongs to an item.
-        """
+        """The catalogue; `ValueError` if no item has one of the text fields that were asked for, or no picture belongs
+        to an item."""
         self._flush()
         table = pa.Table.from_batches(self._batches, schema=self.schema)
         present = [name for name in table.column_names if name == "title" or table[name].null_count < len(table)]
@@ -221,25 +196,16 @@ class CatalogueBuilder:
 
 
 class ArrowStrings(Sequence):
-    """
-    Strings in Arrow memory, a third of what Python objects take.
-
-    Args:
-        strings (`list[str]`): The strings.
-    """
+    """Strings in Arrow memory, a third of what Python objects take."""
 
     def __init__(self, strings: list[str]):
         # A single array would need as much memory again for the last time that it doubles.
-        starts = range(0, len(strings), _IDS_AT_ONCE)
-        parts = [pa.array(strings[start : start + _IDS_AT_ONCE], pa.string()) for start in starts]
+        starts = range(0, len(strings), _ROWS_AT_ONCE)
+        parts = [pa.array(strings[start : start + _ROWS_AT_ONCE], pa.string()) for start in starts]
         self._array = pa.chunked_array(parts, pa.string())
 
     def __len__(self) -> int:
         return len(self._array)
-
-    def __iter__(self) -> Iterator[str]:
-        for part in self._array.chunks:
-            yield from part.to_pylist()
 
     def __getitem__(self, position):
         return self._array[int(position)].as_py()
@@ -247,10 +213,8 @@ class ArrowStrings(Sequence):
 
 class InteractionCollector:
     """
-    Collects interactions into arrays: sixteen bytes for each, and one string for each user and item.
-
-    Positions of users and items follow the order in which they first appear. After the last interaction comes
-    [`~InteractionCollector.finish`].
+    Collects interactions into arrays: sixteen bytes for each, and one string for each user and item, whose positions
+    follow the order in which they first appear. After the last interaction comes [`~InteractionCollector.finish`].
     """
 
     def __init__(self):
@@ -263,31 +227,19 @@ class InteractionCollector:
         return len(self._users)
 
     def extend(self, users: pa.Array, items: pa.Array, times: np.ndarray, ratings: np.ndarray | None = None) -> None:
-        """
-        Adds interactions.
-
-        Args:
-            users (`pa.Array`): `(interactions,)` raw ids, strings without nulls.
-            items (`pa.Array`): `(interactions,)` raw ids, strings without nulls.
-            times (`np.ndarray`): `(interactions,)` integers.
-            ratings (`np.ndarray`, *optional*): `(interactions,)` floats, NaN where there is none.
-        """
+        """Adds interactions: ids as strings without nulls, times as integers, ratings as floats, NaN where there is
+        none; each of shape `(interactions,)`."""
         self._users.frombytes(_positions(users, self.user_positions).tobytes())
         self._items.frombytes(_positions(items, self.item_positions).tobytes())
         self._times.frombytes(times.astype(np.int64).tobytes())
         if ratings is not None:
             self._ratings.frombytes(ratings.astype(np.float32).tobytes())
 
-    def extend_rows(self, rows: Iterator[tuple[str, str, int, float | None]]) -> None:
+    def extend_rows(self, rows: Iterator[tuple[str, str, int, float]]) -> None:
         """Adds interactions `(user, item, time, rating)` that come one at a time."""
-        while chunk := list(islice(rows, _INTERACTIONS_AT_ONCE)):
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             users, items, times, ratings = zip(*chunk)
-            self.extend(
-                pa.array(users, pa.string()),
-                pa.array(items, pa.string()),
-                np.array(times, np.int64),
-                np.array([np.nan if rating is None else rating for rating in ratings], np.float32),
-            )
+            self.extend(pa.array(users), pa.array(items), np.array(times), np.array(ratings))
 
     def finish(self) -> None:
         """Lets go of what only further interactions would need: raw data have millions of users, and the items that
@@ -301,12 +253,7 @@ class InteractionCollector:
         self.item_positions = {item_id: position for position, item_id in enumerate(item_ids)}
 
     def interactions(self, positions: dict[str, int]) -> Interactions:
-        """
-        Returns the interactions, in the memory that they were collected in.
-
-        Args:
-            positions (`dict[str, int]`): Position of every item in the catalogue.
-        """
+        """The interactions, in the memory that they were collected in, with the items' positions in the catalogue."""
         remap = np.fromiter((positions[item_id] for item_id in self.item_positions), np.int32)
         ratings = np.asarray(self._ratings)
         return Interactions(
@@ -330,20 +277,8 @@ def _positions(ids: pa.Array, positions: dict[str, int]) -> np.ndarray:
 def join(
     name: str, licence: str, collector: InteractionCollector, builder: CatalogueBuilder, items_file: str | None
 ) -> Source:
-    """
-    The source of collected interactions and items. Items that have interactions but no description come last, without
-    fields.
-
-    Args:
-        name (`str`): What the data are called.
-        licence (`str`): Their terms of use.
-        collector (`InteractionCollector`): The interactions.
-        builder (`CatalogueBuilder`): The items.
-        items_file (`str`, *optional*): Where the items come from, for the error; `None` if there are none.
-
-    Raises:
-        ValueError: If there are no interactions, or if none of them is with an item of `items_file`.
-    """
+    """The source of collected interactions and items; items with interactions but no description come last. Raises
+    `ValueError` if there are no interactions, or none of them is with an item of `items_file`."""
     if not len(collector):
         raise ValueError(f"'{name}' has no interactions; check the file that they are read from.")
     if items_file is not None and builder.positions.keys().isdisjoint(collector.item_positions):

@@ -16,12 +16,13 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
-from .files import on_the_hub, one_line
+from .files import local_file, on_the_hub, one_line
 
 
-LINE_SUFFIXES = (".jsonl", ".json", ".ndjson")
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-PARQUET_SUFFIXES = (".parquet",)
+# What a suffix says of a file.
+FORMATS = {
+    ".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
 
 # Bytes of a CSV file that are parsed at a time; a row must fit.
 _CSV_BLOCK = 2**23
@@ -39,11 +40,9 @@ class TableLocation:
     Where a table is.
 
     Args:
-        path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, a folder, or a repository
-            `owner/name` of the Hub. `datasets` makes tables of folders and repositories.
-        config (`str`, *optional*): Configuration of a folder or repository.
-        split (`str`, *optional*, defaults to `"train"`): Split of a folder or repository.
-        revision (`str`, *optional*): Branch, tag or commit of a repository.
+        path (`str`): A file, `hf://datasets/owner/name/file` for one on the Hub, or a folder or repository
+            `owner/name` of the Hub that `datasets` loads.
+        config, split, revision (`str`, *optional*): What to load of a folder or repository.
         reader (`str`, *optional*): How `datasets` calls its reader of a file's format, `json` or `text`, if it is to
             read the file.
         table (`datasets.Dataset`, *optional*): A table in memory; the path is then what errors call it.
@@ -62,7 +61,7 @@ class TableLocation:
         return (
             self.table is None
             and not path.is_dir()
-            and (path.is_file() or "://" in self.path or format_suffix(path) is not None)
+            and (path.is_file() or "://" in self.path or format_of(path) is not None)
         )
 
     def is_repository(self) -> bool:
@@ -70,13 +69,9 @@ class TableLocation:
         return not self.is_file() and not Path(self.path).exists()
 
     def load(self, streaming: bool) -> datasets.Dataset | datasets.IterableDataset | None:
-        """
-        The table by `datasets`; `None` if the location is a file that is not left to it.
-
-        Raises:
-            FileNotFoundError: If there is nothing of that name, here or on the Hub.
-            ValueError: If it cannot be read, or lacks the configuration or the split.
-        """
+        """The table by `datasets`; `None` if the location is a file that is not left to it. Raises `FileNotFoundError`
+        if there is nothing of that name, here or on the Hub, and `ValueError` if it cannot be read or lacks the
+        configuration or the split."""
         if self.table is not None:
             return self.table
         if self.is_file() and self.reader is None:
@@ -85,12 +80,10 @@ class TableLocation:
             with on_the_hub(self.path) if self.is_repository() else nullcontext():
                 table = self._load(streaming)
         except (RuntimeError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
-            files = (
-                f"name its files, as hf://datasets/{self.path}/<file>" if self.is_repository() else "name its files"
-            )
+            files = f", as hf://datasets/{self.path}/<file>" if self.is_repository() else ""
             raise ValueError(
                 f"`datasets` does not load '{self.path}' ({one_line(error.__cause__ or error)}); correct the "
-                f"configuration or the split, or {files}."
+                f"configuration or the split, or name its files{files}."
             ) from error
         if not isinstance(table, datasets.DatasetDict):
             return table
@@ -109,14 +102,9 @@ class TableLocation:
 
 
 def parse_location(location: str) -> TableLocation:
-    """
-    Where a flag says that a table is: a file or an address as it is, otherwise `path:config@revision[split]`, of which
-    all but the path may be left out.
-
-    Raises:
-        ValueError: If it has another form.
-    """
-    if Path(location).exists() or "://" in location or format_suffix(Path(location)) is not None:
+    """Where a flag says that a table is: a file or an address as it is, otherwise `path:config@revision[split]`, of
+    which all but the path may be left out; raises `ValueError` if it has another form."""
+    if Path(location).exists() or "://" in location or format_of(Path(location)) is not None:
         return TableLocation(location)
     path, _, config, revision, split = _LOCATION.fullmatch(location).groups()
     table = TableLocation(path, config, split or "train", revision)
@@ -128,26 +116,27 @@ def parse_location(location: str) -> TableLocation:
     return table
 
 
-def format_suffix(path: Path) -> str | None:
-    """What the name says of a file's format, its compression aside: `".csv"` of `ratings.csv.gz`; `None` if nothing
-    that is known."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    known = (*LINE_SUFFIXES, *SEPARATORS, *PARQUET_SUFFIXES)
-    return suffixes[-1] if suffixes and suffixes[-1] in known else None
+def format_of(path: Path) -> str | None:
+    """`"lines"` (of JSON), `"csv"` or `"parquet"`, as the name says, its compression aside; `None` if it does not."""
+    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
-def is_line_file(path: Path) -> bool:
-    """Whether a file holds one JSON object per line."""
-    return format_suffix(path) in LINE_SUFFIXES
+def file_of_known_format(location: TableLocation) -> tuple[Path, str]:
+    """The file at a location, downloaded if it is on the Hub, and its format; raises `ValueError` if its name does not
+    tell that."""
+    path = local_file(location.path)
+    kind = format_of(path)
+    if kind is None:
+        raise ValueError(
+            f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if "
+            "gzipped."
+        )
+    return path, kind
 
 
 def parquet_batches(path: Path, rows_at_once: int, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """
-    The rows of a Parquet file, some at a time; all columns by default.
-
-    Raises:
-        ValueError: If a column is missing, or the file is damaged or no Parquet file.
-    """
+    """The rows of a Parquet file, some at a time; all columns by default. Raises `ValueError` if a column is missing,
+    or the file is damaged."""
     with readable(path):
         file = pq.ParquetFile(path)
         require_columns(columns or (), file.schema_arrow.names, path)
@@ -169,11 +158,16 @@ def readable(location: str | Path) -> Iterator[None]:
 def csv_batches(
     path: Path, columns: Iterable[str], types: dict[str, pa.DataType], optional: Iterable[str] = ()
 ) -> Iterator[pa.RecordBatch]:
+    """The rows of a CSV or TSV file, some at a time: the columns that must be there and those that may be. Raises
+    `ValueError` if a column is missing, or a row or a value of the given types cannot be read."""
+
+    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+
     def read(columns: list[str] | None) -> pa_csv.CSVStreamingReader:
         return pa_csv.open_csv(
             pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
             pa_csv.ReadOptions(block_size=_CSV_BLOCK),
-            pa_csv.ParseOptions(delimiter=SEPARATORS[str(format_suffix(path))], newlines_in_values=True),
+            pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
             pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
         )
@@ -187,17 +181,7 @@ def csv_batches(
 
 
 def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], location: str | Path) -> None:
-    """
-    Checks that a table has the columns of these names.
-
-    Args:
-        wanted (`Iterable[str]` or `dict[str, str]`): The columns, and the setting that names each if there is one.
-        present (`list[str]`): The table's columns.
-        location (`str` or `Path`): The table, for the error.
-
-    Raises:
-        ValueError: If one is missing; the sentence lists those that are there, and the setting.
-    """
+    """Raises `ValueError` if a table lacks one of the columns; `wanted` may say which setting names each."""
     for name in wanted:
         if name not in present:
             remedy = f"set {wanted[name]} to one of them" if isinstance(wanted, dict) else "name another table"
@@ -205,19 +189,9 @@ def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], 
 
 
 def renamed(names: dict[str, str | None], chosen: dict[str, str | None] | None, setting: str) -> dict[str, Any]:
-    """
-    The names of columns by what we call them: those that were chosen, the defaults `names` for the others.
-
-    Raises:
-        ValueError: If one is chosen for what is not among `names`; the sentence names the setting.
-    """
+    """The names of columns by what we call them: those that were chosen, the defaults `names` for the others. Raises
+    `ValueError` if one is chosen for what is not among them; the sentence names the setting."""
     for ours in chosen or {}:
         if ours not in names:
             raise ValueError(f"{setting} has no '{ours}'; name columns for {', '.join(names)}.")
     return names | (chosen or {})
-
-
-def unknown_format(path: Path) -> ValueError:
-    return ValueError(
-        f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if gzipped."
-    )

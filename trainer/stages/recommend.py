@@ -128,15 +128,13 @@ def read_histories(arguments: RecommendArguments) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; give a JSON Lines file with a list of item ids per line.")
     histories = []
-    for number, line in read_lines(path):
+    for where, line in read_lines(path):
         try:
             history = json.loads(line)
         except json.JSONDecodeError:
             history = None
         if not isinstance(history, list) or not history or not all(isinstance(item_id, str) for item_id in history):
-            raise ValueError(
-                f"'{path}', line {number}: expected a non-empty JSON list of item ids in quotes, found '{line[:80]}'."
-            )
+            raise ValueError(f"{where}: expected a non-empty JSON list of item ids in quotes, found '{line[:80]}'.")
         histories.append(history)
     if not histories:
         raise ValueError(f"'{path}' is empty; write one user per line, as a list of item ids.")

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..files import line_of, local_file, parse_json, raw_id, read_lines, require
+from ..files import parse_json, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
-from ..table_files import TableLocation, is_line_file, parquet_batches, readable
+from ..table_files import TableLocation, file_of_known_format, parquet_batches, readable
 from ..texts import is_missing, plain_text
 from .tabular import InteractionColumns, read_interactions
 
@@ -51,30 +52,24 @@ class Generation:
     """
     Args:
         name (`str`): What the data are called.
-        columns (`InteractionColumns`): What a review calls its user, item, time and rating.
-        item_id (`str`): What the metadata call an item's id.
-        fields (`Callable[[dict], dict]`): From a line of metadata to the fields of an item.
-        image (`Callable[[dict], str | None]`): From a line of metadata to the URL of the item's picture.
+        columns (`InteractionColumns`): What a review calls its user, item, time and rating; metadata call an item's id
+            alike.
+        brand, categories, image (`Callable[[dict], Any]`): From a line of metadata, without what is missing, to the
+            item's brand, its categories and the URL of its picture.
     """
 
     name: str
     columns: InteractionColumns
-    item_id: str
-    fields: Callable[[dict], dict]
+    brand: Callable[[dict], str | None]
+    categories: Callable[[dict], list]
     image: Callable[[dict], str | None]
 
 
 def file_of(location: TableLocation, kind: str) -> TableLocation:
     """
-    The file of a configuration where the location is the Hub's dataset of 2023, the location itself where it is not:
-    `datasets` runs no loading scripts, and loads nothing by name from a repository that has one.
-
-    Args:
-        location (`TableLocation`): With the configuration `raw_review_All_Beauty`, for example.
-        kind (`str`): `"interactions"` or `"items"`.
-
-    Raises:
-        ValueError: If there is no such configuration of the interactions or the items, or it is more than one file.
+    The file of a configuration of `"interactions"` or `"items"` where the location is the Hub's dataset of 2023, the
+    location itself where it is not: `datasets` runs no loading scripts, and loads nothing by name from a repository
+    that has one. Raises `ValueError` if there is no such configuration, or it is more than one file.
     """
     if location.path != REPOSITORY:
         return location
@@ -100,84 +95,67 @@ def read_amazon(
     source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
-    """
-    Args:
-        generation (`Generation`): How the files are laid out.
-        interactions (`TableLocation`): The reviews.
-        items (`TableLocation`): The metadata.
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of: title, description, brand,
-            categories, price, and others of a line of metadata by its own names (`features` of 2023).
-        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`].
-        source_name (`str`, *optional*, defaults to the generation and the name of the configuration or file): What the
-            data are called.
-        licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a line cannot be read; the sentence names file and line.
-    """
+    """Reads reviews and metadata. `text_fields` may name further fields of the metadata (`features` of 2023); the
+    others are those of [`~mmesid.trainer.data.sources.tabular.read_tabular`]."""
     name = source_name or f"{generation.name}, {interactions.config or Path(interactions.path).name.split('.')[0]}"
     collector = InteractionCollector()
-    if interactions.is_file() and interactions.reader is None and is_line_file(Path(interactions.path)):
-        collector.extend_rows(_reviews(local_file(interactions.path), generation.columns))
-    else:
-        read_interactions(interactions, generation.columns, collector)
+    read_interactions(interactions, generation.columns, collector)
     collector.finish()
 
     builder = CatalogueBuilder(text_fields, pictures)
-    metadata = Path(items.path)
-    for number, item in _metadata(items):
-        require(item, [generation.item_id], metadata, number)
-        item_id = raw_id(item[generation.item_id], generation.item_id, metadata, number)
+    id_field = generation.columns.item_id
+    for where, line in _metadata(items):
+        require(line, [id_field], where)
+        item_id = raw_id(line[id_field], id_field, where)
         # The metadata of 2018 repeat lines.
         if item_id in collector.item_positions and item_id not in builder.positions:
-            item = {field: value for field, value in item.items() if not is_missing(value)}
-            values = {field: _plain(item.get(field)) for field in text_fields or ()} | generation.fields(item)
-            builder.append(item_id, values, generation.image(item), line_of(metadata, number))
+            item = {field: value for field, value in line.items() if not is_missing(value)}
+            values = {field: _plain(item.get(field)) for field in text_fields or ()} | _fields(item, generation)
+            builder.append(item_id, values, generation.image(item), where)
     return join(name, licence, collector, builder, items.path)
 
 
-def _metadata(location: TableLocation) -> Iterator[tuple[int, dict]]:
+def _metadata(location: TableLocation) -> Iterator[tuple[str, dict]]:
     table = location.load(streaming=True)
     if table is not None:
         with readable(location.path):
             for number, row in enumerate(tqdm(table, desc=Path(location.path).name, unit=" rows", delay=2), start=1):
-                yield number, _parse(row["text"], Path(location.path), number) if location.reader == "text" else row
+                where = f"'{location.path}', line {number}"
+                yield where, _parse(row["text"], where) if location.reader == "text" else row
         return
-    path = local_file(location.path)
-    if is_line_file(path):
-        for number, line in read_lines(path):
-            yield number, _parse(line, path, number)
+    path, kind = file_of_known_format(location)
+    if kind == "lines":
+        yield from ((where, _parse(line, where)) for where, line in read_lines(path))
     else:
         # The repository of 2023 has some categories as Parquet too.
-        batches = parquet_batches(path, _ITEMS_AT_ONCE)
-        yield from enumerate((item for batch in batches for item in batch.to_pylist()), start=1)
+        rows = (row for batch in parquet_batches(path, _ITEMS_AT_ONCE) for row in batch.to_pylist())
+        yield from ((f"'{path}', line {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _parse(line: str, path: Path, number: int) -> dict:
-    """A line that is JSON, or, in 2014, a Python literal."""
-    if line.startswith("{'"):
-        try:
-            return ast.literal_eval(line)
-        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            raise ValueError(
-                f"{line_of(path, number)} is neither JSON nor a Python literal ({error}); download the file again."
-            ) from error
-    return parse_json(line, path, number)
+def _parse(line: str, where: str) -> dict:
+    """A line of metadata, which is JSON, or, in 2014, a Python literal."""
+    if not line.startswith("{'"):
+        return parse_json(line, where)
+    try:
+        return ast.literal_eval(line)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is neither JSON nor a Python literal ({error}); download the file again."
+        ) from error
 
 
-def _reviews(path: Path, columns: InteractionColumns) -> Iterator[tuple[str, str, int, float | None]]:
-    names = columns.names
-    for number, line in read_lines(path):
-        review = _parse(line, path, number)
-        require(review, names, path, number)
-        user, item, time, rating = (review[name] for name in names)
-        if not isinstance(time, int) or not isinstance(rating, int | float):
-            raise ValueError(
-                f"{line_of(path, number)} has {columns.timestamp}={time!r} and {columns.rating}={rating!r}; they must "
-                "be an integer and a number."
-            )
-        yield raw_id(user, columns.user_id, path, number), raw_id(item, columns.item_id, path, number), time, rating
+def _fields(item: dict, generation: Generation) -> dict:
+    """The fields of a line of metadata, without markup."""
+    title, description = _plain(item.get("title")), _plain(item.get("description"))
+    return {
+        # A title with this call is a script of the page that the crawler of 2018 took for one.
+        "title": None if isinstance(title, str) and "getTime" in title else title,
+        # A string, or a list of paragraphs.
+        "description": " ".join(description) if isinstance(description, list) else description,
+        "brand": _plain(generation.brand(item)),
+        "categories": list(dict.fromkeys(_plain(generation.categories(item)))),
+        "price": item.get("price"),
+    }
 
 
 def _plain(value):
@@ -187,61 +165,30 @@ def _plain(value):
     return plain_text(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
 
 
-def _paragraphs(value) -> str:
-    """A description, which is a string or a list of paragraphs."""
-    plain = _plain(value)
-    return " ".join(plain) if isinstance(plain, list) else plain
+def _field(name: str, default=None) -> Callable[[dict], Any]:
+    return lambda item: item.get(name, default)
 
 
-def _unique(categories: list[str]) -> list[str]:
-    return list(dict.fromkeys(categories))
-
-
-def _fields_2014(item: dict) -> dict:
-    return {
-        "title": _plain(item.get("title")),
-        "description": _paragraphs(item.get("description")),
-        "brand": _plain(item.get("brand")),
-        # Paths from the root of the shop, which share their first steps.
-        "categories": _unique([step for path in item.get("categories") or [] for step in _plain(path)]),
-        "price": item.get("price"),
-    }
-
-
-def _fields_2018(item: dict) -> dict:
-    title = item.get("title")
-    return {
-        # A title with this call is a script of the page that the crawler took for one.
-        "title": None if title is None or "getTime" in title else plain_text(title),
-        "description": _paragraphs(item.get("description")),
-        "brand": _plain(item.get("brand")),
-        "categories": _unique(_plain(item.get("category") or [])),
-        "price": item.get("price"),
-    }
-
-
-def _fields_2023(item: dict) -> dict:
-    details = item.get("details") or {}
-    # JSON inside of the Parquet files.
-    if isinstance(details, str):
-        details = json.loads(details)
-    return {
-        "title": _plain(item.get("title")),
-        "description": _paragraphs(item.get("description")),
-        "brand": _plain(details.get("Brand") or item.get("store")),
-        "categories": _unique(_plain(item.get("categories") or []) or _plain([item.get("main_category")])),
-        "price": item.get("price"),
-    }
-
-
-def _image_2014(item: dict) -> str | None:
-    return item.get("imUrl")
+def _categories_2014(item: dict) -> list:
+    # Paths from the root of the shop, which share their first steps.
+    return [step for path in item.get("categories", []) for step in path]
 
 
 def _image_2018(item: dict) -> str | None:
     # `image` in the first release of the metadata; `imageURL` are thumbnails of 40 pixels.
     images = item.get("imageURLHighRes") or item.get("image") or item.get("imageURL") or [None]
     return images[0] if isinstance(images, list) else images
+
+
+def _brand_2023(item: dict) -> str | None:
+    details = item.get("details") or {}
+    # JSON inside of the Parquet files.
+    details = json.loads(details) if isinstance(details, str) else details
+    return details.get("Brand") or item.get("store")
+
+
+def _categories_2023(item: dict) -> list:
+    return item.get("categories") or [item.get("main_category")]
 
 
 def _image_2023(item: dict) -> str | None:
@@ -254,16 +201,10 @@ def _image_2023(item: dict) -> str | None:
 
 
 _BY_REVIEWER = InteractionColumns("reviewerID", "asin", "unixReviewTime", "overall", fixed=True)
-AMAZON_2014 = Generation("Amazon 2014", _BY_REVIEWER, "asin", _fields_2014, _image_2014)
-AMAZON_2018 = Generation("Amazon 2018", _BY_REVIEWER, "asin", _fields_2018, _image_2018)
-AMAZON_2023 = Generation(
-    "Amazon 2023",
-    InteractionColumns("user_id", "parent_asin", "timestamp", "rating", fixed=True),
-    "parent_asin",
-    _fields_2023,
-    _image_2023,
+_BY_USER = InteractionColumns("user_id", "parent_asin", "timestamp", "rating", fixed=True)
+_GENERATIONS = (
+    Generation("Amazon 2014", _BY_REVIEWER, _field("brand"), _categories_2014, _field("imUrl")),
+    Generation("Amazon 2018", _BY_REVIEWER, _field("brand"), _field("category", []), _image_2018),
+    Generation("Amazon 2023", _BY_USER, _brand_2023, _categories_2023, _image_2023),
 )
-
-read_amazon_2014 = partial(read_amazon, AMAZON_2014)
-read_amazon_2018 = partial(read_amazon, AMAZON_2018)
-read_amazon_2023 = partial(read_amazon, AMAZON_2023)
+read_amazon_2014, read_amazon_2018, read_amazon_2023 = (partial(read_amazon, one) for one in _GENERATIONS)

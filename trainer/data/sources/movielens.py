@@ -8,11 +8,10 @@ Later releases are CSV files: [`~mmesid.trainer.data.sources.tabular.read_tabula
 """
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import line_of, read_lines
+from ..files import read_lines
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 
 
@@ -25,18 +24,6 @@ _GENRES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Release:
-    name: str
-    ratings: str
-    separator: str
-    films: str
-    parse_film: Callable[[str, str], tuple[str, str, list[str]]]
-
-    def is_in(self, directory: Path) -> bool:
-        return (directory / self.ratings).is_file() and (directory / self.films).is_file()
-
-
 def read_movielens(
     source_dir: str | os.PathLike,
     *,
@@ -45,45 +32,34 @@ def read_movielens(
     source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
-    """
-    Args:
-        source_dir (`str` or `os.PathLike`): The folder of an unpacked archive.
-        text_fields (`list[str]`, *optional*, defaults to title and categories): What a film's text is made of.
-        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`].
-        source_name (`str`, *optional*, defaults to the name of the release): What the data are called.
-        licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
-
-    Raises:
-        FileNotFoundError: If the folder holds neither release.
-        ValueError: If a line cannot be read; the sentence names file and line.
-    """
+    """Reads the folder of an unpacked archive; the other arguments are those of
+    [`~mmesid.trainer.data.sources.tabular.read_tabular`]."""
     directory = Path(source_dir)
-    release = next((release for release in _RELEASES if release.is_in(directory)), None)
-    if release is None:
+    there = [release for release in _RELEASES if all((directory / name).is_file() for name in release[1:3])]
+    if not there:
         raise FileNotFoundError(
             f"'{directory}' holds neither ratings.dat and movies.dat (MovieLens 1M) nor u.data and u.item "
             "(MovieLens 100K); name the folder of an unpacked archive."
         )
-    films = directory / release.films
+    release, ratings, films, separator, parse_film = there[0]
     collector = InteractionCollector()
-    collector.extend_rows(_ratings(directory / release.ratings, release.separator))
+    collector.extend_rows(_ratings(directory / ratings, separator))
     collector.finish()
     builder = CatalogueBuilder(text_fields, pictures)
-    for number, line in read_lines(films, _ENCODING):
-        where = line_of(films, number)
-        film, title, genres = release.parse_film(line, where)
+    for where, line in read_lines(directory / films, _ENCODING):
+        film, title, genres = parse_film(line, where)
         builder.append(film, {"title": title, "categories": genres}, None, where)
-    return join(source_name or release.name, licence, collector, builder, str(films))
+    return join(source_name or release, licence, collector, builder, str(directory / films))
 
 
 def _ratings(path: Path, separator: str) -> Iterator[tuple[str, str, int, float]]:
-    for number, line in read_lines(path, _ENCODING):
+    for where, line in read_lines(path, _ENCODING):
         try:
             user, film, rating, time = line.split(separator)
             yield user, film, int(time), float(rating)
         except ValueError as error:
             raise ValueError(
-                f"{line_of(path, number)} is {line!r}, not user, film, rating and time separated by {separator!r}; "
+                f"{where} is {line!r}, not user, film, rating and time separated by {separator!r}; "
                 "unpack the archive again."
             ) from error
 
@@ -108,7 +84,8 @@ def _film_100k(line: str, where: str) -> tuple[str, str, list[str]]:
     return film, fields[0], genres
 
 
+# Name, files of ratings and of films, what separates the fields of a rating, and what reads a line of films.
 _RELEASES = (
-    _Release("MovieLens 1M", "ratings.dat", "::", "movies.dat", _film_1m),
-    _Release("MovieLens 100K", "u.data", "\t", "u.item", _film_100k),
+    ("MovieLens 1M", "ratings.dat", "movies.dat", "::", _film_1m),
+    ("MovieLens 100K", "u.data", "u.item", "\t", _film_100k),
 )

@@ -40,7 +40,7 @@ PATTERNS = {
 }
 # What a category is drawn from, on a sheet of 100 x 100: polygons, and ellipses in boxes of four numbers. The last one
 # carries the pattern, those behind it are a dark shade of the colour.
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "t-shirt": [(32, 18, 68, 18, 94, 36, 84, 54, 72, 46, 72, 88, 28, 88, 28, 46, 16, 54, 6, 36)],
     "dress": [(36, 8, 42, 8, 45, 20, 55, 20, 58, 8, 64, 8, 66, 30, 60, 44, 82, 92, 18, 92, 40, 44, 34, 30)],
     "trousers": [(30, 8, 70, 8, 78, 94, 58, 94, 50, 36, 42, 94, 22, 94)],

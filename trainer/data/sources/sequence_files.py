@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import line_of, parse_json, read_lines, require
+from ..files import parse_json, read_lines, require
 from ..source import Catalogue, CatalogueBuilder, Interactions, Source
 from ..table_files import renamed
 from ..texts import is_missing
@@ -32,21 +32,9 @@ def read_sequence_files(
     source_name: str | None = None,
     licence: str = "unknown",
 ) -> Source:
-    """
-    Args:
-        source_dir (`str` or `os.PathLike`): The folder.
-        item_fields (`dict[str, str]`, *optional*, defaults to `{"item_id": "item", "image": "image"}`): Fields with an
-            item's raw id, a string or an integer, and with the path of its picture, null or absent if there is none.
-        text_fields (`list[str]`, *optional*): Fields that an item's text is made of, in this order; every line must
-            have them, possibly null. By default those of `TEXT_FIELDS` that a line has.
-        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; others are looked for in the folder.
-        source_name (`str`, *optional*, defaults to the folder's name): What the data are called.
-        licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a line cannot be read; the sentence names file and line.
-    """
+    """Reads a folder whose lines of items have `item_fields`, by default an id in `item`, an integer or a string, and
+    the path of a picture or none in `image`, and all `text_fields` that are named; the other arguments are those of
+    [`~mmesid.trainer.data.sources.tabular.read_tabular`]."""
     directory = Path(source_dir)
     builder = CatalogueBuilder(text_fields, pictures)
     names = renamed({"item_id": "item", "image": "image"}, item_fields, "item_fields")
@@ -55,20 +43,19 @@ def read_sequence_files(
     return Source(source_name or directory.resolve().name, licence, False, catalogue, interactions)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"'{path}' does not exist; a source of sequences is a folder with {SEQUENCES_FILE} and {ITEMS_FILE}."
         )
-    for number, line in read_lines(path):
-        yield number, line.strip()
+    for where, line in read_lines(path):
+        yield where, line.strip()
 
 
 def _read_items(path: Path, builder: CatalogueBuilder, item_field: str, image_field: str) -> Catalogue:
-    for number, line in _lines(path):
-        where = line_of(path, number)
-        item = parse_json(line, path, number)
-        require(item, [item_field, "title", *(builder.text_fields or ())], path, number)
+    for where, line in _lines(path):
+        item = parse_json(line, where)
+        require(item, [item_field, "title", *(builder.text_fields or ())], where)
         item_id, title, image = item[item_field], item["title"], item.get(image_field)
         # Ids stand between spaces in the file of sequences.
         if not isinstance(item_id, str | int) or isinstance(item_id, bool) or str(item_id).split() != [str(item_id)]:
@@ -88,8 +75,7 @@ def _read_sequences(path: Path, item_ids: list[str]) -> Interactions:
     positions = {item_id: position for position, item_id in enumerate(item_ids)}
     places: dict[str, str] = {}
     sequences = []
-    for number, line in _lines(path):
-        where = line_of(path, number)
+    for where, line in _lines(path):
         user_id, *items = line.split() or [""]
         if not items:
             problem = f"has no item for user '{user_id}'" if user_id else "is empty"

@@ -15,21 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from ..files import line_of, local_file, parse_json, raw_id, read_lines, require
+from ..files import one_line, parse_json, raw_id, read_lines, require
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 from ..table_files import (
-    LINE_SUFFIXES,
-    PARQUET_SUFFIXES,
-    SEPARATORS,
     TableLocation,
     csv_batches,
-    format_suffix,
-    is_line_file,
+    file_of_known_format,
+    format_of,
     parquet_batches,
     readable,
     renamed,
     require_columns,
-    unknown_format,
 )
 from ..texts import is_missing
 
@@ -45,17 +41,8 @@ ITEM_FIELDS = {name: name for name in ("item_id", "title", "description", "brand
 
 @dataclass(frozen=True)
 class InteractionColumns:
-    """
-    Names of the columns of interactions.
-
-    Args:
-        user_id (`str`): Raw id of the user.
-        item_id (`str`): Raw id of the item.
-        timestamp (`str`, *optional*): When it happened: integers, floats, timestamps, or strings in ISO 8601; `None`
-            takes the order of the rows.
-        rating (`str`, *optional*): The user's rating, possibly null; `None` if there are none.
-        fixed (`bool`, *optional*, defaults to `False`): Whether a format has these names, so that no setting does.
-    """
+    """Names of the columns of interactions. Without `timestamp` the order of the rows counts; `fixed` are the names of
+    a format, which no setting chooses."""
 
     user_id: str
     item_id: str
@@ -88,13 +75,10 @@ def read_tabular(
 ) -> Source:
     """
     Args:
-        interactions (`TableLocation`): The table of interactions.
-        items (`TableLocation`, *optional*): The table of items; without it they have nothing but ids.
-        columns, item_fields, text_fields: See [`~mmesid.prepare`].
-        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; other pictures are looked for beside the
-            table.
+        interactions, items (`TableLocation`): The tables; without the second, items have nothing but ids.
+        pictures (`dict[str, Path]`, *optional*): See [`CatalogueBuilder`]; others are looked for beside the items.
         source_name (`str`, *optional*, defaults to where the interactions are): What the data are called.
-        licence (`str`, *optional*, defaults to `"unknown"`): Their terms of use.
+        others: See [`~mmesid.prepare`].
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -124,42 +108,28 @@ def read_tabular(
 
 
 def read_interactions(location: TableLocation, columns: InteractionColumns, collector: InteractionCollector) -> None:
-    """
-    Adds the interactions of a table to a collector, some ten thousand rows at a time.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a column is missing, an id or a time is null, or a value has no use as what it should be.
-    """
-    rows, time_type, clock = 0, None, columns.timestamp
-    for batch in _with_progress(_interaction_batches(location, columns), location):
-        where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
-        ratings = None
-        if columns.rating is not None:
-            column = _cast(batch[columns.rating], pa.float32(), columns.rating, where)
-            ratings = pc.fill_null(column, float("nan")).to_numpy(zero_copy_only=False)
-        collector.extend(
-            _ids(batch[columns.user_id], columns.user_id, where),
-            _ids(batch[columns.item_id], columns.item_id, where),
-            np.arange(rows, rows + len(batch)) if clock is None else _times(batch, clock, where),
-            ratings,
-        )
-        if clock is not None:
-            # Integers are taken as they are and floats as seconds: both in one column would not be one clock.
-            kind = batch[clock].type
-            time_type = time_type or kind
-            if kind != time_type:
-                raise ValueError(f"{where} column '{clock}' is {kind}, and {time_type} before; choose one.")
-        rows += len(batch)
-
-
-def _with_progress(batches: Iterator[pa.RecordBatch], location: TableLocation) -> Iterator[pa.RecordBatch]:
-    path = Path(location.path)
+    """Adds the interactions of a table to a collector, some ten thousand rows at a time: `ValueError` if a column is
+    missing, an id or a time is null, or a value has no use as what it should be."""
+    rows, time_type, clock, path = 0, None, columns.timestamp, Path(location.path)
     # Lines are counted where they are read.
-    counted = location.reader is None and is_line_file(path)
+    counted = location.reader is None and format_of(path) == "lines"
     with tqdm(desc=path.name, unit=" rows", delay=2, disable=counted) as progress:
-        for batch in batches:
-            yield batch
+        for batch in _interaction_batches(location, columns):
+            where = f"'{location.path}', rows {rows + 1} to {rows + len(batch)},"
+            times, ratings = np.arange(rows, rows + len(batch)), None
+            if columns.rating is not None:
+                column = _cast(batch[columns.rating], pa.float32(), columns.rating, where)
+                ratings = pc.fill_null(column, float("nan")).to_numpy(zero_copy_only=False)
+            users, items = (_ids(batch[name], name, where) for name in (columns.user_id, columns.item_id))
+            if clock is not None:
+                times = _times(batch[clock], clock, where)
+                # Integers are taken as they are and floats as seconds: both in one column would not be one clock.
+                kind = batch[clock].type
+                time_type = time_type or kind
+                if kind != time_type:
+                    raise ValueError(f"{where} column '{clock}' is {kind}, and {time_type} before; choose one.")
+            collector.extend(users, items, times, ratings)
+            rows += len(batch)
             progress.update(len(batch))
 
 
@@ -172,30 +142,33 @@ def _interaction_batches(location: TableLocation, columns: InteractionColumns) -
             for part in table.select_columns(columns.names).with_format("arrow").iter(_ROWS_AT_ONCE):
                 yield from part.combine_chunks().to_batches()
         return
-    path = local_file(location.path)
-    suffix = format_suffix(path)
-    if suffix in LINE_SUFFIXES:
+    path, kind = file_of_known_format(location)
+    if kind == "lines":
         rows = _interaction_lines(path, columns)
         while part := list(islice(rows, _ROWS_AT_ONCE)):
             yield _record_batch(columns.names, zip(*part), path)
-    elif suffix in PARQUET_SUFFIXES:
+    elif kind == "parquet":
         yield from parquet_batches(path, _ROWS_AT_ONCE, columns.required)
-    elif suffix in SEPARATORS:
+    else:
         types = {columns.user_id: pa.string(), columns.item_id: pa.string()}
         if columns.rating is not None:
             types[columns.rating] = pa.float64()
         yield from csv_batches(path, columns.required, types)
-    else:
-        raise unknown_format(path)
 
 
 def _interaction_lines(path: Path, columns: InteractionColumns) -> Iterator[list]:
-    required = [name for name in columns.names if name != columns.rating]
-    for number, line in read_lines(path):
-        row = parse_json(line, path, number)
-        require(row, required, path, number)
+    required = columns.names if columns.fixed else [name for name in columns.names if name != columns.rating]
+    for where, line in read_lines(path):
+        row = parse_json(line, where)
+        require(row, required, where)
         for name in (columns.user_id, columns.item_id):
-            row[name] = raw_id(row[name], name, path, number)
+            row[name] = raw_id(row[name], name, where)
+        time, rating = row.get(columns.timestamp), row.get(columns.rating)
+        if columns.fixed and not (isinstance(time, int) and isinstance(rating, int | float)):
+            raise ValueError(
+                f"{where} has {columns.timestamp}={time!r} and {columns.rating}={rating!r}; they must be an integer "
+                "and a number."
+            )
         yield [row.get(name) for name in columns.names]
 
 
@@ -215,7 +188,7 @@ def _cast(column: pa.Array, kind: pa.DataType, name: str, where: str) -> pa.Arra
     try:
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"{where} column '{name}': {' '.join(str(error).split())}; correct the value.") from error
+        raise ValueError(f"{where} column '{name}': {one_line(error)}; correct the value.") from error
 
 
 def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
@@ -236,9 +209,8 @@ def _refuse_nulls(column: pa.Array, name: str, where: str) -> None:
         raise ValueError(f"{where} column '{name}' is empty in number {row} of them; fill it in or remove the row.")
 
 
-def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
+def _times(column: pa.Array, name: str, where: str) -> np.ndarray:
     """Times as integers: as they are, or microseconds where they are floats (of seconds), dates or strings."""
-    column = batch[name]
     _refuse_nulls(column, name, where)
     if pa.types.is_floating(column.type):
         seconds = column.to_numpy()
@@ -255,61 +227,56 @@ def _times(batch: pa.RecordBatch, name: str, where: str) -> np.ndarray:
 def _read_items(location: TableLocation, names: dict[str, str], builder: CatalogueBuilder) -> datasets.Dataset | None:
     """Adds the items of a table to a builder; returns the table if it holds the pictures itself."""
     table = location.load(streaming=False)
-    path = None
+    folder = Path(location.path) if location.table is None else Path()
+    path, kind = folder, None
     if table is None:
-        path = local_file(location.path)
-        if format_suffix(path) in PARQUET_SUFFIXES:
+        path, kind = file_of_known_format(location)
+        folder = path.parent
+        if kind == "parquet":
             with readable(path):
                 table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    folder = path.parent if path is not None else Path(location.path) if location.table is None else Path()
     own_fields = [name for name in builder.text_fields or () if name not in names]
     wanted = [*names.values(), *own_fields]
     # The id, and columns with another name than ours.
     required = {name: f"{ours} in item_fields" for ours, name in names.items() if ours == "item_id" or ours != name}
     required |= dict.fromkeys(own_fields, "text_fields")
 
+    embedded = False
     if table is not None:
         require_columns(required, table.column_names, location.path)
-        embedded = holds_pictures(table.features.get(names["image"]))
+        embedded = _holds_pictures(table.features.get(names["image"]))
         present = [name for name in wanted if name in table.column_names and not (embedded and name == names["image"])]
-        selected = table.select_columns(present).with_format(None)
-        selected = tqdm(selected, desc=Path(location.path).name, unit=" rows", delay=2)
-        rows = ((f"'{location.path}', row {number},", row) for number, row in enumerate(selected, start=1))
+        rows = _numbered(table.select_columns(present).with_format(None), location.path)
+    elif kind == "lines":
+        rows = _item_lines(path, sorted(required))
     else:
-        embedded = False
-        rows = _item_rows(Path(location.path if path is None else path), wanted, required)
+        # Text in any case: an id keeps its leading zeros.
+        batches = csv_batches(path, required, dict.fromkeys(wanted, pa.string()), optional=wanted)
+        rows = _numbered((row for batch in batches for row in batch.to_pylist()), location.path)
     for where, row in rows:
         values = {field: row.get(name) for field, name in [*names.items(), *zip(own_fields, own_fields)]}
-        item_id, categories = values.pop("item_id"), values["categories"]
-        if not isinstance(item_id, str | int) or item_id == "":
-            raise ValueError(f"{where} has {names['item_id']}={item_id!r}; an id is an integer or a string.")
-        if isinstance(categories, str):
-            values["categories"] = categories.split("|")
-        image = values.pop("image")
+        item_id, image = raw_id(values.pop("item_id"), names["item_id"], where), values.pop("image")
+        if isinstance(values["categories"], str):
+            values["categories"] = values["categories"].split("|")
         if not is_missing(image) and not isinstance(image, str):
             raise ValueError(f"{where} has {names['image']}={image!r}; a picture is a URL or the name of a file.")
-        builder.append(str(item_id), values, builder.image_location(image, folder), where)
+        builder.append(item_id, values, builder.image_location(image, folder), where)
     return table if embedded else None
 
 
-def _item_rows(path: Path, wanted: list[str], required: dict[str, str]) -> Iterator[tuple[str, dict]]:
-    suffix = format_suffix(path)
-    if suffix in LINE_SUFFIXES:
-        for number, line in read_lines(path):
-            row = parse_json(line, path, number)
-            require(row, sorted(required), path, number)
-            yield line_of(path, number), row
-    elif suffix in SEPARATORS:
-        # Text in any case: an id keeps its leading zeros.
-        batches = csv_batches(path, required, dict.fromkeys(wanted, pa.string()), optional=wanted)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(tqdm(rows, desc=path.name, unit=" rows", delay=2), start=1):
-            yield f"'{path}', row {number},", row
-    else:
-        raise unknown_format(path)
+def _numbered(rows: Iterable[dict], location: str) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(tqdm(rows, desc=Path(location).name, unit=" rows", delay=2), start=1):
+        yield f"'{location}', row {number},", row
 
 
-def holds_pictures(feature) -> bool:
+def _item_lines(path: Path, required: list[str]) -> Iterator[tuple[str, dict]]:
+    for where, line in read_lines(path):
+        row = parse_json(line, where)
+        require(row, required, where)
+        yield where, row
+
+
+def _holds_pictures(feature) -> bool:
     """Whether a column of this type holds pictures: decoded ones, their bytes, or what `datasets` stores of them."""
     if isinstance(feature, dict):
         return feature.keys() == {"bytes", "path"}
@@ -317,15 +284,7 @@ def holds_pictures(feature) -> bool:
 
 
 class EmbeddedImages(Sequence):
-    """
-    Pictures that a table holds itself, read when they are asked for.
-
-    Args:
-        table (`datasets.Dataset`): The table, whose rows are the first items of the catalogue; those behind them have
-            no picture.
-        column (`str`): Its column of pictures, as [`holds_pictures`] knows them.
-        num_items (`int`): Items of the catalogue.
-    """
+    """Pictures in a column of a table, whose rows are the first of `num_items` items, read when they are asked for."""
 
     def __init__(self, table: datasets.Dataset, column: str, num_items: int):
         self.table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -338,7 +297,5 @@ class EmbeddedImages(Sequence):
     def __getitem__(self, position):
         if not 0 <= position < self.num_items:
             raise IndexError(f"There are {self.num_items} pictures, not one at {position}.")
-        if position >= len(self.table):
-            return None
-        image = self.table[int(position)][self.column]
+        image = self.table[int(position)][self.column] if position < len(self.table) else None
         return image and (image["bytes"] or Path(image["path"]))
