@@ -6,6 +6,7 @@ from modeling_mmesid import MMESIDConfig, MMESIDForSequentialRecommendation
 
 
 NUM_ITEMS = 40
+HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
 
 
 def llama_config(**kwargs) -> LlamaConfig:

@@ -17,10 +17,7 @@ from modeling_mmesid import (
 )
 from modeling_mmesid.checkpoints import FORMAT_VERSION, add_companions
 
-from .conftest import NUM_ITEMS, item_tables, new_model, settings
-
-
-HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
+from .conftest import HISTORIES, NUM_ITEMS, item_tables, new_model, settings
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ from transformers import LlamaTokenizerFast, set_seed
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEConfig, MMRQVAEModel
 
-from .conftest import NUM_ITEMS, new_model
+from .conftest import HISTORIES, NUM_ITEMS, new_model
 
 
-HISTORIES = [[3, 9, 1, 22], [5], [40, 2, 7, 7, 8, 11]]
 NEW = [NUM_ITEMS + 1, NUM_ITEMS + 2, NUM_ITEMS + 3]
 
 
