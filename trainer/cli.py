@@ -12,9 +12,8 @@ import sys
 from importlib.metadata import version
 
 from .recipes import Stage, find_recipe, packaged_recipes, plan, read_recipe
-from .running.errors import TRACEBACK_FLAG, one_sentence, take_traceback_flag
+from .running.errors import TRACEBACK_FLAG, one_sentence, run_stage
 from .running.files import to_flags
-from .running.help import HELP_FLAGS, stage_help
 
 
 # A stage is the module of that name in `stages` and a line here. It is imported when it runs: no help waits for torch.
@@ -49,24 +48,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"mmesid {version('mmesid')}")
     parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show where an error comes from")
     parser.add_argument("command", choices=[*STAGES, "run"], metavar="command", help="one of the commands below")
-    argv, show_traceback = take_traceback_flag(argv)
+    traceback = [TRACEBACK_FLAG] * (TRACEBACK_FLAG in argv)
+    argv = [argument for argument in argv if argument != TRACEBACK_FLAG]
     command = parser.parse_args(argv[:1]).command
     if command == "run":
-        with one_sentence(command, show_traceback):
-            _run(argv[1:], show_traceback)
+        with one_sentence(command, traceback):
+            _run(argv[1:], traceback)
     else:
-        _run_stage(command, argv[1:], show_traceback)
+        _run_stage(command, argv[1:] + traceback)
 
 
-def _run_stage(stage: str, argv: list[str], show_traceback: bool) -> None:
-    if not HELP_FLAGS.isdisjoint(argv):
-        print(stage_help(stage, all_settings="--help_all" in argv))
-        return
-    with one_sentence(stage, show_traceback):
-        importlib.import_module(f".stages.{stage}", __package__).main(argv)
+def _run_stage(stage: str, argv: list[str]) -> None:
+    run_stage(stage, lambda flags: importlib.import_module(f".stages.{stage}", __package__).main(flags), argv)
 
 
-def _run(argv: list[str], show_traceback: bool) -> None:
+def _run(argv: list[str], traceback: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mmesid run", description="Run the stages of a recipe in its order.")
     parser.add_argument(
         "recipe",
@@ -91,7 +87,7 @@ def _run(argv: list[str], show_traceback: bool) -> None:
     for number, (stage, settings) in enumerate(runs, 1):
         if is_main_process:
             print(f"[{number}/{len(runs)}] {stage}", flush=True)
-        _run_stage(stage, to_flags(settings), show_traceback)
+        _run_stage(stage, to_flags(settings) + traceback)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from transformers.utils import logging
 from mmesid.hub_cards import require_links
 
 from .files import check_names, read_yaml, to_flags
-from .help import HELP_FLAGS, stage_help
 
 
 logger = logging.get_logger(__name__)
@@ -219,9 +218,6 @@ def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     stage = arguments_class.__name__.removesuffix("Arguments").lower()
-    if not HELP_FLAGS.isdisjoint(argv):
-        print(stage_help(stage, all_settings="--help_all" in argv))
-        raise SystemExit(0)
     model_class = _model_dataclass(arguments_class)
     training_class = arguments_class.training_class
     classes = [one for one in (training_class, model_class, arguments_class) if one is not None]
