@@ -75,7 +75,8 @@ def prepare(
     ```
     """
     sequence_settings = SequenceSettings(**settings)
-    check_on_bad_image(on_bad_image)
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
     source = read_tabular(
         in_memory(interactions, "interactions"),
         None if items is None else in_memory(items, "items"),
@@ -89,12 +90,7 @@ def prepare(
 
 
 def in_memory(data: pd.DataFrame | datasets.Dataset, name: str) -> TableLocation:
-    """
-    A table that is in memory, as readers take tables.
-
-    Raises:
-        ValueError: If it is no such table, or a column holds values of several types.
-    """
+    """A table that is in memory, as readers take tables; raises `ValueError` if it is none."""
     if isinstance(data, datasets.DatasetDict):
         raise ValueError(f"{name} holds the splits {', '.join(data)}; pass one of them, for example {name}['train'].")
     if isinstance(data, pd.DataFrame):
@@ -109,12 +105,6 @@ def in_memory(data: pd.DataFrame | datasets.Dataset, name: str) -> TableLocation
     return TableLocation(name, table=data)
 
 
-def check_on_bad_image(on_bad_image: str) -> None:
-    """Raises `ValueError` if this is no choice."""
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"on_bad_image is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
-
-
 def prepare_source(
     source: Source,
     settings: SequenceSettings | None = None,
@@ -124,20 +114,9 @@ def prepare_source(
 ) -> PreparedDataset:
     """
     The prepared dataset of a source. Texts are composed and pictures are read when they are asked for; every picture
-    of a kept item is checked here, once.
-
-    Args:
-        source (`Source`): What a reader returned; its catalogue's pictures change to those that are there.
-        settings (`SequenceSettings`, *optional*): Filters and split.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): `"error"` refuses a picture that cannot be read,
-            `"missing"` leaves it out and counts it by the reason of [`BadImageError`].
-        image_cache_dir (`str`, *optional*): Folder that pictures behind URLs are downloaded to; without it they count
-            as missing.
-        counts (`dict[str, int]`, *optional*): Further statistics, of what came before.
-
-    Raises:
-        ValueError: If nothing is left of the interactions, or a picture cannot be read and `on_bad_image` is
-            `"error"`.
+    of a kept item is checked here, once: one that cannot be read is refused, or, with `on_bad_image="missing"`, left
+    out and counted by its reason. Pictures behind URLs are downloaded to `image_cache_dir`; without it they count as
+    missing. `counts` are further statistics.
     """
     catalogue = source.catalogue
     sequences = build_sequences(source.interactions, len(catalogue), settings)
@@ -156,12 +135,8 @@ def prepare_source(
 
 
 def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None) -> dict[str, int]:
-    """
-    Puts files in the place of the URLs of the kept items' pictures, or, without `cache_dir`, nothing.
-
-    Returns:
-        `dict[str, int]`: How many were downloaded, and how many not, by reason.
-    """
+    """Puts files in the place of the URLs of the kept items' pictures, or nothing without `cache_dir`; returns how
+    many were downloaded, and how many not, by reason."""
     images = catalogue.images
     if not isinstance(images, list):
         return {}
@@ -190,16 +165,8 @@ def fill_in_pictures(catalogue: Catalogue) -> None:
 def check_pictures(
     catalogue: Catalogue, kept_items: np.ndarray, on_bad_image: str
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """
-    Decodes the pictures of the kept items, one at a time.
-
-    Returns:
-        `tuple[np.ndarray, dict[str, int]]`: `(catalogue,)` bool, whether the item is kept and has a picture that can
-        be read; and how many pictures cannot be read, by reason.
-
-    Raises:
-        BadImageError: If there is one and `on_bad_image` is `"error"`.
-    """
+    """Decodes the pictures of the kept items, one at a time; returns which items of the catalogue are kept and have
+    one that can be read, `(catalogue,)` bool, and how many cannot be read, by reason."""
     readable = np.zeros(len(catalogue), bool)
     bad_images: Counter[str] = Counter()
     if catalogue.images is None:
@@ -219,13 +186,9 @@ def check_pictures(
 
 class _Items:
     """
-    The kept items of a catalogue as the columns of a prepared dataset.
-
-    Args:
-        catalogue (`Catalogue`): All items.
-        kept_items (`np.ndarray`): `(items,)` positions of the kept ones, ascending; the first becomes row 1.
-        frequencies (`np.ndarray`): `(items,)` occurrences in the training split.
-        has_image (`np.ndarray`): `(catalogue,)` bool, whether an item has a picture that can be read.
+    The kept items of a catalogue as the columns of a prepared dataset: `kept_items` `(items,)` are positions in the
+    catalogue, ascending, the first becomes row 1; `frequencies` `(items,)` are occurrences in the training split;
+    `has_image` `(catalogue,)` says which items have a picture that can be read.
     """
 
     def __init__(self, catalogue: Catalogue, kept_items: np.ndarray, frequencies: np.ndarray, has_image: np.ndarray):

@@ -73,8 +73,9 @@ class Sequences:
 
     Args:
         user_ids (`list[str]`): Raw id of every user.
-        histories (`np.ndarray`): `(entries,)` int32 rows, user by user, oldest first.
-        offsets (`np.ndarray`): `(users + 1,)` int64; user `u` has `histories[offsets[u] : offsets[u + 1]]`.
+        histories (`np.ndarray`): `(entries,)` int32 rows, user by user, oldest first; user `u` has
+            `histories[offsets[u] : offsets[u + 1]]`.
+        offsets (`np.ndarray`): `(users + 1,)` int64.
         targets (`np.ndarray`): `(users,)` int32 rows.
     """
 
@@ -148,12 +149,13 @@ class PreparedDataset:
                     f"'{path}' is no prepared dataset, it lacks '{name}'; write it with `mmesid prepare`."
                 )
         items = path / ITEMS_FILE
-        _require(items, list(ITEM_FEATURES))
-        rows = _read_table(items, ["row"])["row"].to_numpy()
+        with _opened(items, list(ITEM_FEATURES)) as parquet:
+            features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+            rows = parquet.read(["row"])["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(f"'{items}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again.")
         return cls(
-            features=datasets.Features.from_arrow_schema(pq.read_schema(items)),
+            features=features,
             statistics=_read_statistics(path / STATISTICS_FILE),
             read_items=partial(_read_parts, items),
             read_sequences=partial(_read_sequences, path, len(rows)),
@@ -218,42 +220,34 @@ class PreparedDataset:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def _opened(file: Path, columns: list[str]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that has these columns; raises `ValueError` if it lacks one or cannot be read."""
     try:
-        yield
+        parquet = pq.ParquetFile(file)
+        for name in columns:
+            if name not in parquet.schema_arrow.names:
+                present = ", ".join(parquet.schema_arrow.names)
+                raise ValueError(
+                    f"'{file}' has no column '{name}', only {present}; write it again with `mmesid prepare`."
+                )
+        yield parquet
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read ({one_line(error)}); write it again with `mmesid prepare`."
         ) from error
 
 
-def _require(file: Path, columns: list[str]) -> None:
-    with _readable(file):
-        present = pq.read_schema(file).names
-    for name in columns:
-        if name not in present:
-            raise ValueError(
-                f"'{file}' has no column '{name}', only {', '.join(present)}; write it again with `mmesid prepare`."
-            )
-
-
-def _read_table(file: Path, columns: list[str]) -> pa.Table:
-    _require(file, columns)
-    with _readable(file):
-        return pq.read_table(file, columns=columns)
-
-
 def _read_parts(file: Path, columns: list[str]) -> Iterator[pa.Table]:
     rows = IMAGE_ROW_GROUP if "image" in columns else ITEM_ROW_GROUP
-    with _readable(file):
-        parquet = pq.ParquetFile(file)
+    with _opened(file, columns) as parquet:
         for batch in parquet.iter_batches(rows, columns=columns):
             yield pa.Table.from_batches([batch])
 
 
 def _read_sequences(path: Path, num_items: int, split: str) -> Sequences:
     file = path / SEQUENCE_FILES[split]
-    table = _read_table(file, list(SEQUENCE_FEATURES))
+    with _opened(file, list(SEQUENCE_FEATURES)) as parquet:
+        table = parquet.read(list(SEQUENCE_FEATURES))
     history = table["history"]
     histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
     targets = table["target"].to_numpy()

@@ -24,25 +24,22 @@ _AT_ONCE = 2**20
 
 @dataclass
 class UserSequences:
-    """
-    Args:
-        users (`np.ndarray`): `(users,)` positions of the kept users among the source's.
-        kept_items (`np.ndarray`): `(items,)` positions of the kept items among the source's; row `r` is
-            `kept_items[r - 1]`.
-        rows (`np.ndarray`): `(interactions,)` int32 rows, 1 to `len(kept_items)`, user by user, oldest first.
-        offsets (`np.ndarray`): `(users + 1,)` int64; user `u` has `rows[offsets[u] : offsets[u + 1]]`.
-        targets (`dict[str, tuple[np.ndarray, np.ndarray]]`): For every split the users that are in it, as positions in
-            `users`, and where in `rows` their targets are; the history is what the user has before the target.
-        dropped (`dict[str, int]`): What the filters took away, by name.
-        starts (`dict[str, int]`): For a split in time, when validation and test start; otherwise empty.
-    """
+    """What the filters left, user by user, oldest first: user `u` has `rows[offsets[u] : offsets[u + 1]]`."""
 
+    # (users,) positions of the kept users among the source's.
     users: np.ndarray
+    # (items,) positions of the kept items among the source's; row `r` is `kept_items[r - 1]`.
     kept_items: np.ndarray
+    # (interactions,) int32.
     rows: np.ndarray
+    # (users + 1,) int64.
     offsets: np.ndarray
+    # Per split, the users that are in it, as positions in `users`, and where in `rows` their targets are. The history
+    # is what the user has before the target.
     targets: dict[str, tuple[np.ndarray, np.ndarray]]
+    # What the filters took away, by name.
     dropped: dict[str, int]
+    # When validation and test start, for a split in time; otherwise empty.
     starts: dict[str, int]
 
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -67,20 +64,8 @@ class UserSequences:
 def k_core(
     users: np.ndarray, items: np.ndarray, num_users: int, num_items: int, min_user: int, min_item: int
 ) -> np.ndarray:
-    """
-    The largest set of interactions in which every user has at least `min_user` of them, every item `min_item`.
-
-    Args:
-        users (`np.ndarray`): `(interactions,)` user of every interaction.
-        items (`np.ndarray`): `(interactions,)` item of every interaction.
-        num_users (`int`): Number of users.
-        num_items (`int`): Number of items.
-        min_user (`int`): Fewest interactions of a user.
-        min_item (`int`): Fewest interactions of an item.
-
-    Returns:
-        `np.ndarray`: `(interactions,)` bool, whether an interaction is kept.
-    """
+    """The largest set of interactions in which every user has at least `min_user` of them and every item `min_item`,
+    as `(interactions,)` bool; `users` and `items` are `(interactions,)` positions."""
     kept = np.ones(len(users), dtype=bool)
     while True:
         user_counts = _counts(users, kept, num_users)
@@ -101,23 +86,12 @@ def _counts(positions: np.ndarray, kept: np.ndarray, size: int) -> np.ndarray:
 
 
 def keep_unrepeated(
-    users: np.ndarray, items: np.ndarray, times: np.ndarray, duplicates: str = "drop", repeats: str = "keep"
+    users: np.ndarray, items: np.ndarray, times: np.ndarray, duplicates: str, repeats: str
 ) -> tuple[np.ndarray, int, int]:
     """
-    What is left of the interactions of a user with one item. Equal times keep the order they are given in.
-
-    Args:
-        users (`np.ndarray`): `(interactions,)` user of every interaction.
-        items (`np.ndarray`): `(interactions,)` item of every interaction.
-        times (`np.ndarray`): `(interactions,)` time of every interaction.
-        duplicates (`str`, *optional*, defaults to `"drop"`): `"drop"` keeps the first of several entries with one
-            user, item and time, `"keep"` keeps all.
-        repeats (`str`, *optional*, defaults to `"keep"`): `"first"` keeps the earliest of the remaining interactions
-            of one user with one item, `"last"` the latest, `"keep"` all.
-
-    Returns:
-        `tuple[np.ndarray, int, int]`: `(interactions,)` bool, whether an interaction is kept, and the numbers of
-        duplicates and of repeats that are not.
+    Which of the interactions of a user with one item are kept, `(interactions,)` bool, and the numbers of duplicates
+    and of repeats that are not. Equal times keep the order they are given in; `duplicates` and `repeats` are those of
+    [`SequenceSettings`].
     """
     if (duplicates, repeats) == ("keep", "keep") or len(users) == 0:
         return np.ones(len(users), bool), 0, 0
@@ -145,33 +119,16 @@ def keep_unrepeated(
     return kept, num_duplicates, len(users) - num_duplicates - len(order)
 
 
-def split_leave_one_out(offsets: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`UserSequences.targets` of a split that holds out every user's last two interactions."""
-    users = np.arange(len(offsets) - 1)
-    return {name: (users, offsets[1:] - held_out) for name, held_out in HELD_OUT.items()}
-
-
 def split_global_time(
     times: np.ndarray, offsets: np.ndarray, validation_fraction: float, test_fraction: float
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]:
     """
-    A split at two moments that are the same for all users, so that nothing is learnt from what happened later.
+    `UserSequences.targets` and `UserSequences.starts` of a split at two moments that are the same for all users, so
+    that nothing is learnt from what happened later: `times` `(interactions,)` is ascending within a user.
 
     Training has every user's interactions before validation starts. The target of a user in validation or test is the
     first interaction of the period, and the history everything before it; users without one are not in the split.
-
-    Args:
-        times (`np.ndarray`): `(interactions,)` user by user, ascending within a user.
-        offsets (`np.ndarray`): `(users + 1,)` where users start.
-        validation_fraction (`float`): Share of all interactions between the two moments.
-        test_fraction (`float`): Share of all interactions from the second moment on. Interactions at the moment itself
-            belong to what follows, so that the shares are exact up to ties.
-
-    Returns:
-        `tuple`: `UserSequences.targets` and `UserSequences.starts`.
-
-    Raises:
-        ValueError: If a split has no example.
+    Interactions at a moment belong to what follows, so that the shares are exact up to ties.
     """
     ranks = [int((1 - validation_fraction - test_fraction) * len(times)), int((1 - test_fraction) * len(times))]
     validation_start, test_start = (int(time) for time in np.partition(times, ranks)[ranks])
@@ -256,15 +213,7 @@ def build_sequences(
 ) -> UserSequences:
     """
     Filters the interactions, by rating, repetition and k-core in this order, and orders and splits the rest in time.
-    Users too short for the split are dropped whatever the filters.
-
-    Args:
-        interactions (`Interactions`): The raw interactions.
-        num_items (`int`): Size of the catalogue.
-        settings (`SequenceSettings`, *optional*): Filters and split; the defaults of the class by default.
-
-    Raises:
-        ValueError: If nothing is left, or there are no ratings to filter by.
+    Users too short for the split are dropped whatever the filters; `num_items` is the size of the catalogue.
     """
     settings = settings or SequenceSettings()
     min_interactions, min_rating, split = settings.min_interactions, settings.min_rating, settings.split
@@ -308,7 +257,8 @@ def build_sequences(
         progress.update()
         kept_items = np.unique(items) if min_interactions > 0 else np.arange(num_items)
         if split == "leave_one_out":
-            targets, starts = split_leave_one_out(offsets), dict[str, int]()
+            everyone, starts = np.arange(len(kept_users)), dict[str, int]()
+            targets = {name: (everyone, offsets[1:] - held_out) for name, held_out in HELD_OUT.items()}
         else:
             targets, starts = split_global_time(times, offsets, settings.validation_fraction, settings.test_fraction)
     return UserSequences(

@@ -46,21 +46,8 @@ def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> 
 
 
 def load_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
-    """
-    Reads a table that [`save_table`] wrote.
-
-    Args:
-        path (`str` or `os.PathLike`): The safetensors file.
-        modality (`str`): Name of the modality, which is the key of the embeddings.
-        num_items (`int`): Number of items in the catalogue.
-
-    Returns:
-        [`EmbeddingTable`], in float32.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not such a table, does not match the catalogue, or holds NaN or infinity.
-    """
+    """The table that [`save_table`] wrote, in float32; raises `ValueError` if it does not belong to a catalogue of
+    `num_items`, see [`check_table`]."""
     tensors = _read(Path(path))
     for key in (modality, PRESENT_KEY):
         if key not in tensors:
@@ -73,15 +60,9 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> Embedd
 
 def import_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
     """
-    Reads a table that came from elsewhere: `(num_items + 1, width)` in any floating-point type, under the modality's
-    name or under the file's only key besides `present`. Where the file has no `present` mask, an all-zero row counts
-    as an item without the modality. The padding row 0 is set to zero.
-
-    Args and Returns as in [`load_table`].
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If there is no such key, the table does not match the catalogue, or holds NaN or infinity.
+    A table that came from elsewhere: `(num_items + 1, width)` in any floating-point type, under the modality's name or
+    under the file's only key besides `present`. Where the file has no `present` mask, an all-zero row counts as an
+    item without the modality. The padding row 0 is set to zero.
     """
     tensors = _read(Path(path))
     present = tensors.pop(PRESENT_KEY, None)
@@ -100,20 +81,8 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> Embe
 
 
 def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor, present: torch.Tensor) -> None:
-    """
-    Writes a table, in one move, so that a reader sees the old file or the new one.
-
-    Args:
-        path (`str` or `os.PathLike`): The safetensors file; its directory must exist.
-        modality (`str`): Name of the modality, which becomes the key of the embeddings.
-        embeddings (`torch.Tensor`):
-            `(num_items + 1, width)`; saved in float32, with the rows that are not present set to zero.
-        present (`torch.Tensor`):
-            `(num_items + 1,)` in bool, whether the row holds an embedding; row 0, the padding, never does.
-
-    Raises:
-        ValueError: If the shapes do not match, row 0 is present, or a row that is present holds NaN or infinity.
-    """
+    """Writes a table `(items + 1, width)` in float32, with the rows that are not `present` set to zero, in one move: a
+    reader sees the old file or the new one."""
     path, num_items = Path(path), len(embeddings) - 1
     present = present.detach().cpu()
     _check_mask(present, num_items, f"'{path}'")
@@ -125,22 +94,8 @@ def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor,
 
 
 def check_table(table: EmbeddingTable, modality: str, num_items: int, where: str = "The table") -> EmbeddingTable:
-    """
-    Checks that a table belongs to a catalogue.
-
-    Args:
-        table ([`EmbeddingTable`]): The table, in any floating-point type.
-        modality (`str`): Name of the modality, for errors.
-        num_items (`int`): Number of items in the catalogue.
-        where (`str`, *optional*, defaults to `"The table"`): Where it is from, for errors.
-
-    Returns:
-        [`EmbeddingTable`], in float32.
-
-    Raises:
-        ValueError: If types or shapes are others, row 0 is present, a row that is not present is not zero, or a row
-            holds NaN or infinity.
-    """
+    """The table in float32; raises `ValueError` if types or shapes are not those of `num_items` items, row 0 is
+    present, a row that is not present is not zero, or a row holds NaN or infinity."""
     embeddings = _check_embeddings(table.embeddings, modality, num_items, where)
     _check_mask(table.present, num_items, where)
     if table.present[0]:
