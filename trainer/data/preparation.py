@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .files import one_line
 from .images import BadImageError, fetch_images, read_image
-from .prepared import IMAGE_ROW_GROUP, ITEM_FEATURES, ITEM_ROW_GROUP, PreparedDataset, Sequences
+from .prepared import ITEM_FEATURES, PreparedDataset, Sequences, rows_at_once
 from .sequences import SPLITS, SequenceSettings, UserSequences, build_sequences
 from .source import Catalogue, Source
 from .sources.tabular import read_tabular
@@ -206,7 +206,7 @@ class _Items:
     def read(self, names: list[str]) -> Iterator[pa.Table]:
         """Yields the columns of these names, a row group at a time."""
         schema = datasets.Features({name: self.features[name] for name in names}).arrow_schema
-        rows = IMAGE_ROW_GROUP if "image" in names else ITEM_ROW_GROUP
+        rows = rows_at_once(names)
         for start in range(0, len(self.kept_items), rows):
             positions = self.kept_items[start : start + rows]
             yield pa.table({name: self._column(name, start, positions) for name in names}, schema=schema)

@@ -1,11 +1,5 @@
 """
-The prepared dataset: the one format between any source of data and every later stage.
-
-    sequences/{train,validation,test}.parquet   user_id, history (rows, oldest first), target (row)
-    items.parquet                               row, item_id, title, text, frequency (in the training split), further
-                                                fields of the source (description, brand, categories, price ...),
-                                                image (if the source has any)
-    statistics.json                             counts, filters, split, source, licence, whether the data are synthetic
+The prepared dataset: the one format between any source of data and every later stage. `docs/data.md` has its files.
 
 Items are rows 1 to N; row 0 is padding. The dataset card beside the files configures `datasets.load_dataset`.
 """
@@ -34,7 +28,7 @@ ITEMS_FILE = "items.parquet"
 STATISTICS_FILE = "statistics.json"
 SEQUENCE_FILES = {split: f"sequences/{split}.parquet" for split in SPLITS}
 
-# Rows of a Parquet row group, which is what a writer holds in memory at a time: some ten megabytes.
+# Rows of a Parquet row group, of which an item's are what a writer holds in memory at a time: some ten megabytes.
 SEQUENCE_ROW_GROUP = 65_536
 ITEM_ROW_GROUP = 65_536
 IMAGE_ROW_GROUP = 256
@@ -67,16 +61,16 @@ CARD_CONFIGS = [
 ]
 
 
+def rows_at_once(columns: list[str]) -> int:
+    """Items of a row group."""
+    return IMAGE_ROW_GROUP if "image" in columns else ITEM_ROW_GROUP
+
+
 class Sequences:
     """
-    One split, held in flat arrays so that a million users take megabytes.
-
-    Args:
-        user_ids (`list[str]`): Raw id of every user.
-        histories (`np.ndarray`): `(entries,)` int32 rows, user by user, oldest first; user `u` has
-            `histories[offsets[u] : offsets[u + 1]]`.
-        offsets (`np.ndarray`): `(users + 1,)` int64.
-        targets (`np.ndarray`): `(users,)` int32 rows.
+    One split, held in flat arrays so that a million users take megabytes: user `u` has the raw id `user_ids[u]`, the
+    rows `histories[offsets[u] : offsets[u + 1]]`, oldest first, and the target `targets[u]`. `histories` `(entries,)`
+    and `targets` `(users,)` are int32, `offsets` `(users + 1,)` int64.
     """
 
     def __init__(self, user_ids: list[str], histories: np.ndarray, offsets: np.ndarray, targets: np.ndarray):
@@ -154,9 +148,15 @@ class PreparedDataset:
             rows = parquet.read(["row"])["row"].to_numpy()
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(f"'{items}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again.")
+        try:
+            statistics = json.loads((path / STATISTICS_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"'{path / STATISTICS_FILE}' is not JSON ({error}); write it again with `mmesid prepare`."
+            ) from error
         return cls(
             features=features,
-            statistics=_read_statistics(path / STATISTICS_FILE),
+            statistics=statistics,
             read_items=partial(_read_parts, items),
             read_sequences=partial(_read_sequences, path, len(rows)),
             path=path,
@@ -173,8 +173,9 @@ class PreparedDataset:
             for part in self._read_items(list(self.features)):
                 writer.write_table(part, row_group_size=len(part))
                 progress.update(len(part))
-        for split, name in SEQUENCE_FILES.items():
-            _write_sequences(directory / name, self.sequences(split))
+        (directory / "sequences").mkdir(exist_ok=True)
+        for split, name in tqdm(SEQUENCE_FILES.items(), desc="sequences", unit="split", delay=2):
+            pq.write_table(_table(self.sequences(split)), directory / name, row_group_size=SEQUENCE_ROW_GROUP)
         write_text_atomic(directory / STATISTICS_FILE, json.dumps(self.statistics, indent=2) + "\n")
 
     @property
@@ -238,9 +239,8 @@ def _opened(file: Path, columns: list[str]) -> Iterator[pq.ParquetFile]:
 
 
 def _read_parts(file: Path, columns: list[str]) -> Iterator[pa.Table]:
-    rows = IMAGE_ROW_GROUP if "image" in columns else ITEM_ROW_GROUP
     with _opened(file, columns) as parquet:
-        for batch in parquet.iter_batches(rows, columns=columns):
+        for batch in parquet.iter_batches(rows_at_once(columns), columns=columns):
             yield pa.Table.from_batches([batch])
 
 
@@ -258,32 +258,9 @@ def _read_sequences(path: Path, num_items: int, split: str) -> Sequences:
     return Sequences(table["user_id"].to_pylist(), histories, offsets, targets)
 
 
-def _read_statistics(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not JSON ({error}); write it again with `mmesid prepare`.") from error
-
-
-def _write_sequences(path: Path, sequences: Sequences) -> None:
-    path.parent.mkdir(exist_ok=True)
+def _table(sequences: Sequences) -> pa.Table:
     schema = SEQUENCE_FEATURES.arrow_schema
-    with (
-        pq.ParquetWriter(path, schema) as writer,
-        tqdm(total=len(sequences), desc=path.name, unit="user", delay=2) as progress,
-    ):
-        for start in range(0, len(sequences), SEQUENCE_ROW_GROUP):
-            stop = min(start + SEQUENCE_ROW_GROUP, len(sequences))
-            offsets = sequences.offsets[start : stop + 1]
-            history = pa.ListArray.from_arrays(
-                (offsets - offsets[0]).astype(np.int32),
-                sequences.histories[offsets[0] : offsets[-1]],
-                schema.field("history").type,
-            )
-            columns = {
-                "user_id": sequences.user_ids[start:stop],
-                "history": history,
-                "target": sequences.targets[start:stop],
-            }
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=SEQUENCE_ROW_GROUP)
-            progress.update(stop - start)
+    offsets = pa.array(sequences.offsets).cast(pa.int32())
+    history = pa.ListArray.from_arrays(offsets, sequences.histories, schema.field("history").type)
+    columns = {"user_id": sequences.user_ids, "history": history, "target": sequences.targets}
+    return pa.table(columns, schema=schema)

@@ -58,8 +58,7 @@ class PrepareArguments(StageArguments, SequenceSettings):
             `datasets.load_dataset` loads, as owner/name:config@revision[split], of which all but the name may be left
             out; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023:raw_review_All_Beauty.
         items (`str`, *optional*): amazon_*, tabular: the items, in the same forms; tabular may do without.
-        source_name (`str`, *optional*): What the data are called on the card; by default after the folder or file they
-            come from.
+        source_name (`str`, *optional*): What the data are called on the card; by default as their folder or file.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used, for the card; not
             synthetic.
 
@@ -83,8 +82,8 @@ class PrepareArguments(StageArguments, SequenceSettings):
         download_images (`bool`, *optional*, defaults to `False`): Download pictures that the items name by URL;
             otherwise they count as missing.
         image_cache_dir (`str`, *optional*): Folder that keeps what is downloaded or unpacked.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that
-            cannot be read: stop, or count it as missing.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that cannot be read: stop, or
+            count it as missing.
 
         > Synthetic
 
@@ -181,28 +180,22 @@ def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation]
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(PrepareArguments, argv)
     locations = data_locations(arguments)
-    inputs: dict = {name: location.path for name, location in locations.items() if not location.is_repository()}
-    if arguments.source_dir is not None:
-        inputs["source_dir"] = arguments.source_dir
-    if arguments.image_dir is not None:
-        inputs["image_dir"] = arguments.image_dir
+    read = {name: location.path for name, location in locations.items() if not location.is_repository()}
+    read |= {"source_dir": arguments.source_dir, "image_dir": arguments.image_dir}
+    inputs = {name: path for name, path in read.items() if path is not None}
     run = StageRun("prepare", arguments, inputs)
     if run.is_up_to_date():
         return
     with run as staging:
         if PartialState().is_main_process:
             pictures: dict[str, Path] = {}
-            counts: dict[str, int] = {}
+            report: dict[str, int] = {}
             if arguments.image_dir is not None:
                 pictures, report = list_images(arguments.image_dir, arguments.image_cache_dir or staging)
-                counts = {f"image_dir_{reason}": count for reason, count in report.items()}
-            data = prepare_source(
-                read_source(arguments, locations, pictures),
-                arguments,
-                arguments.on_bad_image,
-                arguments.image_cache_dir if arguments.download_images else None,
-                counts,
-            )
+            source = read_source(arguments, locations, pictures)
+            cache_dir = arguments.image_cache_dir if arguments.download_images else None
+            counts = {f"image_dir_{reason}": count for reason, count in report.items()}
+            data = prepare_source(source, arguments, arguments.on_bad_image, cache_dir, counts)
             data.save(staging)
             filters = {name: getattr(arguments, name) for name in FILTERS}
             run.details.update(data=data.statistics, configs=CARD_CONFIGS, filters=filters)

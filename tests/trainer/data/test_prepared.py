@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmesid.trainer.data import preparation, prepared
+from mmesid.trainer.data import prepared
 from mmesid.trainer.data.preparation import prepare_source
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.source import Catalogue, Interactions, Source
@@ -89,7 +89,7 @@ def test_test_history_is_training_sequence_and_validation_target(tmp_path, sourc
 def test_row_groups_do_not_change_what_is_read(tmp_path, source, monkeypatch):
     write(tmp_path / "whole", source)
     monkeypatch.setattr(prepared, "SEQUENCE_ROW_GROUP", 2)
-    monkeypatch.setattr(preparation, "IMAGE_ROW_GROUP", 2)
+    monkeypatch.setattr(prepared, "IMAGE_ROW_GROUP", 2)
     write(tmp_path / "parts", source)
     assert pq.ParquetFile(tmp_path / "parts/items.parquet").num_row_groups == 2
     for name in ("items.parquet", "sequences/train.parquet", "sequences/validation.parquet", "sequences/test.parquet"):

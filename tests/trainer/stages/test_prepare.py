@@ -347,7 +347,7 @@ def test_what_takes_long_shows_how_far_it_is(shop, monkeypatch, capsys):
     size = (shop / "orders.csv").stat().st_size
     for bar in (
         "orders.csv: 108 rows", "products.csv: 10 rows", f"hashing orders.csv: 100%|██████████| {size / 1000:.2f}k/",
-        "building sequences: 100%|██████████| 4/4", "train.parquet: 100%|██████████| 12/12",
+        "building sequences: 100%|██████████| 4/4", "sequences: 100%|██████████| 3/3",
         "hashing outputs of prepare: 100%|██████████|",
     ):  # fmt: skip
         assert bar in shown, shown
