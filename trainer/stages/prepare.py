@@ -82,8 +82,8 @@ class PrepareArguments(StageArguments, SequenceSettings):
         download_images (`bool`, *optional*, defaults to `False`): Download pictures that the items name by URL;
             otherwise they count as missing.
         image_cache_dir (`str`, *optional*): Folder that keeps what is downloaded or unpacked.
-        on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that cannot be read: stop, or
-            count it as missing.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that cannot be read: stop,
+            or count it as missing.
 
         > Synthetic
 
