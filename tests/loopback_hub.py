@@ -350,14 +350,12 @@ def rules(data: dict, repo_type: str):
         for files in config.get("data_files", []):
             yield is_text(files.get("split")) and is_text(files.get("path")), '"data_files" need split and path'
     for entry in several("model-index"):
-        yield is_text(entry.get("name")), '"model-index.name" is required'
-        yield entry.get("results"), '"model-index.results" is required'
+        yield is_text(entry.get("name")) and entry.get("results"), '"model-index" needs name and results'
         for result in entry["results"]:
             dataset = result.get("dataset", {})
-            yield is_text(result.get("task", {}).get("type")), '"model-index.results.task.type" is required'
-            yield is_text(dataset.get("name")), '"model-index.results.dataset.name" is required'
+            named = is_text(result.get("task", {}).get("type")) and is_text(dataset.get("name"))
+            yield named and result.get("metrics"), '"model-index.results" need task.type, dataset.name and metrics'
             yield is_id(dataset.get("type")), '"model-index.results.dataset.type" is no id of the Hub'
-            yield result.get("metrics"), '"model-index.results.metrics" is required'
             for metric in result.get("metrics", []):
                 value = metric.get("value")
                 is_number = isinstance(value, (int, float)) and math.isfinite(value)
