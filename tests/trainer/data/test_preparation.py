@@ -94,15 +94,6 @@ def test_pictures_of_a_table_are_kept(tmp_path, kind):
     assert data.statistics["missing_image"] == 1
 
 
-def test_a_picture_that_cannot_be_read_is_refused_or_missing():
-    products = pd.DataFrame(PRODUCTS | {"image": [png("red"), b"no picture", None]})
-    with pytest.raises(ValueError, match="The image of item '5' cannot be read .*set on_bad_image to 'missing'"):
-        prepare(pd.DataFrame(ORDERS), products, **COLUMNS)
-    data = prepare(pd.DataFrame(ORDERS), products, **COLUMNS, on_bad_image="missing")
-    assert (data.statistics["bad_image_unreadable"], data.statistics["missing_image"]) == (1, 2)
-    assert [image is None for image in data.items()["image"]] == [False, True, True]
-
-
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [

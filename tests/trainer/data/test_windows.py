@@ -15,18 +15,19 @@ def examples(dataset) -> list[tuple[list[int], list[int]]]:
     return [(example["history"].tolist(), example["targets"].tolist()) for example in dataset]
 
 
-def test_a_short_sequence_is_one_window_of_next_items():
-    assert examples(TrainingWindows(sequences([[5, 6, 7]], [8]), 10)) == [([5, 6, 7], [6, 7, 8])]
-
-
-def test_the_latest_window_is_the_full_one():
-    windows = TrainingWindows(sequences([[1, 2, 3, 4, 5]], [6]), 2)
-    assert examples(windows) == [([4, 5], [5, 6]), ([2, 3], [3, 4]), ([1], [2])]
-    assert windows.lengths == [2, 2, 1]
-
-
-def test_a_user_with_one_training_item_gives_no_example():
-    assert examples(TrainingWindows(sequences([[], [3]], [9, 4]), 5)) == [([3], [4])]
+@pytest.mark.parametrize(
+    ("histories", "targets", "max_length", "expected"),
+    [
+        ([[5, 6, 7]], [8], 10, [([5, 6, 7], [6, 7, 8])]),
+        # The latest window is the full one.
+        ([[1, 2, 3, 4, 5]], [6], 2, [([4, 5], [5, 6]), ([2, 3], [3, 4]), ([1], [2])]),
+        # A user with one training item gives no example.
+        ([[], [3]], [9, 4], 5, [([3], [4])]),
+    ],
+)
+def test_windows_hold_next_items(histories, targets, max_length, expected):
+    windows = TrainingWindows(sequences(histories, targets), max_length)
+    assert examples(windows) == expected and windows.lengths == [len(history) for history, _ in expected]
 
 
 @pytest.mark.parametrize("seed", range(4))
