@@ -155,28 +155,17 @@ def encode(
     disable_tqdm: bool = False,
 ) -> torch.Tensor:
     """
-    Encodes texts or pictures.
+    Embeddings of texts or pictures, `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs and
+    in every process.
 
     Batches, and the shards that they make up, depend on the inputs alone. Every process encodes its share of the
     shards and writes each in one move; shards that exist are not encoded again. So a run that is started again after
     an interruption gives the same bytes as one that was never interrupted, and so do several processes on equal
     machines with an equal number of threads.
 
-    Args:
-        encoder (`Encoder`): The encoder.
-        shards_dir (`str` or `os.PathLike`, *optional*):
-            Folder of the shards, made if it does not exist. All processes must see it. The caller uses one folder for
-            one encoder and one catalogue, and removes it. Without it nothing is kept, and every process encodes
-            everything.
-        texts (`list[str]`, *optional*): `num_inputs` texts.
-        images (`Sequence[PIL.Image.Image]`, *optional*): Instead of texts, `num_inputs` pictures, read one by one.
-        batch_size (`int`, *optional*, defaults to 64): Inputs encoded at a time.
-        shard_size (`int`, *optional*, defaults to 512): Inputs of a shard, rounded to whole batches.
-        num_workers (`int`, *optional*, defaults to 0): Processes of the data loader that read and prepare batches.
-        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
-
-    Returns:
-        `torch.Tensor`: `(num_inputs, dimension)` in float32, on the CPU, in the order of the inputs, in every process.
+    All processes must see the folder of the shards. The caller uses one for one encoder, one catalogue and one
+    `batch_size`, and removes it. Without it nothing is kept, and every process encodes everything. A shard has
+    `shard_size` inputs, rounded to whole batches; `num_workers` processes of the data loader prepare batches.
     """
     state = PartialState()
     kind, inputs = ("texts", texts or []) if images is None else ("images", images)

@@ -129,9 +129,9 @@ class EmbedArguments(StageArguments):
             )
 
     def column_read(self) -> str | None:
-        """What the encoder reads of an item; `None` leaves it to the encoder."""
-        column = self.column or DEFAULT_COLUMNS.get(self.modality)
-        return column if self.column or column in encoder_class(self.encoder).reads else None
+        """What the encoder reads of an item: by default the modality's usual column, or else its own first."""
+        reads, usual = encoder_class(self.encoder).reads, DEFAULT_COLUMNS.get(self.modality)
+        return self.column or (usual if usual in reads else next(iter(reads), None))
 
     def encoder_settings(self) -> dict:
         """The settings that the encoder uses, as [`load_encoder`] takes them."""
@@ -154,11 +154,10 @@ def check_encoder(arguments: EmbedArguments) -> None:
     for name in ENCODER_SETTINGS:
         if name in arguments.changed and name not in settings_of(kind):
             raise ValueError(f"The encoder {kind} has no use for --{name}; leave it out.")
-    column = arguments.column_read() or (chosen.reads or ("",))[0]
-    if column in chosen.needs:
-        setting, what = chosen.needs[column]
-        if getattr(arguments, setting) is None:
-            raise ValueError(f"The encoder {kind} needs --{setting} for the column {column}: {what}.")
+    column = arguments.column_read()
+    setting, what = chosen.needs.get(column or "", (None, None))
+    if setting is not None and getattr(arguments, setting) is None:
+        raise ValueError(f"The encoder {kind} needs --{setting} for the column {column}: {what}.")
     if arguments.trust_remote_code:
         refuse_unpinned_code(arguments.model_name_or_path, arguments.revision)
 
@@ -206,7 +205,7 @@ def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
     encoder = load_encoder(arguments.encoder, str(arguments.model_name_or_path), **settings)
     run.details.update(type(encoder).details_of(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
     if encoder.reads:
-        run.details.update(column=arguments.column_read() or encoder.reads[0], dtype=arguments.dtype)
+        run.details.update(column=arguments.column_read(), dtype=arguments.dtype)
     # The run's settings and inputs do not tell which commit a branch stands at, nor how many inputs a batch has, which
     # is where shards end.
     belongs_to = json_digest([run.details, arguments.per_device_eval_batch_size])[:16]

@@ -105,10 +105,8 @@ def test_pooling_is_the_models_own_or_the_class_token_or_the_mean(tmp_path, name
 def test_what_is_no_encoder_of_pictures_alone_is_refused(sentence_model, tmp_path, kind):
     model = sentence_model / "bert"
     if kind == "CLIP":
-        model = tmp_path
-        CLIPModel(CLIPConfig(text_config=TRANSFORMER | {"vocab_size": 9}, vision_config=TRANSFORMER)).save_pretrained(
-            model
-        )
+        model, config = tmp_path, CLIPConfig(text_config=TRANSFORMER | {"vocab_size": 9}, vision_config=TRANSFORMER)
+        CLIPModel(config).save_pretrained(model)
     with pytest.raises(ValueError, match=f"is a {kind}Model, which is no encoder of pictures alone") as error:
         VisionEncoder.from_pretrained(str(model))
     assert "\n" not in str(error.value)

@@ -10,13 +10,7 @@ import torch
 from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    BitImageProcessorPil,
-    Dinov2Config,
-    Dinov2Model,
-)
+from transformers import AutoModel, AutoProcessor, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.tables import load_table
@@ -66,7 +60,7 @@ def trained(prepared, tmp_path_factory):
     """Where a dual encoder was trained on the flags, and their pictures embedded with it."""
     directory = tmp_path_factory.mktemp("trained")
     train(
-        prepared, directory / "encoder", *TINY_CLIP, "--held_out_fraction", "0.25", "--num_train_epochs", "20",
+        prepared, directory / "encoder", *TINY_CLIP, "--held_out_fraction", "0.25", "--num_train_epochs", "12",
         "--per_device_train_batch_size", "32", "--learning_rate", "3e-3",
     )  # fmt: skip
     embed(prepared, directory, "visual", "--model_name_or_path", directory / "encoder")
@@ -121,18 +115,14 @@ def test_sentence_encoder_leaves_items_without_text_missing(prepared, sentence_m
     capsys.readouterr()
     embed(prepared, tmp_path, "text", *flags)
     assert "is up to date, skipped" in capsys.readouterr().out
+    # A modality of one's own lies beside the others; texts are titles here.
+    own = ["--encoder", "sentence", "--column", "title"]
+    headlines, _, record = embed(prepared, tmp_path, "headline", *flags, *own)
+    assert record.details["column"] == "title" and torch.equal(headlines, table)
+    assert len(list(tmp_path.iterdir())) == 4, "per modality a table and its record"
     raw, _, record = embed(prepared, tmp_path, "text", *flags, "--normalize", "false")
     assert record.details["normalised"] is False
     torch.testing.assert_close(raw[1] / raw[1].norm(), table[1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_modality_of_ones_own_lies_beside_the_others(prepared, sentence_model, tmp_path):
-    flags = ["--model_name_or_path", f"{sentence_model}/sentence"]
-    embed(prepared, tmp_path, "text", *flags)
-    table, _, record = embed(prepared, tmp_path, "headline", *flags, "--encoder", "sentence", "--column", "title")
-    assert record.details["column"] == "title"
-    assert torch.equal(table, load_table(tmp_path / "text.safetensors", "text", NUM_ITEMS)[0]), "texts are titles here"
-    assert len(list(tmp_path.iterdir())) == 4, "per modality a table and its record"
 
 
 def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_seen(prepared, trained):
@@ -212,11 +202,7 @@ def test_a_table_is_imported(prepared, tmp_path):
         ("text", [*NAMED, "--column", "image"], "SentenceEncoder reads text or title of an item, not image"),
         ("text", ["--encoder", "clip"], "There is no encoder 'clip'; choose one of sasrec, sentence, vision"),
         ("text", [*NAMED, "--text_model_revision", "main"], "encoder sentence has no use for --text_model_revision"),
-        (
-            "text",
-            [*NAMED, "--encoder", "llm2clip"],
-            "llm2clip needs --text_model_name_or_path for the column text: the",
-        ),
+        ("text", [*NAMED, "--encoder", "llm2clip"], "needs --text_model_name_or_path for the column text: the Ll"),
         ("../text", ["--from_file", "y"], "cannot name a modality"),
         ("present", ["--from_file", "y"], "cannot name a modality"),
         *(
