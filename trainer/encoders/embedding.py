@@ -116,18 +116,8 @@ def as_table(rows: torch.Tensor, embeddings: torch.Tensor, num_items: int, norma
 
 
 class ItemPictures(Sequence):
-    """
-    The pictures of the items that have one, each decoded to RGB when it is asked for.
-
-    Args:
-        items (`datasets.Dataset`): `PreparedDataset.items()`.
-
-    Attributes:
-        rows (`torch.LongTensor`): `(num_pictures,)` rows of the items in the order of the pictures.
-
-    Raises:
-        ValueError: If no item has a picture.
-    """
+    """The pictures of the items that have one, each decoded to RGB when it is asked for. `rows` `(num_pictures,)` are
+    the rows of these items."""
 
     def __init__(self, items: datasets.Dataset):
         has_picture = items.data.column("image").is_valid().to_numpy() if "image" in items.column_names else []

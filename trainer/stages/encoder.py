@@ -26,7 +26,6 @@ from ..running.training import fit, trainer_arguments
 
 
 SIZES = tuple(size.name for size in fields(CLIPSizes))
-METRICS = ("recall@1", "recall@10", "mrr", "loss")
 
 
 @dataclass(kw_only=True)
@@ -84,12 +83,11 @@ def main(argv: list[str] | None = None) -> None:
             encoder, sizes = None, {name: getattr(arguments, name) for name in SIZES}
             run.details.update(encoder="CLIP trained from scratch on the catalogue's pairs", revision=None)
         else:
-            source = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-            encoder, sizes = load_encoder("dual_encoder", arguments.model_name_or_path, **source), {}
-            run.details.update(
-                encoder.details_of(arguments.model_name_or_path, arguments.revision),
-                base_model=arguments.model_name_or_path,
-            )
+            name, revision = arguments.model_name_or_path, arguments.revision
+            trust_remote_code = arguments.trust_remote_code
+            encoder = load_encoder("dual_encoder", name, revision=revision, trust_remote_code=trust_remote_code)
+            sizes = {}
+            run.details.update(encoder.details_of(name, revision), base_model=name)
         trainer = dual_encoder_trainer(
             data, trainer_arguments(arguments, run), encoder, arguments.caption_column, **sizes
         )
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.draft_record = run.draft_record
         fit(trainer)
         evaluated = trainer.evaluate()
-        run.metrics["held_out"] = {name: evaluated[f"eval_{name}"] for name in METRICS}
+        run.metrics["held_out"] = {name: evaluated[f"eval_{name}"] for name in trainer.args.metric_names}
         run.details.update(
             training_pairs=len(trainer.train_dataset),
             held_out_pairs=len(trainer.eval_dataset),

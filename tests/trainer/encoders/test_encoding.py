@@ -1,9 +1,10 @@
 """Shards: what is encoded once is never encoded again, whoever encoded it and however the run ended."""
 
-from functools import partial
+import pickle
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from mmesid.trainer.encoders import encoding
 from mmesid.trainer.encoders.encoding import encode
@@ -71,10 +72,12 @@ def test_workers_of_the_data_loader_change_nothing(tmp_path):
 
 def test_workers_that_start_from_nothing_get_all_they_need(tmp_path, monkeypatch):
     """From Python 3.14 on workers are not forked any more: what they run reaches them pickled."""
-    with_forkserver = partial(encoding.DataLoader, multiprocessing_context="forkserver")
-    monkeypatch.setattr(encoding, "DataLoader", with_forkserver)
-    encoder = Counting()
-    assert run(encoder, tmp_path, num_workers=1)[:, 0].tolist() == [len(text) for text in TEXTS]
+    monkeypatch.setattr(encoding, "DataLoader", lambda *args, **kwargs: DataLoader(*copied(args), **copied(kwargs)))
+    assert run(Counting(), tmp_path)[:, 0].tolist() == [len(text) for text in TEXTS]
+
+
+def copied(value):
+    return pickle.loads(pickle.dumps(value))
 
 
 def test_fewer_inputs_than_a_batch(tmp_path):
