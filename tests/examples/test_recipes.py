@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from huggingface_hub import HfApi
 from PIL import Image
 
 from mmesid.trainer.cli import STAGES, main
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.recipes import read_recipe
-
-from ..processes import run_python
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -157,25 +156,14 @@ def test_the_recipe_prepares_downloaded_files(year, shop_url, tmp_path, monkeypa
     assert len(load_dataset(str(prepared), cache_dir=str(tmp_path / "cache"))["test"]) == USERS
 
 
-HUB_SCRIPT = """
-import sys
-from huggingface_hub import HfApi
-from mmesid.trainer.cli import main
-
-folder, *overrides = sys.argv[1:]
-api, dataset = HfApi(), {"repo_id": "McAuley-Lab/Amazon-Reviews-2023", "repo_type": "dataset"}
-api.create_repo(**dataset, exist_ok=True)
-api.upload_folder(folder_path=folder, **dataset)
-# The published repository has a loading script, which `datasets` refuses; its files are read as they are.
-script = b"raise SystemExit('a loading script ran')"
-api.upload_file(path_or_fileobj=script, path_in_repo="Amazon-Reviews-2023.py", **dataset)
-main(["run", "amazon", "--only", "prepare", "--set", *overrides])
-"""
-
-
-def test_the_recipe_prepares_the_files_of_the_hub(shop_url, tmp_path, hub_environment):
+def test_the_recipe_prepares_the_files_of_the_hub(shop_url, tmp_path, monkeypatch, on_hub):
     write_files(tmp_path / "repository", 2023, shop_url)
-    arguments = [tmp_path / "repository", *OVERRIDES[2023]]
-    result = run_python("-c", HUB_SCRIPT, *arguments, env=hub_environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    api, dataset = HfApi(), {"repo_id": HUB, "repo_type": "dataset"}
+    api.create_repo(**dataset, exist_ok=True)
+    api.upload_folder(folder_path=tmp_path / "repository", **dataset)
+    # The published repository has a loading script, which `datasets` refuses; its files are read as they are.
+    script = b"raise SystemExit('a loading script ran')"
+    api.upload_file(path_or_fileobj=script, path_in_repo="Amazon-Reviews-2023.py", **dataset)
+    monkeypatch.chdir(tmp_path)
+    main(["run", "amazon", "--only", "prepare", "--set", *OVERRIDES[2023]])
     check(tmp_path / "runs" / "amazon" / "prepared", 2023)

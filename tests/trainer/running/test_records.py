@@ -95,12 +95,14 @@ def test_a_broken_record_is_named_before_the_work_starts(toy, content):
     assert toy.runs == 2
 
 
-@pytest.mark.parametrize("settings", [{"size": 4}, {"force": True}])
-def test_other_settings_and_force_run_it_again(toy, settings):
+def test_other_settings_force_and_a_lost_output_run_it_again(toy):
     toy()
-    toy(**settings)
-    assert toy.runs == 2
-    assert toy.files()["result.txt"] == "run 2"
+    toy(size=4)
+    toy(size=4, force=True)
+    (toy.output_dir / "result.txt").unlink()
+    toy(size=4)
+    assert toy.runs == 4
+    assert toy.files()["result.txt"] == "run 4"
 
 
 def test_other_inputs_run_it_again_and_equal_ones_elsewhere_do_not(toy, tmp_path):
@@ -111,13 +113,6 @@ def test_other_inputs_run_it_again_and_equal_ones_elsewhere_do_not(toy, tmp_path
     toy()
     assert toy.runs == 1
     moved.write_text("other interactions")
-    toy()
-    assert toy.runs == 2
-
-
-def test_a_lost_output_runs_it_again(toy):
-    toy()
-    (toy.output_dir / "result.txt").unlink()
     toy()
     assert toy.runs == 2
 
