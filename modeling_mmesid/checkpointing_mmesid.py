@@ -52,15 +52,12 @@ class BaseModelMixin:
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
-        revision = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
-        backbone = AutoModel.from_pretrained(
-            pretrained_backbone_name_or_path, **backbone_kwargs | {"revision": revision}
-        )
+        backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
+        backbone = AutoModel.from_pretrained(pretrained_backbone_name_or_path, **backbone_kwargs)
         if freeze_backbone or config_kwargs.get("lora") is not None:
             config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
-            config_kwargs["base_model_revision"] = revision
-        # A copy: nesting a live configuration would reset its attention implementation, silently dropping the causal
-        # mask.
+            config_kwargs["base_model_revision"] = backbone_kwargs["revision"]
+        # A copy: nested, a live configuration loses its attention implementation, and with it the causal mask.
         backbone_config = deepcopy(backbone.config)
         # Often a path of this machine, which a published checkpoint must not reveal.
         backbone_config._name_or_path = ""
@@ -142,11 +139,8 @@ class BaseModelMixin:
             adapter_dir = os.path.join(save_directory, "adapter")
             adapter_config.save_pretrained(adapter_dir)
             weights = get_peft_model_state_dict(self.base_model.backbone)
-            save_file(
-                {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
-                os.path.join(adapter_dir, "adapter_model.safetensors"),
-                metadata={"format": "pt"},
-            )
+            weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
+            save_file(weights, os.path.join(adapter_dir, "adapter_model.safetensors"), metadata={"format": "pt"})
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """As [`~transformers.PreTrainedModel.push_to_hub`]; refuses a base model that is a folder on this machine."""

@@ -45,8 +45,7 @@ class MMESIDConfig(CheckpointConfig):
             backbone, not where they score. The square root of the hidden size suits a backbone trained from scratch,
             as in SASRec and Gemma.
         token_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the item tokens that enter the backbone.
-        output_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the user representations before they are
-            scored.
+        output_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the user representations.
         prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens before the items.
         prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens after the items; without any the last
             item's state represents the user.

@@ -19,6 +19,9 @@ ITEMS_PER_BLOCK = 2**15
 QUANTIZER_PROBES = 64
 MINIMUM_AGREEMENT = 0.3
 
+# One tensor for each modality.
+Tables = dict[str, torch.Tensor] | None
+
 
 class MMESIDModality(nn.Module):
     """
@@ -148,31 +151,9 @@ class MMESIDItems(nn.Module):
 
     @torch.no_grad()
     def initialize(
-        self,
-        frequencies: torch.Tensor,
-        embeddings: dict[str, torch.Tensor] | None = None,
-        present: dict[str, torch.Tensor] | None = None,
-        codes: dict[str, torch.Tensor] | None = None,
-        code_vectors: dict[str, torch.Tensor] | None = None,
+        self, frequencies: torch.Tensor, embeddings: Tables, present: Tables, codes: Tables, code_vectors: Tables
     ) -> None:
-        """
-        Fills the catalogue. All tables are indexed by row; row 0 is padding.
-
-        Args:
-            frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
-            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings for
-                each modality.
-            present (`dict[str, torch.BoolTensor]`, each of shape `(items + 1,)`, *optional*): Which items have the
-                modality; those with a non-zero embedding by default.
-            codes (`dict[str, torch.LongTensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs, -1
-                for items that lack the modality.
-            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`,
-                *optional*): The quantizer's *trained* code vectors to start from; left at their random initialisation
-                by default.
-
-        Raises:
-            ValueError: If a table is missing or does not fit the configuration, or no item has some modality.
-        """
+        """Fills the catalogue, see [`MMESIDForSequentialRecommendation.initialize_items`]."""
         config, rows = self.config, self.config.num_items + 1
         if frequencies.shape != (rows,):
             raise ValueError(
@@ -200,7 +181,13 @@ class MMESIDItems(nn.Module):
             _check_table("code_vectors", name, vectors, tuple(self.modalities[name].code_vectors.shape))
         for name, table in codes.items():
             _check_table("codes", name, table, (rows, config.num_quantizers), floating=False)
-            _check_codes(name, table, config.codebook_size, present[name].to(table.device))
+            wrong = ((table < 0) & present[name].to(table.device)[:, None]) | (table >= config.codebook_size)
+            if wrong.any():
+                row = int(wrong.any(-1).nonzero()[0])
+                raise ValueError(
+                    f"The codes of '{name}' in row {row} are {table[row].tolist()}, outside "
+                    f"0..{config.codebook_size - 1}; take them from the quantizer that the configuration describes."
+                )
         self.fusion.frequencies.copy_(frequencies)
         self.fusion.log_range.copy_(torch.log1p(torch.stack(frequencies[1:].aminmax()).float()))
         for name, modality in self.modalities.items():
@@ -210,12 +197,7 @@ class MMESIDItems(nn.Module):
                 modality.initialize_codes(code_vectors[name], config.initializer_range * config.hidden_size**0.5)
 
     @torch.no_grad()
-    def extend(
-        self,
-        embeddings: dict[str, torch.Tensor],
-        present: dict[str, torch.Tensor] | None = None,
-        quantizer: MMRQVAEModel | None = None,
-    ) -> list[int]:
+    def extend(self, embeddings: Tables, present: Tables, quantizer: MMRQVAEModel | None) -> list[int]:
         """Adds items after training, see [`MMESIDForSequentialRecommendation.add_items`]."""
         config = self.config
         unknown = set(embeddings) - set(config.modalities)
@@ -255,9 +237,7 @@ class MMESIDItems(nn.Module):
         config.num_items += count
         return list(range(first, first + count))
 
-    def _masks(
-        self, embeddings: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None, rows: int
-    ) -> dict[str, torch.Tensor]:
+    def _masks(self, embeddings: Tables, present: Tables, rows: int) -> dict[str, torch.Tensor]:
         """Which rows of the given tables have each modality, `(rows,)`; those with a non-zero embedding by default."""
         masks = {}
         for name, table in embeddings.items():
@@ -366,14 +346,4 @@ def _check_table(kind: str, name: str, table: torch.Tensor, shape: tuple[int, ..
     if not finite.all():
         raise ValueError(
             f"The {kind} of '{name}' hold NaN or infinity in row {int((~finite).nonzero()[0])}; make the table again."
-        )
-
-
-def _check_codes(name: str, codes: torch.Tensor, codebook_size: int, present: torch.Tensor) -> None:
-    wrong = ((codes < 0) & present[:, None]) | (codes >= codebook_size)
-    if wrong.any():
-        row = int(wrong.any(-1).nonzero()[0])
-        raise ValueError(
-            f"The codes of '{name}' in row {row} are {codes[row].tolist()}, outside 0..{codebook_size - 1}; take them "
-            "from the quantizer that the configuration describes."
         )

@@ -1,7 +1,5 @@
 """Cross-entropy over the whole catalogue without ever holding all of its logits."""
 
-from typing import Literal
-
 import torch
 
 
@@ -28,17 +26,13 @@ def catalogue_cross_entropy(
     hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, logits_per_tile: int = LOGITS_PER_TILE
 ) -> torch.Tensor:
     r"""
-    Mean of \\(-\log \mathrm{softmax}_{i=1..N}(\langle u, t_i \rangle)_{target}\\) over the rows of `hidden` (equation
-    4 of stage 2 in the method: full softmax, padding excluded).
+    Mean of \\(-\log \mathrm{softmax}_{i=1..N}(\langle u, t_i \rangle)_{target}\\) over user representations `hidden`,
+    `(targets, hidden)`, with item vectors `table`, `(items + 1, hidden)`, row 0 for padding, which takes no part, and
+    rows `targets`, `(targets,)`, from 1 to N. A scalar in float32; zero, with zero gradients, if there is no target.
 
     The gradients are computed in the forward pass, tile by tile, while the probabilities are at hand: memory beyond
     the inputs and their gradients is one tile of logits, whatever the size of the catalogue or of the batch. On CUDA
-    the kernels of `cut-cross-entropy` or `liger-kernel` do the same if they are installed ([`fused_kernel`] says
-    when).
-
-    `hidden` are user representations `(targets, hidden)`, `table` item vectors `(items + 1, hidden)` with padding in
-    row 0, `targets` rows of items `(targets,)`, from 1 to N. The result is a scalar in float32; zero, with zero
-    gradients, if there is no target.
+    the kernels of `cut-cross-entropy` or `liger-kernel` do the same if they are installed, see [`fused_kernel`].
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -51,9 +45,7 @@ def catalogue_cross_entropy(
     return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile, torch.is_grad_enabled())
 
 
-def fused_kernel(
-    device_type: str, dtype: torch.dtype, rows: int, hidden_size: int, num_items: int
-) -> Literal["cut-cross-entropy", "liger-kernel"] | None:
+def fused_kernel(device_type: str, dtype: torch.dtype, rows: int, hidden_size: int, num_items: int) -> str | None:
     """
     Which of the installed fused kernels serves a loss of so many rows, or `None` for the tiles of this module.
 
@@ -92,10 +84,10 @@ def sampled_cross_entropy(
     drawn (logQ correction; importance sampling of [Bengio and Senécal,
     2008](https://doi.org/10.1109/TNN.2007.912312)). It tends to [`catalogue_cross_entropy`] as n grows.
 
-    `hidden` and `target_vectors` are `(targets, hidden)`, `candidate_vectors` `(candidates, hidden)`, with repetitions
-    as drawn; `candidate_log_counts` `(candidates,)` are log(n q_j), the logarithm of how often an item is expected
-    among the draws. `is_target`, `(targets, candidates)` in bool, says where a candidate is the target itself, which
-    counts once and exactly. The result is a scalar in float32; zero if there is no target.
+    `hidden` and `target_vectors` are `(targets, hidden)`, `candidate_vectors` `(candidates, hidden)`, repeated as
+    drawn, `candidate_log_counts` `(candidates,)` log(n q_j), how often an item is expected among the draws, and
+    `is_target` `(targets, candidates)` where a candidate is the target itself, which counts once and exactly. The
+    result is a scalar in float32; zero if there is no target.
     """
     target_logits = (hidden * target_vectors).sum(-1, dtype=torch.float32)
     logits = (hidden @ candidate_vectors.T).float() - candidate_log_counts

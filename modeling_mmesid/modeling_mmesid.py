@@ -221,7 +221,24 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         codes: dict[str, torch.Tensor] | None = None,
         code_vectors: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Gives the model its catalogue, with the arguments of [`MMESIDItems.initialize`]."""
+        """
+        Gives the model its catalogue. All tables are indexed by row; row 0 is padding.
+
+        Args:
+            frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
+            embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings for
+                each modality.
+            present (`dict[str, torch.BoolTensor]`, each of shape `(items + 1,)`, *optional*): Which items have the
+                modality; those with a non-zero embedding by default.
+            codes (`dict[str, torch.LongTensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs, -1
+                for items that lack the modality.
+            code_vectors (`dict[str, torch.Tensor]`, each of shape `(levels, codebook_size, codebook_dim)`,
+                *optional*): The quantizer's *trained* code vectors to start from; left at their random initialisation
+                by default.
+
+        Raises:
+            ValueError: If a table is missing or does not fit the configuration, or no item has some modality.
+        """
         self.model.items.initialize(frequencies, embeddings, present, codes, code_vectors)
 
     def add_items(

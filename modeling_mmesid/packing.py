@@ -89,8 +89,7 @@ def _one_prefix_per_row(histories, targets, suffix_ids, pad_to_multiple_of) -> d
 def prepend_prompt(
     count: int, position_ids: torch.Tensor, shared_length: torch.Tensor, segment_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What [`pack_histories`] says of a packed sequence, `(batch, count + length)` each, with `count` prompt tokens in
-    front."""
+    """What [`pack_histories`] says of packed sequences, `(batch, length)`, with `count` prompt tokens in front."""
     prompt = torch.arange(count, device=segment_ids.device).expand(len(segment_ids), count)
     return (
         torch.cat([prompt, position_ids + count], dim=1),

@@ -49,12 +49,7 @@ class MMESIDProcessor(ProcessorMixin):
         require_items_place(user_prompt)
 
     def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
-        """
-        Histories of raw item ids (oldest first) as rows, ready for `recommend`.
-
-        Raises:
-            ValueError: If a history is empty or holds an unknown id.
-        """
+        """Histories of raw item ids, oldest first, as rows for `recommend`; refuses empty ones and unknown ids."""
         rows = []
         for index, history in enumerate(histories):
             if isinstance(history, str) or not isinstance(history, Sequence):

@@ -60,8 +60,7 @@ def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torc
 
 
 def mask_histories(scores: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-    """Sets the scores (`(batch, items + 1)`) of the items of each history (`(batch, length)`, padded with 0) to minus
-    infinity, in place."""
+    """Sets scores, `(batch, items + 1)`, of the items of histories, `(batch, length)` with 0 for padding, to -inf."""
     return scores.scatter_(1, histories, -torch.inf)
 
 
@@ -144,8 +143,7 @@ class RecommendationMixin:
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
             return_contributions (`bool`, *optional*, defaults to `False`): Whether to split every score into what the
                 item's sources (ID vector, modalities) add to it.
-            allowed_items (`list[int]`, *optional*): Rows to choose from, for all users; the whole catalogue by
-                default.
+            allowed_items (`list[int]`, *optional*): Rows to choose from, for all users; all items by default.
             denied_items (`list[int]`, *optional*): Rows that no user may get.
 
         Returns:
@@ -172,8 +170,7 @@ class RecommendationMixin:
                 batch = histories[start : start + batch_size]
                 user_embeddings = self.encode_histories(batch)
                 batch_scores = score_items(user_embeddings, item_table)  # (batch, items + 1)
-                if candidates < num_items:
-                    batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
+                batch_scores.masked_fill_(excluded.to(batch_scores.device), -torch.inf)
                 if exclude_history:
                     mask_histories(batch_scores, pad_histories(batch, batch_scores.device))
                 best = batch_scores.topk(top_k)
