@@ -66,11 +66,8 @@ class QuantizeArguments(StageArguments):
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(QuantizeArguments, argv)
     paths = {modality: table_path(arguments.embeddings_dir, modality) for modality in arguments.modalities}
-    run = StageRun(
-        "quantize",
-        arguments,
-        inputs={"prepared_dir": arguments.prepared_dir, "embeddings_dir": list(paths.values())},
-    )
+    inputs = {"prepared_dir": arguments.prepared_dir, "embeddings_dir": list(paths.values())}
+    run = StageRun("quantize", arguments, inputs)
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
