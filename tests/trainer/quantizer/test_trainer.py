@@ -1,5 +1,7 @@
 """Training, revival, balance and resume of the quantizer on toy tables."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -119,31 +121,26 @@ def test_a_training_resumed_anywhere_ends_with_the_same_weights(tmp_path, items,
     settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "codebook_learning_rate": 0.1}
     # Codes that die all the time, and levels that are balanced.
     shape = {"codebook_size": 128, "sinkhorn_epsilons": [0.0, 0.003]}
-    weights = {}
-    for name in ("whole", "interrupted"):
-        model = toy_model(**shape)
-        initialize(model, items)
-        trainer = toy_trainer(tmp_path / name, model, items, **settings)
-        if name == "interrupted":
-            trainer.add_callback(Interruption(stop))
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            model = toy_model(**shape)
-            trainer = toy_trainer(tmp_path / name, model, items, **settings)
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(tmp_path / name))
-        else:
-            trainer.train()
-        weights[name] = model.state_dict()
+    initialized = toy_model(**shape)
+    initialize(initialized, items)
+    whole = copy.deepcopy(initialized)
+    toy_trainer(tmp_path / "whole", whole, items, **settings).train()
+    trainer = toy_trainer(tmp_path / "interrupted", initialized, items, **settings)
+    trainer.add_callback(Interruption(stop))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = toy_model(**shape)
+    trainer = toy_trainer(tmp_path / "interrupted", resumed, items, **settings)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(tmp_path / "interrupted"))
     ends = [entry for entry in trainer.state.log_history if "dead@1_text" in entry]
     assert len(ends) == 4 and any(entry["dead@2_text"] > 0 for entry in ends if entry["step"] >= stop)
-    for name, value in weights["whole"].items():
-        assert torch.equal(weights["interrupted"][name], value), name
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("width", [32, 2048])
-def test_spaces_as_narrow_and_as_wide_as_decoders_are_trained(tmp_path, width):
+def test_a_space_as_wide_as_decoders_is_trained(tmp_path):
     items = toy_items(100)
-    model = toy_model(codebook_dim=width, codebook_size=8, encoder_hidden_dims=[])
+    model = toy_model(codebook_dim=2048, codebook_size=8, encoder_hidden_dims=[])
     initialize(model, items)
     trainer = toy_trainer(tmp_path, model, items, num_train_epochs=1, **UNEVALUATED)
     before = model.code_vectors("text").detach().clone()

@@ -48,15 +48,12 @@ def run(tmp_path_factory):
     for modality in ABSENT:
         embed.main([*prepared, "--output_dir", embeddings[1], "--modality", modality, *named])
     sizes = ["--num_quantizers", "2", "--codebook_size", "4", "--codebook_dim", "8"]
-    quantize.main(
-        [*prepared, *embeddings, "--output_dir", str(root / "quantizer"), "--modalities", *ABSENT, *sizes, *TRAINING]
-    )
+    shared = [*prepared, *embeddings, "--modalities", *ABSENT, *TRAINING]
+    quantize.main([*shared, "--output_dir", str(root / "quantizer"), *sizes])
     finetune.main(
-        [
-            *prepared, *embeddings, "--quantizer_dir", str(root / "quantizer"), "--modalities", *ABSENT,
-            "--output_dir", str(root / "recommender"), "--hidden_size", "16", *TRAINING,
-        ]
-    )  # fmt: skip
+        [*shared, "--quantizer_dir", str(root / "quantizer"), "--output_dir", str(root / "recommender")]
+        + ["--hidden_size", "16"]
+    )
     return root
 
 

@@ -2,13 +2,14 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, TrainingArguments
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaModel, TrainingArguments
 
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.tables import load_table
@@ -16,7 +17,7 @@ from mmesid.trainer.metrics.ranking.analysis import metrics
 from mmesid.trainer.publishing.repository import publication
 from mmesid.trainer.quantizer.semantic_ids import read_semantic_ids
 from mmesid.trainer.recommender.evaluation import model_ranks, popularity_ranks
-from mmesid.trainer.recommender.small_llama import train_tokenizer
+from mmesid.trainer.recommender.small_llama import new_llama_config, train_tokenizer
 from mmesid.trainer.recommender.training import build_recommender
 from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import StageRecord, processor_name
@@ -48,17 +49,10 @@ def content(tiny_run) -> tuple:
     return data, tables, MMRQVAEModel.from_pretrained(tiny_run / "quantizer"), codes
 
 
-def test_published_semantic_ids_are_the_quantizers(content):
-    data, tables, quantizer, codes = content
-    present = tables["text"].present
-    found = quantizer.encode({"text": tables["text"].embeddings[present]}).codes["text"]
-    assert torch.equal(codes["text"][present], found) and (codes["text"][~present] == -1).all()
-    # Item 5 has no text.
-    assert not present[5]
-
-
 def test_code_embeddings_start_from_the_trained_code_vectors(content):
-    data, tables, quantizer, codes = content
+    _, tables, quantizer, codes = content
+    # Item 5 has no text.
+    assert not tables["text"].present[5] and torch.equal((codes["text"] >= 0).all(1), tables["text"].present)
     for start in ("trained", "random"):
         model, _ = build_recommender(*content, hidden_size=16, code_initialization=start)
         factors = (model.model.items.modalities["text"].code_vectors / quantizer.code_vectors("text")).detach()
@@ -96,13 +90,16 @@ def test_results_agree_with_ranking_by_hand(tiny_run):
     assert results["recommender"]["test"]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)
 
 
-def test_results_table_names_every_model_and_the_synthetic_data(tiny_run):
+def test_results_table_and_cards_name_every_model_and_the_synthetic_data(tiny_run):
     table = (tiny_run / "evaluation" / "results.md").read_text()
     assert "synthetic" in table
-    for name in ("popularity", "sasrec", "recommender"):
+    results = json.loads((tiny_run / "evaluation" / "results.json").read_text())
+    for name, result in results.items():
         # Validation, test, and test by group.
         assert table.count(f"| {name} |") == 3
-    assert max(map(len, table.splitlines())) < 300
+        if name != "popularity":
+            assert f"{result['test']['ndcg@10']:.4f}" in (tiny_run / name / "README.md").read_text()
+    assert max(map(len, table.splitlines())) < 300 and set(results) == {"popularity", "sasrec", "recommender"}
 
 
 def test_groups_and_intervals_belong_to_the_test_figures(tiny_run):
@@ -131,31 +128,18 @@ def test_evaluating_again_prints_the_table_without_ranking_again(tiny_run, capsy
 
 
 def test_models_of_one_name_are_refused(tiny_run, tmp_path):
-    directories = [str(tiny_run / "sasrec"), str(tiny_run / "sasrec") + "/"]
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path), "--model_dirs"]
     with pytest.raises(ValueError, match="are called 'sasrec'"):
-        evaluate.main(
-            ["--prepared_dir", str(tiny_run / "prepared"), "--model_dirs", *directories, "--output_dir", str(tmp_path)]
-        )
-
-
-def test_evaluate_adds_the_test_figures_to_the_cards(tiny_run):
-    results = json.loads((tiny_run / "evaluation" / "results.json").read_text())
-    for name in ("sasrec", "recommender"):
-        assert f"{results[name]['test']['ndcg@10']:.4f}" in (tiny_run / name / "README.md").read_text()
+        evaluate.main([*flags, str(tiny_run / "sasrec"), str(tiny_run / "sasrec") + "/"])
 
 
 def test_popularity_by_hand(tiny_run):
     data = PreparedDataset.load(tiny_run / "prepared")
     test, hits = data.sequences("test"), 0
     for user in range(len(test)):
-        history, target = set(test[user]["history"].tolist()), test[user]["target"]
-        candidates = [row for row in range(1, data.num_items + 1) if row not in history]
-        rank = (
-            sum(data.frequencies[row] >= data.frequencies[target] for row in candidates)
-            if target not in history
-            else 999
-        )
-        hits += rank <= 10
+        candidates = {*range(1, data.num_items + 1)} - {*test[user]["history"].tolist()}
+        target = test[user]["target"]
+        hits += target in candidates and sum(data.frequencies[[*candidates]] >= data.frequencies[target]) <= 10
     assert (popularity_ranks(data, "test", batch_size=64) <= 10).sum() == hits
 
 
@@ -219,25 +203,28 @@ def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
 )
 def test_recommend_names_the_bad_line_or_id(tiny_run, tmp_path, content, words):
     (tmp_path / "users.jsonl").write_bytes(content)
+    flags = ["--model_dir", str(tiny_run / "recommender"), "--histories_file", str(tmp_path / "users.jsonl")]
     with pytest.raises(ValueError, match=words):
-        recommend.main(
-            ["--model_dir", str(tiny_run / "recommender"), "--histories_file", str(tmp_path / "users.jsonl")]
-        )
+        recommend.main(flags)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "runs/mine/recommender"])
-def test_a_recommender_that_is_nowhere_is_named(name):
-    with pytest.raises(
-        FileNotFoundError, match=f"'{name}' is not on this machine, and the Hub at .* does not give it"
-    ):
+NOWHERE = "' is not on this machine, and the Hub at .* does not give it"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", NOWHERE),
+        ("./nowhere", NOWHERE),
+        ("runs/mine/recommender", NOWHERE),
+        ("{}/prepared", "' holds no recommender, it lacks 'config.json'; name a dir"),
+        ("{}/sasrec", "' holds no recommender, it lacks 'processor_config.json'"),
+    ],
+)
+def test_what_is_no_recommender_is_named(tiny_run, name, words):
+    name = name.format(tiny_run)
+    with pytest.raises(FileNotFoundError, match=f"'{name}{words}"):
         recommend.main(["--model_dir", name, "--history", "sku000007"])
-
-
-def test_a_directory_without_a_recommender_is_named(tiny_run):
-    with pytest.raises(FileNotFoundError, match=r"prepared' holds no recommender, it lacks 'config.json'; name a dir"):
-        recommend.main(["--model_dir", str(tiny_run / "prepared"), "--history", "sku000007"])
-    with pytest.raises(FileNotFoundError, match=r"sasrec' holds no recommender, it lacks 'processor_config.json'"):
-        recommend.main(["--model_dir", str(tiny_run / "sasrec"), "--history", "sku000007"])
 
 
 def test_unchanged_stage_is_skipped_and_a_failing_one_leaves_the_result(tiny_run, capsys, monkeypatch):
@@ -266,14 +253,11 @@ def test_finetune_without_tables_says_which_flag(tiny_run):
 
 
 def test_evaluating_on_another_catalogue_is_refused(tiny_run, tmp_path):
-    prepare.main(
-        ["--source", "synthetic", "--num_items", "60", "--num_users", "60", "--output_dir", str(tmp_path / "other")]
-    )
+    other = str(tmp_path / "other")
+    prepare.main(["--source", "synthetic", "--num_items", "60", "--num_users", "60", "--output_dir", other])
+    flags = ["--prepared_dir", other, "--output_dir", str(tmp_path / "evaluation")]
     with pytest.raises(ValueError, match="knows 80 items"):
-        evaluate.main(
-            ["--prepared_dir", str(tmp_path / "other"), "--model_dirs", str(tiny_run / "sasrec"),
-             "--output_dir", str(tmp_path / "evaluation")]
-        )  # fmt: skip
+        evaluate.main([*flags, "--model_dirs", str(tiny_run / "sasrec")])
 
 
 @pytest.fixture
@@ -282,18 +266,9 @@ def base(tiny_run, tmp_path):
     data = PreparedDataset.load(tiny_run / "prepared")
     tokenizer = train_tokenizer(data.texts[1:], 400)
     torch.manual_seed(0)
-    base = tmp_path / "base"
-    LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    return base
+    LlamaModel(new_llama_config(tokenizer, 64, 1, 512)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
 def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
@@ -381,13 +356,18 @@ def test_killed_training_resumes_where_it_stopped(tiny_run, tmp_path):
     assert (tmp_path / "resumed" / "record.json").is_file()
 
 
-def test_two_processes_give_the_ranks_of_one(tiny_run, tmp_path):
-    """Exact: no user is dropped or counted twice, although batches of 32 in two processes do not divide 151 users."""
-    prepare.main(
-        ["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(tmp_path / "odd")]
-    )
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    """A catalogue of the same size whose 151 users two processes cannot share evenly."""
+    odd = tmp_path_factory.mktemp("odd")
+    prepare.main(["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(odd)])
+    return odd
+
+
+def test_two_processes_give_the_ranks_of_one(tiny_run, odd, tmp_path):
+    """Exact: no user is dropped or counted twice."""
     flags = [
-        "--prepared_dir", str(tmp_path / "odd"), "--use_cpu", "true", "--per_device_eval_batch_size", "32",
+        "--prepared_dir", str(odd), "--use_cpu", "true", "--per_device_eval_batch_size", "32",
         "--model_dirs", str(tiny_run / "sasrec"), str(tiny_run / "recommender"), "--output_dir",
     ]  # fmt: skip
     finished = run_in_two("-m", "mmesid.trainer.stages.evaluate", *flags, tmp_path / "two")
@@ -416,14 +396,10 @@ finetune.main(sys.argv[2:])
 """
 
 
-def test_two_processes_train_and_validate_as_one_does(tiny_run, tmp_path):
-    """Exact, in training and after it: 151 users do not divide by two, so that a user counted twice or left out would
-    move every mean."""
-    prepare.main(
-        ["--source", "synthetic", "--num_items", "80", "--num_users", "151", "--output_dir", str(tmp_path / "odd")]
-    )
+def test_two_processes_train_and_validate_as_one_does(tiny_run, odd, tmp_path):
+    """Exact, in training and after it: a user counted twice or left out would move every mean."""
     flags = [*finetune_flags(tiny_run, "unused"), "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
-    flags += ["--prepared_dir", str(tmp_path / "odd"), "--per_device_eval_batch_size", "32"]
+    flags += ["--prepared_dir", str(odd), "--per_device_eval_batch_size", "32"]
     finished = run_in_two("-c", KEEP_HISTORY, tmp_path / "history.json", *flags)
     assert finished.returncode == 0, finished.stderr
     record = StageRecord.load(tmp_path / "two")
@@ -432,7 +408,7 @@ def test_two_processes_train_and_validate_as_one_does(tiny_run, tmp_path):
     assert model.recommend([[1, 2, 3]]).items.shape == (1, 10)
 
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
-    data = PreparedDataset.load(tmp_path / "odd")
+    data = PreparedDataset.load(odd)
     expected = metrics(model_ranks(AutoModel.from_pretrained(tmp_path / "two"), data, "validation", arguments))
     assert record.metrics["validation"] == pytest.approx(expected, abs=1e-12)
     in_training = [entry for entry in json.loads((tmp_path / "history.json").read_text()) if "eval_mrr" in entry]
