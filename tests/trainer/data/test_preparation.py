@@ -12,6 +12,8 @@ from mmesid.trainer.data.preparation import prepare
 from mmesid.trainer.data.prepared import SEQUENCE_FILES, PreparedDataset
 from mmesid.trainer.stages.prepare import main
 
+from .pictures import png
+
 
 ORDERS = {
     "customer": ["ann", "ann", "bob", "bob", "ann", "bob", "ann"],
@@ -65,12 +67,6 @@ def test_settings_reach_the_sequences():
     assert later.statistics["split"] == "global_time"
     in_order = prepare(frame, columns=NAMES | {"timestamp": None})
     assert [in_order.item_ids[row] for row in in_order.sequences("test")[0]["history"]] == ["7", "3", "5"]
-
-
-def png(colour) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["decoded", "bytes", "frame of bytes", "frame of structs", "paths"])

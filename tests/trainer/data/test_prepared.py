@@ -14,11 +14,7 @@ from mmesid.trainer.data.preparation import prepare_source
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.source import Catalogue, Interactions, Source
 
-
-def png(colour: tuple[int, int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 6), colour).save(file, format="PNG")
-    return file.getvalue()
+from .pictures import png
 
 
 # Item "d" is in no sequence; user "x" is too short to be split.

@@ -27,12 +27,12 @@ def table():
 
 def test_saved_table_reads_back_with_missing_rows_zero(tmp_path, table):
     embeddings, present = table
+    embeddings[3] = torch.nan
     save_table(tmp_path / "text.safetensors", "text", embeddings, present)
     loaded, loaded_present = load_table(tmp_path / "text.safetensors", "text", num_items=5)
-    assert loaded.dtype == torch.float32 and loaded_present.dtype == torch.bool
-    assert torch.equal(loaded_present, present)
-    assert torch.equal(loaded[present], embeddings[present])
-    assert not loaded[~present].any()
+    assert loaded.dtype == torch.float32 and torch.equal(loaded_present, present)
+    assert torch.equal(loaded[present], embeddings[present]) and not loaded[~present].any()
+    assert set(load_file(tmp_path / "text.safetensors")) == {"text", "present"}
     assert [file.name for file in tmp_path.iterdir()] == ["text.safetensors"], "a temporary file was left behind"
 
 
@@ -49,24 +49,13 @@ def test_save_refuses_nan_and_keeps_the_earlier_table(tmp_path, table):
         save_table(path, "text", torch.ones(6, 4), torch.ones(6, dtype=torch.bool))
 
 
-def test_nan_in_a_missing_row_is_not_saved(tmp_path, table):
-    embeddings, present = table
-    embeddings[3] = torch.nan
-    save_table(tmp_path / "text.safetensors", "text", embeddings, present)
-    assert not load_table(tmp_path / "text.safetensors", "text", num_items=5)[0][3].any()
-
-
 @pytest.mark.parametrize("read", [load_table, import_table])
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
         (torch.ones(5, 4), r"'text' has 5 rows where the catalogue of 5 items needs 6"),
-        (
-            torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf),
-            r"row 2 of 'text' holds NaN or infinity \(2 such rows",
-        ),
+        (torch.ones(6, 4).index_fill(0, torch.tensor([2, 5]), torch.inf), r"row 2 .* NaN or infinity \(2 such rows"),
         (torch.ones(6), r"floating-point numbers of shape \(items \+ 1, width\)"),
-        (torch.ones(6, 4, 2), r"floating-point numbers of shape \(items \+ 1, width\)"),
         (torch.ones(6, 4, dtype=torch.int64), r"torch.int64 of shape \(6, 4\)"),
     ],
 )
@@ -107,7 +96,6 @@ def test_load_needs_both_keys(tmp_path):
         (torch.zeros(3, 2), [[False], [True], [True]], r"'present' is torch.bool of shape \(3, 1\)"),
         (torch.ones(3, 2), [False, True, False], "row 0 of 'visual' is not zero though 'present' is false for it"),
         (torch.zeros(3, 2), [True, True, True], "'present' is true for row 0"),
-        (torch.zeros(2, 2), [False, True, True], "'visual' has 2 rows where the catalogue of 2 items needs 3"),
     ],
 )
 def test_nothing_is_broadcast_or_taken_for_a_mask(tmp_path, embeddings, present, message):
@@ -119,8 +107,7 @@ def test_nothing_is_broadcast_or_taken_for_a_mask(tmp_path, embeddings, present,
         check_table(EmbeddingTable(embeddings, torch.tensor(present)), "visual", num_items=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("key", ["text", "embeddings"])
+@pytest.mark.parametrize(("dtype", "key"), [(torch.bfloat16, "text"), (torch.float64, "embeddings")])
 def test_import_takes_any_precision_and_the_only_key(tmp_path, table, dtype, key):
     embeddings = table[0].to(dtype)
     embeddings[3] = 0
@@ -147,13 +134,6 @@ def test_import_honours_a_mask_over_zero_rows(tmp_path):
     save_file({"text": torch.tensor([[1.0], [0.0], [3.0]]), "present": torch.tensor([True, True, False])}, path)
     embeddings, present = import_table(path, "text", num_items=2)
     assert present.tolist() == [False, True, False] and embeddings.flatten().tolist() == [0.0, 0.0, 0.0]
-
-
-def test_an_imported_table_survives_the_round_trip(tmp_path, table):
-    save_file({"text": table[0].half()}, tmp_path / "foreign.safetensors")
-    save_table(tmp_path / "text.safetensors", "text", *import_table(tmp_path / "foreign.safetensors", "text", 5))
-    assert set(load_file(tmp_path / "text.safetensors")) == {"text", "present"}
-    assert torch.equal(load_table(tmp_path / "text.safetensors", "text", 5)[0][1:], table[0].half().float()[1:])
 
 
 def test_encoders_are_told_where_they_are_on_record(tmp_path):

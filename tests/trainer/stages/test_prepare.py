@@ -1,6 +1,5 @@
 """The prepare stage from its flags to its files, and what is left when it fails."""
 
-import io
 import json
 import threading
 import zipfile
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from PIL import Image
 from tqdm.auto import tqdm
 
 from mmesid.trainer.data.prepared import PreparedDataset
@@ -21,6 +19,8 @@ from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import sasrec
 from mmesid.trainer.stages.prepare import main
 from modeling_mmesid.checkpoints import file_digest
+
+from ..data.pictures import png
 
 
 def synthetic(directory, *flags) -> None:
@@ -111,9 +111,9 @@ def test_a_source_is_told_where_its_data_are_and_nothing_else(folder, tmp_path):
         main(["--source", "sequences", "--output_dir", str(tmp_path / "prepared")])
     with pytest.raises(ValueError, match="`--source synthetic` has no use for source_dir, got '.*folder'"):
         synthetic(tmp_path / "prepared", "--source_dir", str(folder))
-    for flag, value in {"image_dir": "x", "licence": "CC0", "source_name": "x", "text_fields": "title"}.items():
+    for flag in ("image_dir", "licence", "source_name", "text_fields"):
         with pytest.raises(ValueError, match=f"`--source synthetic` has no use for {flag}, got .*; leave it out"):
-            synthetic(tmp_path / "prepared", f"--{flag}", value)
+            synthetic(tmp_path / "prepared", f"--{flag}", "x")
     for flags, message in {
         ("--columns", "user_id=u"): r"`--source sequences` has no use for columns, got \['user_id=u'\]",
         ("--item_fields", "title=name"): "item_fields has no 'title'; name columns for item_id, image",
@@ -162,12 +162,6 @@ def test_a_location_is_a_file_or_what_load_dataset_is_told(tmp_path, location, e
         assert (found.path, found.config, found.split, found.revision) == (path.format(folder=folder), *others)
 
 
-def png(colour) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 4), colour).save(file, format="PNG")
-    return file.getvalue()
-
-
 @pytest.fixture
 def shop(tmp_path):
     """Orders of 12 users over 60 days, and ten products."""
@@ -176,9 +170,13 @@ def shop(tmp_path):
         f"u{user},{rng.integers(10)},{rng.integers(60)},{rng.integers(1, 6)}" for user in range(12) for _ in range(9)
     ]
     (tmp_path / "orders.csv").write_text("\n".join(["user_id,item_id,timestamp,stars", *lines]))
-    products = [{"item_id": item, "title": f"Item {item}", "price": item / 2} for item in range(10)]
-    (tmp_path / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+    write_products(tmp_path, {})
     return tmp_path
+
+
+def write_products(folder, images: dict[int, str]) -> None:
+    products = [{"item_id": item, "title": f"Item {item}", "image": images.get(item)} for item in range(10)]
+    (folder / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
 
 
 def tabular(folder, *flags) -> PreparedDataset:
@@ -202,20 +200,16 @@ def test_a_split_in_time_reaches_files_card_and_training(shop):
     for user, item, day, stars in orders:
         if stars != "1":
             first_day[user, item] = min(int(day), first_day.get((user, item), 60))
-    for user, example in ((user, train[index]) for index, user in enumerate(train.user_ids)):
-        rows = [*example["history"].tolist(), example["target"]]
+    for index, user in enumerate(train.user_ids):
+        rows = [*train[index]["history"].tolist(), train[index]["target"]]
         assert {str(row - 1) for row in rows} == {i for (u, i), day in first_day.items() if u == user and day < start}
-    for user, example in ((user, test[index]) for index, user in enumerate(test.user_ids)):
-        assert all(first_day[user, str(row - 1)] < end for row in example["history"])
-        assert first_day[user, str(example["target"] - 1)] >= end
+    for index, user in enumerate(test.user_ids):
+        assert all(first_day[user, str(row - 1)] < end for row in test[index]["history"])
+        assert first_day[user, str(test[index]["target"] - 1)] >= end
 
     card = (shop / "prepared/README.md").read_text()
     assert f"validation starts at {start} and test at {end}" in card and "split in time" in card
     assert "| min rating | 2 |" in card and "| repeats | first |" in card and "| dropped repeats |" in card
-    loaded = load_dataset(str(shop / "prepared"), cache_dir=str(shop / "cache"))
-    assert {split: len(rows) for split, rows in loaded.items()} == {
-        "train": len(train), "validation": data.statistics["validation_users"], "test": len(test),
-    }  # fmt: skip
     flags = "--hidden_size 8 --num_train_epochs 1 --disable_tqdm true --use_cpu true".split()
     sasrec.main(["--prepared_dir", str(shop / "prepared"), "--output_dir", str(shop / "sasrec"), *flags])
     assert 0 <= StageRecord.load(shop / "sasrec").metrics["validation"]["ndcg@10"] <= 1
@@ -272,9 +266,7 @@ def test_pictures_called_after_items_stand_in_for_urls_that_are_not_downloaded(t
 
 def test_a_picture_that_an_item_names_comes_before_one_called_after_it(shop):
     pictures_folder(shop / "pics", **{"3": "red", "4": "blue", "cover": "lime"})
-    products = [json.loads(line) for line in (shop / "products.jsonl").read_text().splitlines()]
-    products[3]["image"] = "cover.png"
-    (shop / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+    write_products(shop, {3: "cover.png"})
     data = tabular(shop, "--image_dir", str(shop / "pics"))
     assert pictured(data) == {"3": (0, 255, 0), "4": (0, 0, 255)}
 
@@ -304,11 +296,7 @@ def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    products = [json.loads(line) for line in (shop / "products.jsonl").read_text().splitlines()]
-    for product in products:
-        if product["item_id"] in (3, 4):
-            product["image"] = f"http://127.0.0.1:{server.server_port}/{product['item_id']}.png"
-    (shop / "products.jsonl").write_text("".join(json.dumps(product) + "\n" for product in products))
+    write_products(shop, {item: f"http://127.0.0.1:{server.server_port}/{item}.png" for item in (3, 4)})
 
     without = tabular(shop)
     assert without.statistics["image_urls_not_downloaded"] == 2 and without.statistics["missing_image"] == 10
