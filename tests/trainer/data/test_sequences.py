@@ -47,11 +47,7 @@ def test_k_core_is_the_fixed_point(pairs, min_user, min_item):
     assert kept.tolist() == one_at_a_time_core(pairs, min_user, min_item)
 
 
-@given(
-    pairs=pairs_strategy,
-    min_interactions=st.integers(0, 4),
-    seed=st.integers(0, 100),
-)
+@given(pairs=pairs_strategy, min_interactions=st.integers(0, 4), seed=st.integers(0, 100))
 def test_splits_follow_from_the_sequences_in_time(pairs, min_interactions, seed):
     times = np.random.default_rng(seed).integers(0, 10, size=len(pairs)).tolist()
     kept = one_at_a_time_core(pairs, max(min_interactions, 3), min_interactions)
@@ -129,15 +125,10 @@ def test_duplicates_and_repeats_against_a_walk_through_time(duplicates, repeats,
 )
 def test_a_split_in_time_learns_nothing_from_what_happened_later(pairs, seed, shares):
     times = np.random.default_rng(seed).integers(0, 20, size=len(pairs))
+    in_time = {"split": "global_time", "validation_fraction": shares[0], "test_fraction": shares[1]}
     data = interactions_of(pairs, times.tolist())
     try:
-        sequences = build_sequences(
-            data,
-            9,
-            SequenceSettings(
-                duplicates="keep", split="global_time", validation_fraction=shares[0], test_fraction=shares[1]
-            ),
-        )
+        sequences = build_sequences(data, 9, SequenceSettings(duplicates="keep", **in_time))
     except ValueError as error:
         assert "is left" in str(error) or "No user is in the" in str(error)
         return
@@ -180,10 +171,7 @@ def test_a_split_in_time_learns_nothing_from_what_happened_later(pairs, seed, sh
         ({"duplicates": "first"}, "duplicates is 'first'; choose one of drop, keep"),
         ({"repeats": True}, "repeats is True; choose one of keep, first, last"),
         *(
-            (
-                {"split": "global_time", "validation_fraction": one, "test_fraction": other},
-                "are shares that leave some",
-            )
+            ({"validation_fraction": one, "test_fraction": other}, "are shares that leave some")
             for one, other in ((0.5, 0.5), (0, 0.1), (0.1, -1))
         ),
     ],

@@ -1,13 +1,13 @@
 """The prepare stage from its flags to its files, and what is left when it fails."""
 
 import json
+import shutil
 import threading
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import datasets
 import httpx2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
@@ -215,22 +215,6 @@ def test_a_split_in_time_reaches_files_card_and_training(shop):
     assert 0 <= StageRecord.load(shop / "sasrec").metrics["validation"]["ndcg@10"] <= 1
 
 
-def test_pictures_of_an_archive_are_those_called_after_items(shop):
-    with zipfile.ZipFile(shop / "pictures.zip", "w") as archive:
-        for item, colour in ((3, "red"), (7, "lime")):
-            archive.writestr(f"pictures/{item}.png", png(colour))
-    flags = ["--image_dir", str(shop / "pictures.zip")]
-    with pytest.raises(ValueError, match="An archive as image_dir needs image_cache_dir"):
-        tabular(shop, *flags)
-    items = tabular(shop, *flags, "--image_cache_dir", str(shop / "cache")).items()
-    assert [row["item_id"] for row in items if row["image"] is not None] == ["3", "7"]
-    assert items[7]["image"].convert("RGB").getpixel((2, 2)) == (0, 255, 0)
-    with zipfile.ZipFile(shop / "pictures.zip", "w") as archive:
-        archive.writestr("pen.png", png("red"))
-    with pytest.raises(ValueError, match="No picture of image_dir is called after an item: the first is 'pen.png'"):
-        tabular(shop, *flags, "--image_cache_dir", str(shop / "cache"))
-
-
 def pictures_folder(folder, **pictures):
     folder.mkdir()
     for name, colour in pictures.items():
@@ -243,40 +227,28 @@ def pictured(data: PreparedDataset) -> dict[str, tuple]:
     return {row["item_id"]: row["image"].getpixel((2, 2)) for row in data.items() if row["image"] is not None}
 
 
-def test_pictures_called_after_items_stand_in_for_urls_that_are_not_downloaded(tmp_path):
-    reviews = [
-        {"reviewerID": user, "asin": item, "unixReviewTime": time, "overall": 5.0}
-        for user in "abc"
-        for time, item in enumerate(("B1", "B2", "B3"))
-    ]
-    items = [{"asin": "B1", "title": "One", "imUrl": "http://127.0.0.1:9/1.png"}, {"asin": "B2", "title": "Two"}]
-    for name, rows in (("reviews.json", reviews), ("meta.json", items)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(
-        [
-            "--source", "amazon_2014", "--interactions", str(tmp_path / "reviews.json"),
-            "--items", str(tmp_path / "meta.json"), "--output_dir", str(tmp_path / "prepared"),
-            "--image_dir", str(pictures_folder(tmp_path / "pics", B1="red", B3="blue")),
-        ]
-    )  # fmt: skip
-    data = PreparedDataset.load(tmp_path / "prepared")
-    assert pictured(data) == {"B1": (255, 0, 0), "B3": (0, 0, 255)}
-    assert data.statistics["image_urls_not_downloaded"] == 1 and data.statistics["missing_image"] == 1
-
-
-def test_a_picture_that_an_item_names_comes_before_one_called_after_it(shop):
-    pictures_folder(shop / "pics", **{"3": "red", "4": "blue", "cover": "lime"})
-    write_products(shop, {3: "cover.png"})
+def test_pictures_called_after_items_stand_in_where_items_name_none_that_is_there(shop):
+    pictures_folder(shop / "pics", **{"3": "red", "4": "blue", "5": "red", "cover": "lime"})
+    write_products(shop, {3: "cover.png", 5: "http://127.0.0.1:9/5.png"})
     data = tabular(shop, "--image_dir", str(shop / "pics"))
-    assert pictured(data) == {"3": (0, 255, 0), "4": (0, 0, 255)}
+    assert pictured(data) == {"3": (0, 255, 0), "4": (0, 0, 255), "5": (255, 0, 0)}
+    assert data.statistics["image_urls_not_downloaded"] == 1 and data.statistics["missing_image"] == 7
+
+
+def test_pictures_of_an_archive_are_those_called_after_items(shop):
+    archive = shutil.make_archive(shop / "archive", "zip", pictures_folder(shop / "pics", **{"3": "red", "7": "lime"}))
+    with pytest.raises(ValueError, match="An archive as image_dir needs image_cache_dir"):
+        tabular(shop, "--image_dir", archive)
+    data = tabular(shop, "--image_dir", archive, "--image_cache_dir", str(shop / "cache"))
+    assert pictured(data) == {"3": (255, 0, 0), "7": (0, 255, 0)}
+    pictures_folder(shop / "others", pen="red")
+    with pytest.raises(ValueError, match="No picture of image_dir is called after an item: the first is 'pen.png'"):
+        tabular(shop, "--image_dir", str(shop / "others"))
 
 
 def test_a_folder_of_pictures_beside_a_table_that_holds_its_own_is_refused(shop):
-    rows = {"item_id": ["3"], "title": ["Item 3"], "image": [{"bytes": png("red"), "path": None}]}
-    features = datasets.Features(
-        {"item_id": datasets.Value("string"), "title": datasets.Value("string"), "image": datasets.Image()}
-    )
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(shop / "products.parquet")
+    products = pa.table({"item_id": ["3"], "title": ["Item 3"], "image": [png("red")]})
+    pq.write_table(products, shop / "products.parquet")
     pictures_folder(shop / "pics", **{"3": "blue"})
     flags = ["--items", str(shop / "products.parquet"), "--image_dir", str(shop / "pics")]
     with pytest.raises(ValueError, match=r"hold their pictures themselves, in 'image'; leave out image_dir"):
