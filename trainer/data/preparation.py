@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from .files import one_line
@@ -228,18 +227,13 @@ class _Items:
         return self.catalogue.columns([name], positions)[name]
 
     def _image(self, position: int) -> str | bytes | None:
-        if self.catalogue.images is None or not self.has_image[position]:
-            return None
-        image = self.catalogue.images[position]
+        image = self.catalogue.images[position] if self.has_image[position] else None
         return image.read_bytes() if isinstance(image, Path) else image
 
     def without_text(self) -> int:
         """How many have no field that an item's text is made of."""
         fields = self.catalogue.columns(self.catalogue.text_fields, self.kept_items)
-        empty = np.ones(len(fields), bool)
-        for column in fields.columns:
-            empty &= pc.is_null(column).to_numpy()
-        return int(empty.sum())
+        return int(np.logical_and.reduce([column.is_null().to_numpy() for column in fields.columns]).sum())
 
 
 def _statistics(

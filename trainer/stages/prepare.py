@@ -37,10 +37,6 @@ from ..running.errors import run_as_script
 from ..running.records import StageRun
 
 
-# In the order in which they are applied.
-FILTERS = ("min_rating", "duplicates", "repeats", "min_interactions")
-
-
 @dataclass(kw_only=True)
 class PrepareArguments(StageArguments, SequenceSettings):
     """
@@ -197,8 +193,10 @@ def main(argv: list[str] | None = None) -> None:
             counts = {f"image_dir_{reason}": count for reason, count in report.items()}
             data = prepare_source(source, arguments, arguments.on_bad_image, cache_dir, counts)
             data.save(staging)
-            filters = {name: getattr(arguments, name) for name in FILTERS}
-            run.details.update(data=data.statistics, configs=CARD_CONFIGS, filters=filters)
+            # In the order in which they are applied.
+            filters = ("min_rating", "duplicates", "repeats", "min_interactions")
+            run.details.update(data=data.statistics, configs=CARD_CONFIGS)
+            run.details["filters"] = {name: getattr(arguments, name) for name in filters}
             present(run)
 
 
