@@ -123,7 +123,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _checked(image: Path | bytes, max_bytes: int) -> bytes:
     try:
         size = image.stat().st_size if isinstance(image, Path) else len(image)
-        data = image.read_bytes() if isinstance(image, Path) and size <= max_bytes else image
+        data = b"" if size > max_bytes else image.read_bytes() if isinstance(image, Path) else image
     # ValueError: a name that no file can have.
     except (OSError, ValueError) as error:
         raise BadImageError("missing", getattr(error, "strerror", None) or str(error)) from error
@@ -330,8 +330,9 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, bytes | None]
             with tarfile.open(archive) as opened:
                 for member in opened:
                     # Links and devices are left out.
-                    if member.isreg() and _is_picture(member.name):
-                        yield _normal(member.name), opened.extractfile(member).read(max_bytes + 1)
+                    file = opened.extractfile(member) if member.isreg() and _is_picture(member.name) else None
+                    if file is not None:
+                        yield _normal(member.name), file.read(max_bytes + 1)
     except _DAMAGE as error:
         raise ValueError(
             f"'{archive}' is no zip or tar archive that can be read to its end ({one_line(error)}); "

@@ -4,7 +4,7 @@ loads from a folder or a repository, and tables in memory.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ def parse_location(location: str) -> TableLocation:
     which all but the path may be left out; raises `ValueError` if it has another form."""
     if Path(location).exists() or "://" in location or format_of(Path(location)) is not None:
         return TableLocation(location)
-    path, _, config, revision, split = _LOCATION.fullmatch(location).groups()
+    path, _, config, revision, split = _LOCATION.fullmatch(location).groups()  # type: ignore[union-attr]
     table = TableLocation(path, config, split or "train", revision)
     if table.is_file() or (table.is_repository() and re.search(r"[:@\[\]]", path)):
         raise ValueError(
@@ -188,10 +188,10 @@ def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], 
             raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; {remedy}.")
 
 
-def renamed(names: dict[str, str | None], chosen: dict[str, str | None] | None, setting: str) -> dict[str, Any]:
+def renamed(names: Mapping[str, str | None], chosen: Mapping[str, str | None] | None, setting: str) -> dict[str, Any]:
     """The names of columns by what we call them: those that were chosen, the defaults `names` for the others. Raises
     `ValueError` if one is chosen for what is not among them; the sentence names the setting."""
     for ours in chosen or {}:
         if ours not in names:
             raise ValueError(f"{setting} has no '{ours}'; name columns for {', '.join(names)}.")
-    return names | (chosen or {})
+    return {**names, **(chosen or {})}
