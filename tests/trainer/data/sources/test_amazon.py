@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import datasets
 import pyarrow as pa
@@ -260,12 +258,8 @@ def test_the_configurations_of_the_hubs_dataset_are_read_whatever_its_loading_sc
     again.append(f"{name}:{read['interactions_config']}@{read['interactions_revision']}")
     again += ["--force", "true", "--output_dir", str(output / "pinned")]
     before = (output / "pinned/items.parquet").read_bytes()
-    offline = subprocess.run(
-        [sys.executable, "-m", "mmesid.trainer.stages.prepare", *again],
-        env=hub_environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-    )
+    offline_environment = hub_environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    offline = run_python("-m", "mmesid.trainer.stages.prepare", *again, env=offline_environment)
     assert offline.returncode == 0, offline.stderr
     assert "prepare: wrote" in offline.stdout and (output / "pinned/items.parquet").read_bytes() == before
 

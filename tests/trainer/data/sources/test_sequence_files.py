@@ -9,13 +9,7 @@ from mmesid.trainer.data.sources.sequence_files import read_sequence_files
 
 ITEMS = [
     {"item": 1, "title": "Nail Polish", "attributes": ["OPI", "Makeup", "Nails"]},
-    {
-        "item": "b-2",
-        "title": "Toy Story (1995)",
-        "genres": ["Animation"],
-        "description": None,
-        "image": "pictures/2.png",
-    },
+    {"item": "b-2", "title": "Toy Story (1995)", "genres": ["Animation"], "image": "pictures/2.png"},
     {"item": 3, "title": "Why not?", "brand": "Acme", "description": "A question. Answered", "image": None},
 ]
 SEQUENCES = "alice 1 b-2 3\nbob 3 3 1\n"
@@ -46,12 +40,16 @@ def test_items_and_interactions_are_read(folder):
 
 
 def test_text_fields_choose_and_order_the_text(folder):
-    items = [{"id": 9, "title": "T", "brand": "B", "price": 3.5, "tags": ["x", None, "y"]}]
-    (folder / "items.jsonl").write_text(json.dumps(items[0]), encoding="utf-8")
+    item = {"id": 9, "title": "T", "brand": "B", "price": 3.5, "tags": ["x", None, "y"]}
+    (folder / "items.jsonl").write_text(json.dumps(item), encoding="utf-8")
     (folder / "sequences.txt").write_text("u 9 9 9", encoding="utf-8")
     source = read_sequence_files(folder, text_fields=["tags", "price"], item_fields={"item_id": "id"})
     assert source.catalogue.texts() == ["x, y. 3.5"]
     assert source.catalogue.images is None, "no line has a picture"
+    with pytest.raises(
+        ValueError, match=r"items.jsonl', line 1 has no field 'attributes', only id, title, brand, pri"
+    ):
+        read_sequence_files(folder, text_fields=["title", "attributes"], item_fields={"item_id": "id"})
 
 
 def line(**changes) -> str:
@@ -62,12 +60,8 @@ def line(**changes) -> str:
     ("added", "message"),
     [
         (json.dumps({"item": 4}) + "\n", r"items.jsonl', line 4 has no field 'title', only item; add it"),
-        (json.dumps({"title": "Four"}) + "\n", r"items.jsonl', line 4 has no field 'item', only title"),
         ('{"item": 4, "title"\n', r"items.jsonl', line 4 is not JSON \(.* at column 20\)"),
-        ("\n", r"items.jsonl', line 4 is not JSON"),
-        ("[4]\n", r"items.jsonl', line 4 holds list, not a JSON object"),
-        (line(item=1), r"items.jsonl', line 4 repeats item '1', number 1 of the items"),
-        (line(item="1"), r"items.jsonl', line 4 repeats item '1'"),
+        (line(item="1"), r"items.jsonl', line 4 repeats item '1', number 1 of the items"),
         (line(item=None), r"items.jsonl', line 4 has item=None; an item id is"),
         (line(item="a b"), r"items.jsonl', line 4 has item='a b'; an item id is"),
         (line(item=True), r"items.jsonl', line 4 has item=True; an item id is"),
@@ -111,8 +105,3 @@ def test_other_encodings_empty_files_and_missing_files_are_named(folder):
     (folder / "items.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"items.jsonl' is empty; write one line per item"):
         read_sequence_files(folder)
-
-
-def test_a_named_text_field_must_be_in_every_line(folder):
-    with pytest.raises(ValueError, match=r"items.jsonl', line 2 has no field 'attributes', only item, title, genres"):
-        read_sequence_files(folder, text_fields=["title", "attributes"])

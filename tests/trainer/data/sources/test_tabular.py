@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tracemalloc
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -64,6 +65,12 @@ def write_table(path, columns: dict):
     return path
 
 
+def read(orders, products=None, **settings):
+    """The source of two tables, each a location or a file."""
+    orders, products = (TableLocation(str(one)) if isinstance(one, Path) else one for one in (orders, products))
+    return read_tabular(orders, products, **{**COLUMNS, **settings})
+
+
 def check(source, folder) -> None:
     catalogue, interactions = source.catalogue, source.interactions
     # All items of the table, in its order, then those that it lacks.
@@ -90,7 +97,7 @@ FORMATS = ["csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "parquet"]
 def test_files_of_every_format_give_the_same_source(tmp_path, suffix):
     interactions = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS)
     items = write_table(tmp_path / f"products.{suffix}", ITEMS)
-    source = read_tabular(TableLocation(str(interactions)), TableLocation(str(items)), **COLUMNS, **ITEM_COLUMNS)
+    source = read(interactions, items, **ITEM_COLUMNS)
     check(source, tmp_path)
     assert source.name == "orders"
 
@@ -104,9 +111,7 @@ def test_a_number_that_is_none_counts_as_missing(tmp_path, suffix):
         products["image"] = [nan, nan]
     items = write_table(tmp_path / f"products.{suffix}", products)
     orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
-    catalogue = read_tabular(
-        TableLocation(str(orders)), TableLocation(str(items)), **COLUMNS, text_fields=["title", "weight"]
-    ).catalogue
+    catalogue = read(orders, items, text_fields=["title", "weight"]).catalogue
     assert catalogue.fields.to_pydict() == {
         "title": [None, "4.0", None],
         "price": [None, 2.5, None],
@@ -127,39 +132,21 @@ def test_a_folder_that_load_dataset_knows_gives_it_too(tmp_path):
     write_table(tmp_path / "orders.parquet", INTERACTIONS)
     write_table(tmp_path / "products.parquet", ITEMS)
     (tmp_path / "README.md").write_text(CARD)
-    source = read_tabular(
-        TableLocation(str(tmp_path), "orders", "all"),
-        TableLocation(str(tmp_path), "products"),
-        **COLUMNS,
-        **ITEM_COLUMNS,
-    )
-    check(source, tmp_path)
-
-
-def picture(colour) -> Image.Image:
-    return Image.new("RGB", (4, 4), colour)
+    orders, products = TableLocation(str(tmp_path), "orders", "all"), TableLocation(str(tmp_path), "products")
+    check(read(orders, products, **ITEM_COLUMNS), tmp_path)
 
 
 def test_pictures_in_a_saved_dataset_stay_there_until_they_are_read(tmp_path):
-    items = datasets.Dataset.from_dict(
-        {"sku": ["010", "007"], "name": ["Pen", "Ink"], "picture": [picture("red"), None]},
-        features=datasets.Features(
-            {"sku": datasets.Value("string"), "name": datasets.Value("string"), "picture": datasets.Image()}
-        ),
-    )
+    pictures = [Image.new("RGB", (4, 4), "red"), None]
+    items = datasets.Dataset.from_dict({"sku": ["010", "007"], "picture": pictures})
     items.save_to_disk(tmp_path / "products")
     items.to_parquet(tmp_path / "products.parquet")
     orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
     for products in (tmp_path / "products", tmp_path / "products.parquet"):
-        images = read_tabular(
-            TableLocation(str(orders)),
-            TableLocation(str(products)),
-            **COLUMNS,
-            item_fields={"title": "name", "image": "picture"},
-        ).catalogue.images
+        images = read(orders, products, item_fields={"image": "picture"}).catalogue.images
         assert len(images) == 3 and [image is None for image in images] == [False, True, True]
-        with Image.open(io.BytesIO(images[0])) as read:
-            assert read.getpixel((1, 1)) == (255, 0, 0)
+        with Image.open(io.BytesIO(images[0])) as image:
+            assert image.getpixel((1, 1)) == (255, 0, 0)
 
 
 HUB_SCRIPT = """
@@ -279,7 +266,7 @@ def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):
 def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("mmesid.trainer.data.sources.tabular._ROWS_AT_ONCE", 2)
     path = write_table(tmp_path / "orders.jsonl", INTERACTIONS)
-    source = read_tabular(TableLocation(str(path)), **UNTIMED)
+    source = read(path, **UNTIMED)
     assert source.interactions.times.tolist() == [0, 1, 2, 3]
     assert source.interactions.ratings is None
     assert source.catalogue.texts() == ["", "", ""] and source.catalogue.images is None
@@ -302,7 +289,7 @@ def test_bad_tables_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_tabular(TableLocation(str(path)), **COLUMNS)
+        read(path)
 
 
 def damaged(path, keep: int | None = None):
@@ -318,27 +305,28 @@ def damaged(path, keep: int | None = None):
 def test_a_damaged_parquet_file_is_named(tmp_path, keep):
     path = damaged(tmp_path / "damaged.parquet", keep)
     with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
-        read_tabular(TableLocation(str(path)), **UNTIMED)
-    orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
+        read(path, **UNTIMED)
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
     with pytest.raises(ValueError, match=r"'\S*damaged.parquet' cannot be read \(.+\); correct the file, or download"):
-        read_tabular(orders, TableLocation(str(path)), **COLUMNS)
+        read(orders, path)
     (tmp_path / "folder").mkdir()
     path.rename(tmp_path / "folder/train.parquet")
     with pytest.raises(ValueError, match=r"'\S*folder'"):
-        read_tabular(TableLocation(str(tmp_path / "folder")), **UNTIMED)
+        read(tmp_path / "folder", **UNTIMED)
     with pytest.raises(ValueError, match=r"'\S*folder'"):
-        read_tabular(orders, TableLocation(str(tmp_path / "folder")), **COLUMNS)
+        read(orders, tmp_path / "folder")
 
 
 def test_a_saved_dataset_without_the_split_is_named(tmp_path):
     saved = datasets.DatasetDict({"all": datasets.Dataset.from_dict(INTERACTIONS)})
     saved.save_to_disk(tmp_path / "orders")
     with pytest.raises(ValueError, match=r"'\S*orders' has no split 'train', only all; name one of them"):
-        read_tabular(TableLocation(str(tmp_path / "orders")), **COLUMNS)
-    assert len(read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), **COLUMNS).interactions) == 4
+        read(tmp_path / "orders")
+    located = TableLocation(str(tmp_path / "orders"), split="all")
+    assert len(read(located).interactions) == 4
     (tmp_path / "orders/all/state.json").write_text("{")
     with pytest.raises(ValueError, match=r"does not load '\S*orders' \(Expecting property name.*\); correct the conf"):
-        read_tabular(TableLocation(str(tmp_path / "orders"), split="all"), **COLUMNS)
+        read(located)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -350,7 +338,7 @@ def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
     if suffix in ("csv", "tsv"):
         for path in (orders, items):
             path.write_text(path.read_text().replace('"', ""))
-    source = read_tabular(TableLocation(str(orders)), TableLocation(str(items)), **COLUMNS)
+    source = read(orders, items)
     assert source.catalogue.item_ids == names and source.catalogue.titles() == ["n/a", "", "", ""]
     assert [source.interactions.user_ids[user] for user in source.interactions.users] == names
     assert np.isnan(source.interactions.ratings).tolist() == [False, True, False, False]
@@ -360,23 +348,22 @@ def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
 def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
     orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"sku": ["007", "010", "", "099"]})
     with pytest.raises(ValueError, match=r"column 'sku' is empty in number 3 of them|line 3 has sku=''; an id is"):
-        read_tabular(TableLocation(str(orders)), **COLUMNS)
+        read(orders)
 
 
-def test_bad_items_are_named(tmp_path):
-    orders = TableLocation(str(write_table(tmp_path / "orders.csv", INTERACTIONS)))
-
-    def read(name, columns, **settings):
-        items = TableLocation(str(write_table(tmp_path / name, columns)))
-        return read_tabular(orders, items, **COLUMNS, **settings)
-
-    with pytest.raises(ValueError, match=r"twice.csv', row 2, repeats item '007', number 1 of the items"):
-        read("twice.csv", {"sku": ["007", "007"]})
-    with pytest.raises(ValueError, match=r"none.jsonl', line 1 has sku=None; an id is"):
-        read("none.jsonl", {"sku": [None]})
-    with pytest.raises(ValueError, match=r"ids.csv' describes no item of the interactions.*'007' and there like '7'"):
-        read("ids.csv", {"sku": [7, 10]})
-    with pytest.raises(ValueError, match=r"title.csv' has no column 'name', only sku, title; set title in item"):
-        read("title.csv", {"sku": ["007"], "title": ["x"]}, item_fields={"title": "name"})
+@pytest.mark.parametrize(
+    ("name", "columns", "settings", "message"),
+    [
+        ("a.csv", {"sku": ["007", "007"]}, {}, r"a.csv', row 2, repeats item '007', number 1 of the items"),
+        ("a.jsonl", {"sku": [None]}, {}, r"a.jsonl', line 1 has sku=None; an id is"),
+        ("a.csv", {"sku": [7]}, {}, r"a.csv' describes no item of the interactions.*'007' and there like '7'"),
+        ("a.csv", {"sku": ["007"], "title": ["x"]}, {"item_fields": {"title": "name"}},
+         r"a.csv' has no column 'name', only sku, title; set title in item"),
+    ],
+)  # fmt: skip
+def test_bad_items_are_named(tmp_path, name, columns, settings, message):
+    orders = write_table(tmp_path / "orders.csv", INTERACTIONS)
+    with pytest.raises(ValueError, match=message):
+        read(orders, write_table(tmp_path / name, columns), **settings)
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv' does not exist"):
-        read_tabular(TableLocation(str(tmp_path / "nowhere.csv")), **COLUMNS)
+        read(tmp_path / "nowhere.csv")
