@@ -55,30 +55,28 @@ class Catalogue:
 
     def titles(self, positions: np.ndarray | None = None) -> list[str]:
         """Titles of the items at `positions`, ascending, by default of all; empty where there is none."""
-        return [title or "" for title in self._lists(["title"], positions)[0]]
+        return [title or "" for title in self.columns(["title"], positions)["title"].to_pylist()]
 
     def texts(self, positions: np.ndarray | None = None) -> list[str]:
         """What an encoder reads of the items at `positions`, ascending, by default of all; empty where there is
         nothing."""
-        columns = self._lists(self.text_fields, positions)
+        columns = [column.to_pylist() for column in self.columns(self.text_fields, positions).columns]
         return [
             compose_text(field_text(value, field, "the catalogue") for field, value in zip(self.text_fields, values))
             for values in zip(*columns, strict=True)
         ]
 
-    def columns(self, names: list[str], positions: np.ndarray) -> pa.Table:
-        """The fields of these names of the items at `positions`, ascending."""
+    def columns(self, names: list[str], positions: np.ndarray | None) -> pa.Table:
+        """The fields of these names of the items at `positions`, ascending, or of all."""
         table = self.fields.select(names)
+        if positions is None:
+            return table
         if len(positions) == 0:
             return table.slice(0, 0)
         wanted = np.zeros(positions[-1] + 1 - positions[0], bool)
         wanted[positions - positions[0]] = True
         # `Table.take` would first join the parts of every column into a copy of the whole.
         return table.slice(positions[0], len(wanted)).filter(pa.array(wanted))
-
-    def _lists(self, names: list[str], positions: np.ndarray | None) -> list[list]:
-        table = self.fields.select(names) if positions is None else self.columns(names, positions)
-        return [column.to_pylist() for column in table.columns]
 
 
 @dataclass
