@@ -10,7 +10,7 @@ TRAINING = """
 from mmesid.trainer.recommender.small_llama import train_tokenizer
 from mmesid.trainer.encoders import dual_encoder
 texts = [f"Red shoes of number {number % 7}" for number in range(1000)]
-for tokenizer in (train_tokenizer(texts, vocab_size=400), dual_encoder.train_word_tokenizer(texts, 8, min_word_frequency=5)):
+for tokenizer in (train_tokenizer(texts, vocab_size=400), dual_encoder.train_word_tokenizer(texts, 8, 5)):
     print(tokenizer.decode(tokenizer.encode("Red shoes", add_special_tokens=False)).lower())
 """
 
