@@ -47,10 +47,8 @@ def test_flags_become_the_settings_of_stage_model_and_training():
 def test_the_defaults_are_those_of_the_classes_that_declare_them():
     for stage, flags in (("sasrec", SASREC), ("quantize", QUANTIZE), ("finetune", FINETUNE)):
         arguments = parsed(stage, flags)
-        config = CLASSES[stage].config_class()
-        for name, value in arguments.config.items():
-            declared = {field.name: field.default for field in dataclasses.fields(config)}[name]
-            assert value == declared, f"{stage}.{name}"
+        declared = {field.name: field.default for field in dataclasses.fields(CLASSES[stage].config_class)}
+        assert arguments.config and arguments.config.items() <= declared.items()
         trained = CLASSES[stage].training_class(output_dir="out")
         assert arguments.training.to_dict() == trained.to_dict()
 

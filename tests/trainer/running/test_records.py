@@ -39,11 +39,8 @@ class Toy:
         self.output_dir = directory / "output"
         self.runs = 0
 
-    def arguments(self, **settings):
-        return ToyArguments(output_dir=str(self.output_dir), source=str(self.source), **settings)
-
     def stage_run(self, **settings):
-        arguments = self.arguments(**settings)
+        arguments = ToyArguments(output_dir=str(self.output_dir), source=str(self.source), **settings)
         return StageRun("toy", arguments, inputs={"source": arguments.source})
 
     def __call__(self, files=("result.txt",), **settings):
@@ -222,10 +219,7 @@ def test_what_changes_nothing_computed_is_not_in_the_fingerprint_nor_in_the_name
 def test_recorded_arguments_are_json_values_without_secrets(tmp_path):
     arguments = sasrec_arguments(tmp_path, lr_scheduler_type="cosine", seed=3, hub_token="hf_secret")
     recorded = StageRun("sasrec", arguments, inputs={}).arguments
-    assert recorded["lr_scheduler_type"] == "cosine"
-    assert recorded["seed"] == 3
-    assert "learning_rate" not in recorded
-    assert "hf_secret" not in json.dumps(recorded)
+    assert recorded == {"lr_scheduler_type": "cosine", "seed": 3, "prepared_dir": "prepared"}
 
 
 def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
