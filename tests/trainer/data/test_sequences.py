@@ -89,12 +89,6 @@ def test_splits_follow_from_the_sequences_in_time(pairs, min_interactions, seed)
     }
 
 
-def test_equal_times_keep_the_order_they_came_in():
-    data = interactions_of([(0, 5), (0, 3), (0, 4), (0, 1)], times=[7, 7, 7, 2])
-    sequences = build_sequences(data, 9)
-    assert sequences.kept_items[sequences.rows - 1].tolist() == [1, 5, 3, 4]
-
-
 @pytest.mark.parametrize("duplicates", ["drop", "keep"])
 @pytest.mark.parametrize("repeats", ["keep", "first", "last"])
 @given(entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=30))
