@@ -113,9 +113,7 @@ class MMESIDConfig(CheckpointConfig):
                 f"modalities are {self.modalities} but embedding_dims are {self.embedding_dims}; give one width each."
             )
         if not self.modalities and not self.use_item_ids:
-            raise ValueError(
-                "modalities is empty and use_item_ids is false, which leaves nothing to tell items apart; set either."
-            )
+            raise ValueError("modalities is empty and use_item_ids false: nothing to tell items apart; set either.")
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities are {self.modalities}; name none twice.")
 

@@ -67,7 +67,7 @@ class MMESIDModality(nn.Module):
 
     @torch.no_grad()
     def initialize(self, embeddings: torch.Tensor, present: torch.Tensor, codes: torch.Tensor | None) -> None:
-        """Takes the tables of [`MMESIDItems.initialize`] for this modality, already checked."""
+        """Takes the modality's tables of [`MMESIDItems.initialize`], already checked."""
         self.embeddings.copy_(embeddings)
         self.present.copy_(present)
         known = embeddings[present].float()
@@ -260,10 +260,7 @@ class MMESIDItems(nn.Module):
         """
         shape = (self.config.num_quantizers, self.config.codebook_size)
         if quantizer is None or (quantizer.config.num_quantizers, quantizer.config.codebook_size) != shape:
-            raise ValueError(
-                f"The model's items have {shape[0]} codes of {shape[1]}; give the quantizer that made them as "
-                "`quantizer`."
-            )
+            raise ValueError(f"The items have {shape[0]} codes of {shape[1]}; give the quantizer that made them.")
         for name in modalities:
             known = self.modalities[name]
             rows = known.present.nonzero()[:QUANTIZER_PROBES, 0]

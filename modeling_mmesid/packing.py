@@ -27,16 +27,17 @@ def pack_histories(
     answer: the ordinary next-item objective.
 
     `histories` are `batch` sequences of item rows, oldest first, none empty; `targets`, as long as these, hold -100
-    where nothing is to be predicted. The padded length is a multiple of `pad_to_multiple_of`: fewer shapes mean fewer
-    kernels to build and less memory in pieces. `packed=False` gives each prefix with a target a row of its own, for
-    backbones whose attention cannot take the mask of packed sequences.
+    where nothing is to be predicted. The state of the last closing token in `suffix_ids` represents the user. The
+    padded length is a multiple of `pad_to_multiple_of`: fewer shapes mean fewer kernels to build and less memory in
+    pieces. `packed=False` gives each prefix with a target a row of its own, for backbones whose attention cannot take
+    the mask of packed sequences.
 
     Returns:
         `dict[str, torch.Tensor]`, of shape `(batch, length)` where nothing else is said:
             - **input_ids** and **items**: tokens and item rows, 0 where the other or padding stands.
             - **lengths** (of shape `(batch,)`, without `targets`): positions of each sequence; the last is the user's.
             - **labels** (with `targets`): target row where a user is read, -100 elsewhere.
-            - **position_ids** (with `targets` and closing tokens): positions as the backbone sees them.
+            - **position_ids** (with `targets` and closing tokens): positions to the backbone; else they count.
             - **shared_length** (likewise): how many leading positions each position sees.
             - **segment_ids** (likewise): the copy of the closing tokens that a position belongs to, 0 for the items,
               which all copies share, -1 for padding.
@@ -66,7 +67,7 @@ def pack_histories(
     batch = {}
     for name in rows[0]:
         padding = {"labels": -100, "segment_ids": -1}.get(name, 0)
-        values = pad_sequence([torch.from_numpy(row[name]) for row in rows], batch_first=True, padding_value=padding)
+        values = pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
         batch[name] = nn.functional.pad(values, (0, -values.shape[1] % pad_to_multiple_of), value=padding)
     if targets is None:
         batch["lengths"] = torch.tensor([len(row["items"]) for row in rows])

@@ -136,8 +136,7 @@ class RecommendationMixin:
         Ranks the whole catalogue for every user.
 
         Args:
-            histories (`list[list[int]]`): Item rows of each user, oldest first; `MMESIDProcessor` makes them from item
-                ids.
+            histories (`list[list[int]]`): Item rows of each user, oldest first; [`MMESIDProcessor`] gives them.
             top_k (`int`, *optional*, defaults to `10`): Items to return for each user.
             exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
