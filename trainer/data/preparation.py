@@ -227,7 +227,8 @@ class _Items:
         return self.catalogue.columns([name], positions)[name]
 
     def _image(self, position: int) -> str | bytes | None:
-        image = self.catalogue.images[position] if self.has_image[position] else None
+        images = self.catalogue.images
+        image = images[position] if images is not None and self.has_image[position] else None
         return image.read_bytes() if isinstance(image, Path) else image
 
     def without_text(self) -> int:
