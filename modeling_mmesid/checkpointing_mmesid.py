@@ -116,7 +116,6 @@ class BaseModelMixin:
         adapter also to `adapter/` in PEFT's format.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Where to.
             merge_backbone (`bool`, *optional*, defaults to `False`): Write a self-contained checkpoint instead: the
                 adapter merged into the backbone, no base model to fetch.
 

@@ -251,8 +251,6 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     it left, and a decoder leads back. The modalities meet in the alignment loss alone, so that an item may lack any of
     them.
 
-    Example:
-
     ```python
     >>> model = MMRQVAEModel.from_pretrained("quantizer")
     >>> output = model.encode({"text": embeddings})  # (batch_size, embedding_dim)
@@ -274,34 +272,17 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
 
     def encode(self, embeddings: dict[str, torch.Tensor]) -> MMRQVAEEncoderOutput:
         """
-        Semantic IDs of items. Those of a whole catalogue may differ where `config.resolve_collisions` made them
-        unique, for which the other items must be known.
-
-        Args:
-            embeddings (`dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality): Any of the
-                model's modalities.
-
-        Raises:
-            ValueError: If a modality is unknown, a shape does not fit, or an embedding is not finite.
+        Semantic IDs of items, from embeddings `(batch_size, embedding_dim)` of any of the modalities; raises a
+        `ValueError` if a modality is unknown, a shape does not fit, or an embedding is not finite. The IDs of a whole
+        catalogue may differ where `config.resolve_collisions` made them unique.
         """
         codes = {name: self.branches[name].encode(values) for name, values in self._checked(embeddings).items()}
         quantized = {name: self.branches[name].quantizer.decode(values) for name, values in codes.items()}
         return MMRQVAEEncoderOutput(codes=codes, quantized=quantized)
 
     def decode(self, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Embeddings that semantic IDs stand for.
-
-        Args:
-            codes (`dict[str, torch.LongTensor]` of shape `(batch_size, num_quantizers)` for each modality): Codes from
-                0 to `codebook_size - 1`.
-
-        Returns:
-            `dict[str, torch.Tensor]` of shape `(batch_size, embedding_dim)` for each modality.
-
-        Raises:
-            ValueError: If a modality is unknown or its codes do not have one column per level.
-        """
+        """Embeddings `(batch_size, embedding_dim)` that codes `(batch_size, num_quantizers)` of each modality stand
+        for; raises a `ValueError` if a modality is unknown or its codes do not have one column per level."""
         for modality, values in codes.items():
             self._branch(modality)
             if values.dim() != 2 or values.shape[1] != self.config.num_quantizers:

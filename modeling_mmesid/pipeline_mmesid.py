@@ -9,6 +9,8 @@ from .checkpoints import add_companions, require_public_base_model
 
 
 TASK = "sequential-recommendation"
+# What a call, or the pipeline for all calls, passes on to `recommend`.
+SETTINGS = ("top_k", "exclude_history", "allowed_items", "denied_items", "return_contributions")
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -59,21 +61,10 @@ class SequentialRecommendationPipeline(Pipeline):
         recommended = super().__call__(inputs, **kwargs)
         return recommended[0] if one_user else recommended
 
-    def _sanitize_parameters(
-        self,
-        top_k: int | None = None,
-        exclude_history: bool | None = None,
-        allowed_items: Sequence[str] | None = None,
-        denied_items: Sequence[str] | None = None,
-        return_contributions: bool | None = None,
-    ) -> tuple[dict, dict, dict]:
-        settings = {
-            "top_k": top_k,
-            "exclude_history": exclude_history,
-            "allowed_items": allowed_items,
-            "denied_items": denied_items,
-            "return_contributions": return_contributions,
-        }
+    def _sanitize_parameters(self, **settings) -> tuple[dict, dict, dict]:
+        unknown = sorted(settings.keys() - SETTINGS)
+        if unknown:
+            raise TypeError(f"The pipeline has no setting '{unknown[0]}'; it has {', '.join(SETTINGS)}.")
         return {}, {name: value for name, value in settings.items() if value is not None}, {}
 
     def preprocess(self, inputs: dict) -> dict:
@@ -95,14 +86,10 @@ class SequentialRecommendationPipeline(Pipeline):
         parts = {name: values.tolist() for name, values in (model_outputs["contributions"] or {}).items()}
 
         def described(user: int, place: int) -> dict:
-            item = {
-                "item_id": item_ids[user][place],
-                "title": None if titles is None else titles[user][place],
-                "score": scores[user][place],
-            }
-            if parts:
-                item["contributions"] = {name: values[user][place] for name, values in parts.items()}
-            return item
+            title = None if titles is None else titles[user][place]
+            item = {"item_id": item_ids[user][place], "title": title, "score": scores[user][place]}
+            contributions = {name: values[user][place] for name, values in parts.items()}
+            return item | {"contributions": contributions} if parts else item
 
         return [[described(user, place) for place in range(rows.shape[1])] for user in range(rows.shape[0])]
 

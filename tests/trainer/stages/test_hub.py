@@ -244,6 +244,8 @@ def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, hist
     model.push_to_hub("tester/by-model")
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="tester/by-saving", revision="v2")
     recommender = pipeline("sequential-recommendation", model=str(tiny_run / "recommender"))
+    with pytest.raises(TypeError, match="no setting 'topk'; it has top_k, exclude_history"):
+        recommender(histories, topk=3)
     recommender.push_to_hub("tester/by-pipeline", private=True, tags=["shop"])
     _, whole = published.history("tester/best")
     for name in ("by-model", "by-saving", "by-pipeline"):
