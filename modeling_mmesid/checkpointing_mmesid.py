@@ -48,6 +48,8 @@ class BaseModelMixin:
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
+        for name in config_kwargs.keys() - MMESIDConfig.__annotations__:
+            raise TypeError(f"MMESIDConfig has no setting '{name}'; arguments of the decoder go to backbone_kwargs.")
         backbone_kwargs = {"use_safetensors": True} | (backbone_kwargs or {})
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
@@ -70,21 +72,18 @@ class BaseModelMixin:
         arguments that are neither settings of [`MMESIDConfig`] nor tell where the checkpoint is: `dtype`,
         `quantization_config`, `device_map`, `attn_implementation`, `trust_remote_code` and the like.
 
-        Raises:
-            OSError: If the checkpoint holds no weights in safetensors, or its base model cannot be loaded.
-            TypeError: If neither the configuration nor the backbone knows a keyword argument.
-            ValueError: If a trained weight is missing from the checkpoint, or the checkpoint holds one that the model
-            does not have.
+        Raises an `OSError` if the checkpoint holds no safetensors or its base model cannot load, a `TypeError` for
+        a keyword that nothing knows, and a `ValueError` if a weight is missing or there is one too many.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if config is None:
             config = MMESIDConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if config.base_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         config = deepcopy(config)
         for name in MMESIDConfig.__annotations__.keys() & kwargs:
             setattr(config, name, kwargs.pop(name))
         config.validate()
+        if config.base_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         with_loading_info = kwargs.pop("output_loading_info", False)
         files = weight_files(pretrained_model_name_or_path, **hub_kwargs)
         backbone_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_HUB_ARGUMENTS}
@@ -98,6 +97,8 @@ class BaseModelMixin:
                 f"'{pretrained_model_name_or_path}' needs its base model '{config.base_model_name_or_path}', which "
                 f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
             ) from error
+        if any(parameter.is_meta for parameter in backbone.parameters()):
+            raise ValueError(f"A part of '{config.base_model_name_or_path}' is offloaded; give a device_map without.")
         model = cls(config, backbone=backbone)
         weights = {name: weight for path in files for name, weight in load_file(path).items()}
         if model.base_model is model:
@@ -106,7 +107,8 @@ class BaseModelMixin:
         keys = model.load_state_dict(weights, strict=False)
         missing = set(keys.missing_keys) - model._keys_to_ignore_on_save
         require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
-        model = model.to(backbone.device).eval()
+        model.base_model.items.to(backbone.device)
+        model.eval()
         nothing: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, nothing) if with_loading_info else model
 
@@ -119,8 +121,7 @@ class BaseModelMixin:
             merge_backbone (`bool`, *optional*, defaults to `False`): Write a self-contained checkpoint instead: the
                 adapter merged into the backbone, no base model to fetch.
 
-        Raises:
-            ValueError: If `merge_backbone` is asked of a quantized backbone, whose weights cannot hold the sum.
+        A quantized backbone cannot be merged, for its weights cannot hold the sum: that raises a `ValueError`.
         """
         if merge_backbone and self.config.base_model_name_or_path is not None:
             return self._merged_for_saving().save_pretrained(save_directory, **kwargs)

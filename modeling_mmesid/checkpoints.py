@@ -150,14 +150,8 @@ class SafetensorsMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Raises:
-            OSError: If the checkpoint holds no weights in safetensors.
-            ValueError: If a weight is missing from the checkpoint, or the checkpoint holds one that the model does not
-                have.
-        """
+        """As [`~transformers.PreTrainedModel.from_pretrained`]; raises an `OSError` if the checkpoint holds no weights
+        in safetensors, and a `ValueError` if it lacks a weight or holds one that the model does not have."""
         weight_files(pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         with_loading_info = kwargs.pop("output_loading_info", False)
         model, loading = super().from_pretrained(

@@ -1,6 +1,7 @@
 """Configuration of the multimodal residual quantizer."""
 
 import keyword
+from copy import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -97,7 +98,7 @@ class MMRQVAEConfig(CheckpointConfig):
             self.sinkhorn_epsilons = [0.0] * self.num_quantizers
         for name, value in ENCODERS[self.objective].items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, copy(value))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

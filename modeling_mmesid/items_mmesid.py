@@ -110,14 +110,15 @@ class MMESIDFusion(nn.Module):
         super().__init__()
         self.temperature = config.fusion_temperature
         self.register_buffer("frequencies", torch.zeros(config.num_items + 1, dtype=torch.long))
-        self.register_buffer("log_range", torch.tensor([0.0, 1.0]))
+        # Of integers, which no loading in half precision rounds.
+        self.register_buffer("frequency_range", torch.tensor([0, 1]))
         self.hidden = nn.Linear(1, config.fusion_hidden_size)
         self.output = nn.Linear(config.fusion_hidden_size, num_sources)
 
     def forward(self, items: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Weights of the given rows, `(items, sources)`, that sum to one over what an item has in `present`, `(items,
         sources)` in bool."""
-        low, high = self.log_range
+        low, high = torch.log1p(self.frequency_range.float())
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
         hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
         logits = self.output(hidden) / self.temperature
@@ -155,9 +156,10 @@ class MMESIDItems(nn.Module):
     ) -> None:
         """Fills the catalogue, see [`MMESIDForSequentialRecommendation.initialize_items`]."""
         config, rows = self.config, self.config.num_items + 1
-        if frequencies.shape != (rows,):
+        if frequencies.shape != (rows,) or frequencies.is_floating_point() or (frequencies < 0).any():
             raise ValueError(
-                f"frequencies have shape {tuple(frequencies.shape)}; give one value per row, 0..{config.num_items}."
+                f"frequencies are {frequencies.dtype} of shape {tuple(frequencies.shape)}; give one count, 0 or more, "
+                f"per row, 0..{config.num_items}."
             )
         embeddings, codes, code_vectors = embeddings or {}, codes or {}, code_vectors or {}
         names = sorted(config.modalities)
@@ -189,7 +191,7 @@ class MMESIDItems(nn.Module):
                     f"0..{config.codebook_size - 1}; take them from the quantizer that the configuration describes."
                 )
         self.fusion.frequencies.copy_(frequencies)
-        self.fusion.log_range.copy_(torch.log1p(torch.stack(frequencies[1:].aminmax()).float()))
+        self.fusion.frequency_range.copy_(torch.stack(frequencies[1:].aminmax()))
         for name, modality in self.modalities.items():
             modality.initialize(embeddings[name], present[name], codes.get(name))
             if code_vectors:
@@ -239,7 +241,9 @@ class MMESIDItems(nn.Module):
 
     def _masks(self, embeddings: Tables, present: Tables, rows: int) -> dict[str, torch.Tensor]:
         """Which rows of the given tables have each modality, `(rows,)`; those with a non-zero embedding by default."""
-        masks = {}
+        masks: dict[str, torch.Tensor] = {}
+        if unknown := sorted((present or {}).keys() - embeddings):
+            raise ValueError(f"present is given for '{unknown[0]}', but embeddings only for {sorted(embeddings)}.")
         for name, table in embeddings.items():
             _check_table("embeddings", name, table, (rows, self.modalities[name].embeddings.shape[1]))
             mask = present[name].clone() if name in (present or {}) else (table != 0).any(-1)

@@ -54,11 +54,12 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     def kept_until_changed(self, compute: Callable, module: nn.Module, *settings):
         """
         The result of `compute`, which reads a module and settings. Without gradients it is computed again only after
-        one of these has changed: every write to a tensor, by an optimizer or by loading, raises its version.
+        one of these has changed: a write to a tensor (not to its `.data`) raises its version. Tensors of inference
+        mode have none.
         """
-        if torch.is_grad_enabled() or self.training:
-            return compute()
         tensors = (*module.parameters(), *module.buffers())
+        if torch.is_grad_enabled() or self.training or any(tensor.is_inference() for tensor in tensors):
+            return compute()
         versions = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape) for tensor in tensors]
         state = settings, versions, torch.is_autocast_enabled(self.device.type)
         if self._kept is None or self._kept[1] != state:

@@ -1,6 +1,8 @@
 """MM-RQ-VAE: one residual quantizer per modality, whose codes are the semantic ID of an item."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -73,7 +75,7 @@ class MMRQVAEVectorQuantization(nn.Module):
         self.register_buffer("offsets", torch.zeros(config.codebook_size))
 
     def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # A code must not depend on whether it was assigned under autocast.
+        # The nearest code is searched in full precision, under autocast, too.
         with torch.autocast(hidden_states.device.type, enabled=False):
             # (batch_size, codebook_size)
             costs = pairwise_squared_distances(hidden_states.float(), self.codebook.float()) - self.offsets.float()
@@ -171,8 +173,12 @@ class MMRQVAEBranch(nn.Module):
         inputs = self.standardize(embeddings)  # (batch_size, embedding_dim)
         latents = self.encoder(inputs)  # (batch_size, codebook_dim)
         codes = self.quantizer.encode(latents)  # (batch_size, num_quantizers)
-        objective = self._follow_distances if self.config.objective == "distance" else self._reconstruct
-        quantized, outputs, losses = objective(inputs, latents, codes, rows)
+        objectives: dict[str, Callable] = {
+            "distance": self._follow_distances,
+            "paper": partial(self._reconstruct, mmd),
+            "mse": partial(self._reconstruct, mean_squared_error),
+        }
+        quantized, outputs, losses = objectives[self.config.objective](inputs, latents, codes, rows)
         return codes, quantized, self._unstandardize(outputs), losses
 
     def _follow_distances(self, inputs, latents, codes, rows):
@@ -190,12 +196,11 @@ class MMRQVAEBranch(nn.Module):
         }
         return quantized, outputs, losses
 
-    def _reconstruct(self, inputs, latents, codes, rows):
+    def _reconstruct(self, reconstruction_loss, inputs, latents, codes, rows):
         """Reconstructions follow the embeddings; the gradient passes straight through the codes to the encoder."""
         quantized = latents + (self.quantizer.decode(codes) - latents).detach()
         outputs = self.decoder(quantized)
         codebook_loss, commitment_loss = self.quantizer.losses(latents[rows], codes[rows])
-        reconstruction_loss = mmd if self.config.objective == "paper" else mean_squared_error
         losses = {
             "objective_loss": reconstruction_loss(outputs[rows], inputs[rows]),
             "decoding_loss": torch.zeros_like(codebook_loss),
@@ -282,13 +287,14 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
 
     def decode(self, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Embeddings `(batch_size, embedding_dim)` that codes `(batch_size, num_quantizers)` of each modality stand
-        for; raises a `ValueError` if a modality is unknown or its codes do not have one column per level."""
+        for; raises a `ValueError` if a modality is unknown or its codes have another shape or range."""
         for modality, values in codes.items():
             self._branch(modality)
-            if values.dim() != 2 or values.shape[1] != self.config.num_quantizers:
+            levels, size = self.config.num_quantizers, self.config.codebook_size
+            if values.dim() != 2 or values.shape[1] != levels or not ((values >= 0) & (values < size)).all():
                 raise ValueError(
-                    f"codes['{modality}'] must have shape (batch_size, {self.config.num_quantizers}), "
-                    f"got {tuple(values.shape)}."
+                    f"codes['{modality}'] must have shape (batch_size, {levels}) and lie in 0..{size - 1}, got "
+                    f"{tuple(values.shape)}."
                 )
         return {name: self.branches[name].decode(values) for name, values in codes.items()}
 

@@ -88,16 +88,7 @@ class SASRecModel(SASRecPreTrainedModel):
 
 
 class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedModel):
-    """
-    SASRec that scores every item by the inner product with its own embedding.
-
-    ```python
-    >>> from modeling_mmesid import SASRecForSequentialRecommendation
-
-    >>> model = SASRecForSequentialRecommendation.from_pretrained("runs/quickstart/sasrec")
-    >>> model.recommend([[3, 17, 5]], top_k=10).items
-    ```
-    """
+    """SASRec that scores every item by the inner product with its own embedding."""
 
     def __init__(self, config: SASRecConfig):
         super().__init__(config)

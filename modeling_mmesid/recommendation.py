@@ -74,7 +74,7 @@ def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def require_rows(name: str, rows: Sequence[int], num_items: int) -> None:
     """Raises a `ValueError` if a row is outside 1..`num_items`."""
     for row in (min(rows, default=1), max(rows, default=1)):
-        if not 1 <= row <= num_items:
+        if not isinstance(row, Integral) or not 1 <= row <= num_items:
             raise ValueError(
                 f"{name} holds row {row}, outside 1..{num_items}; use the processor to turn item ids into rows."
             )
@@ -99,8 +99,9 @@ def excluded_items(
     `removed`, `(items + 1,)` in bool."""
     excluded = torch.full((num_items + 1,), allowed is not None)
     for name, rows, state in (("allowed_items", allowed, False), ("denied_items", denied, True)):
-        require_rows(name, rows or [], num_items)
-        excluded[list(rows or [])] = state
+        rows = rows.tolist() if isinstance(rows, torch.Tensor) else list(rows or [])
+        require_rows(name, rows, num_items)
+        excluded[rows] = state
     if removed is not None:
         excluded |= removed.cpu()
     excluded[0] = True

@@ -181,6 +181,13 @@ def test_candidates_can_be_listed():
         model.recommend(HISTORIES, top_k=2, allowed_items=[7, 8, 9])
     with pytest.raises(ValueError, match="denied_items holds row 41"):
         model.recommend(HISTORIES, denied_items=[41])
+    with pytest.raises(
+        ValueError, match="allowed_items holds row sku-7, .* use the processor to turn item ids into rows"
+    ):
+        model.recommend(HISTORIES, allowed_items=["sku-7"])
+    best = model.recommend(HISTORIES[:1]).items[0]
+    again = model.recommend(HISTORIES[:1], top_k=3, allowed_items=best[:4], denied_items=best[:1])
+    assert again.items[0].tolist() == best[1:4].tolist()
 
 
 def test_item_table_is_built_again_after_any_change():
@@ -244,10 +251,26 @@ def test_keywords_reach_settings_or_backbone_or_are_refused(tmp_path, base_model
         assert load(attn_implementation="eager").model.backbone.config._attn_implementation == "eager"
         with pytest.raises(TypeError, match="surprise"):
             load(surprise=1)
-    changed = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "lora", output_dropout=0.3)
-    assert changed.output_dropout.p == changed.config.output_dropout == 0.3
-    with pytest.raises(Exception, match="max_history is 0"):
-        MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "lora", max_history=0)
+        changed = load(output_dropout=0.3)
+        assert changed.output_dropout.p == changed.config.output_dropout == 0.3
+        with pytest.raises(Exception, match="max_history is 0"):
+            load(max_history=0)
+    with pytest.raises(TypeError, match="no setting 'token_droput'"):
+        MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, token_droput=0.1)
+
+
+def test_fusion_weights_and_recommendations_survive_half_precision_and_inference_mode(tmp_path):
+    tables = item_tables()
+    model = new_model()
+    # So close that half precision cannot tell them apart.
+    model.initialize_items(**tables | {"frequencies": 1000 + torch.arange(NUM_ITEMS + 1) % 10})
+    rows = torch.arange(1, NUM_ITEMS + 1)
+    expected = model.model.items.weights(rows)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        half = MMESIDForSequentialRecommendation.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        torch.testing.assert_close(half.model.items.weights(rows).float(), expected, rtol=0, atol=0.03)
+        assert half.recommend(HISTORIES).items.shape == (3, 10)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +299,13 @@ def narrow(kind):
     [
         (lambda tables: tables["embeddings"].pop("text"), "embeddings are given for"),
         (lambda tables: tables["embeddings"]["text"][17].fill_(torch.nan), "'text' hold NaN or infinity in row 17"),
-        (lambda tables: tables.update(frequencies=torch.ones(7)), "frequencies have shape"),
+        (
+            lambda tables: tables.update(frequencies=torch.ones(7).long()),
+            r"frequencies are torch.int64 of shape \(7,\)",
+        ),
+        (lambda tables: tables.update(frequencies=torch.full((41,), 0.7)), "frequencies are torch.float32"),
+        (lambda tables: tables["frequencies"][3].fill_(-1), "give one count, 0 or more, per row"),
+        (lambda tables: tables["present"].update(txet=tables["present"]["text"]), "present is given for 'txet'"),
         # Nothing is accepted by broadcasting, or because an index can be made of it.
         (narrow("embeddings"), r"embeddings of 'text' are torch.float32 of shape \(41, 1\), where .* \(41, 12\)"),
         (narrow("codes"), r"codes of 'text' are torch.int64 of shape \(41, 1\), where integers of shape \(41, 3\)"),

@@ -85,6 +85,14 @@ class HubTrainerMixin:
         """Writes what belongs beside the weights into the directory; returns metrics and details for the record."""
         return {}, {}
 
+    def create_model_card(self, **kwargs) -> None:
+        """Writes the card of this project to `args.output_dir`; what
+        [`~transformers.Trainer.create_model_card`] is told in `kwargs` the record of the run says."""
+        if self.is_world_process_zero():
+            directory = Path(self.args.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._complete(directory)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -187,10 +195,10 @@ class HubTrainerMixin:
 
     def _latest_evaluation(self) -> dict[str, float]:
         """The metrics of the last evaluation, without its timings."""
+        entries = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
         return {
             name.removeprefix("eval_"): value
-            for entry in self.state.log_history
-            for name, value in entry.items()
+            for name, value in (entries[-1] if entries else {}).items()
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
         }
 

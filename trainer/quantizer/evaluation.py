@@ -28,7 +28,6 @@ HISTORY_USERS = 1_500
 def encode_items(model: MMRQVAEModel, dataset: ItemTables) -> dict[str, torch.Tensor]:
     """Codes `(items + 1, num_quantizers)` of each modality for all rows of the dataset's tables, as [`encode_rows`]
     finds them, unique within each modality if `config.resolve_collisions`; -1 where the modality is missing."""
-    model.eval()
     codes = {}
     for modality, table in dataset.tables.items():
         rows = table.present.nonzero()[:, 0]

@@ -55,7 +55,7 @@ def initialize(model: MMRQVAEModel, dataset: ItemTables, seed: int = 0) -> None:
 def _require_enough(modality: str, count: int, codebook_size: int) -> None:
     if count < codebook_size:
         enough = 2 ** int(math.log2(max(count / ITEMS_PER_CODE, 2)))
-        remedy = f"set codebook_size to {enough} or less"
+        remedy = f"set codebook_size to {enough}, say"
         if count < 2:
             remedy = "prepare more items that have it, or leave the modality out"
         raise ValueError(

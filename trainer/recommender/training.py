@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -57,6 +58,7 @@ def train_sasrec(
 def sasrec_trainer(data: PreparedDataset, config: SASRecConfig, args: SASRecTrainingArguments) -> SASRecTrainer:
     """The trainer of [`train_sasrec`], for users who need more than the model."""
     set_seed(args.seed)
+    config = deepcopy(config)
     config.num_items = data.num_items
     return SASRecTrainer(
         SASRecForSequentialRecommendation(config),
@@ -119,6 +121,8 @@ def build_recommender(
         ValueError: If tables, codes and quantizer do not fit each other or the data, or the backbone has none of the
             layers that are to get an adapter.
     """
+    for name in config_kwargs.keys() - MMESIDConfig.__annotations__:
+        raise TypeError(f"MMESIDConfig has no setting '{name}'; correct its name.")
     tables = {modality: check_table(table, modality, data.num_items) for modality, table in (tables or {}).items()}
     codes = codes or {}
     if codes and (quantizer is None or sorted(codes) != sorted(tables)):

@@ -148,6 +148,9 @@ class BestEpochTrainingArguments(TrainingArguments):
     use_cpu: bool = False
 
     def __post_init__(self):
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            # As `TrainingArguments` would, but then it would not be among the settings that a record compares.
+            self.eval_steps = self.logging_steps
         # Before `TrainingArguments` derives values that nobody asked for.
         self.changed = changed_arguments(self)
         check_ranges(

@@ -38,8 +38,10 @@ _PRESENTATION_ARGUMENTS = {
     "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "per_device_eval_batch_size", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
-    "debug", "include_num_input_tokens_seen",
+    "hub_always_push", "debug", "include_num_input_tokens_seen",
 }  # fmt: skip
+# Their evaluation loss compares the items of a batch with each other.
+_STAGES_THAT_COMPARE_WITHIN_BATCHES = ("quantize", "encoder")
 
 
 def installed_versions() -> dict[str, str]:
@@ -183,12 +185,18 @@ class StageRun:
         self.arguments = {
             name: value
             for name, value in arguments.changed.items()
-            if name not in _PRESENTATION_ARGUMENTS and name not in inputs
+            if name not in self._presentation and name not in inputs
         }
         self.fingerprint = json_digest([stage, self.arguments, self.inputs])
         self.metrics: dict = {}
         self.details: dict = {}
         self.staging = self.output_dir / f".staging-{self.fingerprint[:16]}"
+
+    @property
+    def _presentation(self) -> set[str]:
+        if self.stage in _STAGES_THAT_COMPARE_WITHIN_BATCHES:
+            return _PRESENTATION_ARGUMENTS - {"per_device_eval_batch_size"}
+        return _PRESENTATION_ARGUMENTS
 
     @property
     def checkpoints_dir(self) -> Path:

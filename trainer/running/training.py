@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .arguments import BestEpochTrainingArguments, StageArguments
 from .records import StageRun
+
+
+logger = logging.get_logger(__name__)
 
 
 def trainer_arguments(arguments: StageArguments, run: StageRun) -> BestEpochTrainingArguments:
@@ -43,8 +48,20 @@ def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallbac
 
 
 def fit(trainer: Trainer) -> None:
-    """Trains to the end, from the last checkpoint of an interrupted run where there is one, otherwise from
+    """Trains to the end, from the last whole checkpoint of an interrupted run where there is one, otherwise from
     `resume_from_checkpoint` where it is set, and loads the best checkpoint."""
-    checkpoints = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    last = last_whole_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=last or trainer.args.resume_from_checkpoint)
+
+
+def last_whole_checkpoint(directory: Path) -> str | None:
+    """The latest checkpoint of a Trainer that was written to its end, which its state is: one that a killed run left
+    half-written is passed over, with a warning."""
+    checkpoints = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        state = checkpoint / TRAINER_STATE_NAME
+        # The state is one JSON object, written last.
+        if state.is_file() and state.read_text(encoding="utf-8").rstrip().endswith("}"):
+            return str(checkpoint)
+        logger.warning("'%s' was not written to its end; training goes on from what came before it.", checkpoint)
+    return None

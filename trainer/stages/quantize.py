@@ -10,7 +10,6 @@ they are, and two pictures: the use of the codes, and the distances before and a
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
-from transformers.utils import logging
 
 from modeling_mmesid import MMRQVAEConfig
 
@@ -23,9 +22,6 @@ from ..running.arguments import StageArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -81,7 +77,6 @@ def main(argv: list[str] | None = None) -> None:
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
             metrics, details = trainer.describe(staging)
-            logger.warning("Semantic IDs: %s", metrics)
             run.metrics.update(metrics)
             run.details.update(details, parameters=trainer.model.num_parameters())
             present(run, trainer.hub_links)

@@ -53,8 +53,8 @@ def test_projections_are_turned_towards_the_anchor(items, model):
 
 @pytest.mark.parametrize(
     ("count", "size", "remedy"),
-    [(300, 512, "set codebook_size to 64 or less"), (20, 19, "set codebook_size to 4 or less")]
-    + [(4, 4, "set codebook_size to 2 or less"), (1, 2, "prepare more items that have it")],
+    [(300, 512, "set codebook_size to 64, say"), (20, 19, "set codebook_size to 4, say")]
+    + [(4, 4, "set codebook_size to 2, say"), (1, 2, "prepare more items that have it")],
 )
 def test_too_few_items_for_the_codebook_are_refused_with_what_helps(count, size, remedy):
     items = toy_items(count)

@@ -212,6 +212,9 @@ def test_what_changes_nothing_computed_is_not_in_the_fingerprint_nor_in_the_name
     others = [{"learning_rate": 0.5}, {"seed": 7}, {"hidden_size": 8}, {"num_train_epochs": 9}]
     assert run(**presentation).fingerprint == run().fingerprint
     assert run(**presentation).checkpoints_dir == run().checkpoints_dir
+    # The loss of held-out items of a quantizer is that of their batches.
+    arguments = [sasrec_arguments(tmp_path, **settings) for settings in ({}, {"per_device_eval_batch_size": 8})]
+    assert len({StageRun("quantize", one, inputs={}).fingerprint for one in arguments}) == 2
     runs = [run(), *(run(**settings) for settings in others)]
     assert len({one.fingerprint for one in runs}) == len({one.checkpoints_dir for one in runs}) == 5
 

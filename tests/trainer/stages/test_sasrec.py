@@ -1,6 +1,7 @@
 """When a training stops, and how it goes on: on SASRec, whose stage is the quickest."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,13 @@ def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(t
     assert steps == 12 and training.curve[-1] == max(training.curve), "what is saved comes after the interruption"
     with pytest.raises(Interrupted):
         training(tmp_path / "resumed", *by_steps, stop_after=11)
+    # What a run leaves that is killed while it writes the next one: weights without a state, or half of it.
+    for number, state in ((98, None), (99, '{"epoch": 3.0, "log_his')):
+        half = Path(training.trainer.args.output_dir, f"checkpoint-{number}")
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"half")
+        if state is not None:
+            (half / "trainer_state.json").write_text(state)
     training(tmp_path / "resumed", *by_steps)
     # After the eighth step, the second of its epoch.
     assert training.steps == 4
