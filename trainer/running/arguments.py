@@ -111,6 +111,34 @@ class StageArguments(CommandArguments):
 
 
 @dataclass(kw_only=True)
+class ReaderArguments(StageArguments):
+    """
+    What the arguments of every stage have that reads the prepared dataset.
+
+    Args:
+        > Data
+
+        prepared_dir (`str`): Directory written by `mmesid prepare`.
+    """
+
+    prepared_dir: str
+
+
+@dataclass(kw_only=True)
+class DeviceArguments:
+    """
+    What the arguments of every command have that computes without a trainer.
+
+    Args:
+        > Computation
+
+        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
+    """
+
+    use_cpu: bool = False
+
+
+@dataclass(kw_only=True)
 class BestEpochTrainingArguments(TrainingArguments):
     """
     `TrainingArguments` that keep the epoch which is best on validation and stop early. What cannot be evaluated cannot

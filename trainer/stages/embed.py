@@ -30,7 +30,7 @@ from ..data.tables import PRESENT_KEY, EmbeddingTable, import_table, save_table,
 from ..encoders import encoder_class, load_encoder, settings_of
 from ..encoders.embedding import check_column, embed
 from ..encoders.remote_code import refuse_unpinned_code
-from ..running.arguments import StageArguments, check_ranges, parse
+from ..running.arguments import DeviceArguments, ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, json_digest
 
@@ -46,14 +46,13 @@ ENCODER_SETTINGS = (
 
 
 @dataclass(kw_only=True)
-class EmbedArguments(StageArguments):
+class EmbedArguments(ReaderArguments, DeviceArguments):
     """
     Write the table of embeddings of one modality.
 
     Args:
         > Data
 
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
         modality (`str`): Name of the table: collaborative, text, visual, or another one of your choice.
         from_file (`str`, *optional*): Import this safetensors table instead: one row per item after the padding row 0,
             under the modality's name or the file's only key; all-zero rows count as missing.
@@ -88,10 +87,8 @@ class EmbedArguments(StageArguments):
         per_device_eval_batch_size (`int`, *optional*, defaults to `64`): Texts or pictures that a device encodes at a
             time.
         dataloader_num_workers (`int`, *optional*, defaults to `0`): Processes that read and prepare batches.
-        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
-    prepared_dir: str
     modality: str
     from_file: str | None = None
     column: Literal["title", "text", "image"] | None = None
@@ -107,7 +104,6 @@ class EmbedArguments(StageArguments):
     shard_size: int = 512
     per_device_eval_batch_size: int = 64
     dataloader_num_workers: int = 0
-    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()

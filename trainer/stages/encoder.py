@@ -19,7 +19,7 @@ from ..encoders.dual_encoder import CLIPSizes
 from ..encoders.dual_encoder_training import DualEncoderTrainingArguments, dual_encoder_trainer
 from ..encoders.remote_code import refuse_unpinned_code
 from ..publishing.repository import present
-from ..running.arguments import StageArguments, check_ranges, parse
+from ..running.arguments import ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
@@ -29,14 +29,13 @@ SIZES = tuple(size.name for size in fields(CLIPSizes))
 
 
 @dataclass(kw_only=True)
-class EncoderArguments(StageArguments, CLIPSizes):
+class EncoderArguments(ReaderArguments, CLIPSizes):
     """
     Train a dual encoder on the catalogue's own pairs of text and picture.
 
     Args:
         > Data
 
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
         caption_column (`str`, *optional*, defaults to `"text"`): The text that goes with a picture.
 
         > Pretrained model
@@ -50,7 +49,6 @@ class EncoderArguments(StageArguments, CLIPSizes):
 
     training_class = DualEncoderTrainingArguments
 
-    prepared_dir: str
     caption_column: Literal["title", "text"] = "text"
     model_name_or_path: str | None = None
     revision: str | None = None

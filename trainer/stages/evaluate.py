@@ -19,7 +19,7 @@ from transformers import AutoModel, TrainingArguments
 from ..data.prepared import PreparedDataset
 from ..publishing.repository import add_metrics
 from ..recommender.evaluation import POPULARITY, SPLITS, model_ranks, popularity_ranks, results_page, summarize
-from ..running.arguments import StageArguments, check_ranges, parse
+from ..running.arguments import DeviceArguments, ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
 
@@ -28,14 +28,13 @@ RANKING_STAGES = ("sasrec", "finetune")
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(StageArguments):
+class EvaluateArguments(ReaderArguments, DeviceArguments):
     """
     Rank the whole catalogue for every held-out user, with popularity, SASRec and the recommenders side by side.
 
     Args:
         > Data
 
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
         model_dirs (`list[str]`): Directories written by `mmesid sasrec` and `mmesid finetune`.
 
         > Computation
@@ -44,15 +43,12 @@ class EvaluateArguments(StageArguments):
         bootstrap_resamples (`int`, *optional*, defaults to `1000`): Draws of all users that the confidence intervals
             come from.
         seed (`int`, *optional*, defaults to `0`): Seed of these draws.
-        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
-    prepared_dir: str
     model_dirs: list[str]
     per_device_eval_batch_size: int = 256
     bootstrap_resamples: int = 1000
     seed: int = 0
-    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()

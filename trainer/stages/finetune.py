@@ -29,7 +29,7 @@ from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainingArguments
 from ..recommender.small_llama import num_attention_heads
 from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer
-from ..running.arguments import StageArguments, check_ranges, parse
+from ..running.arguments import ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, require_exists
 from ..running.training import fit, trainer_arguments
@@ -43,14 +43,13 @@ BUILT_FROM = (
 
 
 @dataclass(kw_only=True)
-class FinetuneArguments(StageArguments):
+class FinetuneArguments(ReaderArguments):
     """
     Fine-tune the language model that reads histories and ranks the whole catalogue.
 
     Args:
         > Data
 
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
         embeddings_dir (`str`, *optional*): Directory of the embedding tables written by `mmesid embed`.
         quantizer_dir (`str`, *optional*): Directory written by `mmesid quantize`.
         modalities (`list[str]`, *optional*): Modalities of the quantizer that items carry; all of them by default, and
@@ -94,7 +93,6 @@ class FinetuneArguments(StageArguments):
     }
     training_class = MMESIDTrainingArguments
 
-    prepared_dir: str
     embeddings_dir: str | None = None
     quantizer_dir: str | None = None
     modalities: list[str] | None = None

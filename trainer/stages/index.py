@@ -23,7 +23,7 @@ from accelerate import PartialState
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 
-from ..running.arguments import StageArguments, check_ranges, parse
+from ..running.arguments import DeviceArguments, StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 
@@ -35,7 +35,7 @@ RECALL_AT = 10
 
 
 @dataclass(kw_only=True)
-class IndexArguments(StageArguments):
+class IndexArguments(StageArguments, DeviceArguments):
     """
     Write the items of a recommender as a FAISS index of inner products.
 
@@ -53,7 +53,6 @@ class IndexArguments(StageArguments):
             neighbours are sought.
         hnsw_search_width (`int`, *optional*, defaults to `128`): hnsw: candidates that a query keeps; more find more
             and take longer.
-        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
     model_dir: str
@@ -61,7 +60,6 @@ class IndexArguments(StageArguments):
     hnsw_links: int = 32
     hnsw_construction_width: int = 200
     hnsw_search_width: int = 128
-    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()

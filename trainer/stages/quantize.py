@@ -18,21 +18,20 @@ from ..data.tables import load_table, table_encoders, table_path
 from ..publishing.repository import present
 from ..quantizer.trainer import MMRQVAETrainingArguments
 from ..quantizer.training import quantizer_trainer
-from ..running.arguments import StageArguments, parse
+from ..running.arguments import ReaderArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
 
 
 @dataclass(kw_only=True)
-class QuantizeArguments(StageArguments):
+class QuantizeArguments(ReaderArguments):
     """
     Train the MM-RQ-VAE, whose codes are the items' semantic IDs, and write the codes of every item.
 
     Args:
         > Data
 
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
         embeddings_dir (`str`): Directory of the tables written by `mmesid embed`, one <modality>.safetensors each.
         modalities (`list[str]`, *optional*, defaults to `["collaborative", "text"]`): Tables to quantize; the first is
             the anchor of the alignment.
@@ -51,7 +50,6 @@ class QuantizeArguments(StageArguments):
     }  # fmt: skip
     training_class = MMRQVAETrainingArguments
 
-    prepared_dir: str
     embeddings_dir: str
     modalities: list[str] = field(default_factory=lambda: ["collaborative", "text"])
 

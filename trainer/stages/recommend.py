@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, SequentialRecommendationPipeline
 
 from ..data.files import on_the_hub, read_lines
-from ..running.arguments import CommandArguments, check_ranges, parse
+from ..running.arguments import CommandArguments, DeviceArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import write_text_atomic
 
@@ -28,7 +28,7 @@ SETTINGS = ("top_k", "exclude_history", "allowed_items", "denied_items", "return
 
 
 @dataclass(kw_only=True)
-class RecommendArguments(CommandArguments):
+class RecommendArguments(CommandArguments, DeviceArguments):
     """
     Recommend items to users, named by the raw ids of the items in their histories.
 
@@ -48,7 +48,6 @@ class RecommendArguments(CommandArguments):
         return_contributions (`bool`, *optional*, defaults to `False`): Say what each score is the sum of: the ID
             vector and each modality.
         output_file (`str`, *optional*): JSON Lines file to write instead of printing a table.
-        use_cpu (`bool`, *optional*, defaults to `False`): Stay on the CPU even if an accelerator is there.
     """
 
     model_dir: str
@@ -60,7 +59,6 @@ class RecommendArguments(CommandArguments):
     denied_items: list[str] | None = None
     return_contributions: bool = False
     output_file: str | None = None
-    use_cpu: bool = False
 
     def __post_init__(self):
         super().__post_init__()

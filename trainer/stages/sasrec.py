@@ -16,22 +16,15 @@ from ..data.prepared import PreparedDataset
 from ..publishing.repository import present
 from ..recommender.sasrec_trainer import SASRecTrainingArguments
 from ..recommender.training import sasrec_trainer
-from ..running.arguments import StageArguments, parse
+from ..running.arguments import ReaderArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
 
 
 @dataclass(kw_only=True)
-class SASRecArguments(StageArguments):
-    """
-    Train SASRec, whose item embeddings are the collaborative modality.
-
-    Args:
-        > Data
-
-        prepared_dir (`str`): Directory written by `mmesid prepare`.
-    """
+class SASRecArguments(ReaderArguments):
+    """Train SASRec, whose item embeddings are the collaborative modality."""
 
     config_class = SASRecConfig
     model_settings = {
@@ -42,8 +35,6 @@ class SASRecArguments(StageArguments):
         ),
     }  # fmt: skip
     training_class = SASRecTrainingArguments
-
-    prepared_dir: str
 
 
 def main(argv: list[str] | None = None) -> None:
