@@ -10,6 +10,14 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from .checkpoints import CheckpointConfig
 
 
+class _RegisteredPipelines(dict):
+    """The pipelines of a checkpoint where the package is installed, which has registered them: `pipeline(model=...)`
+    reads the task in the keys, and finds no code of the checkpoint's own to ask for."""
+
+    def __contains__(self, task) -> bool:
+        return False
+
+
 @strict
 class MMESIDConfig(CheckpointConfig):
     r"""
@@ -83,9 +91,8 @@ class MMESIDConfig(CheckpointConfig):
         for name in ("modalities", "embedding_dims", "prompt_prefix_ids", "prompt_suffix_ids"):
             if getattr(self, name) is None:
                 setattr(self, name, [])
-        # The installed package has registered the task: `pipeline` must not ask for the checkpoint's own code.
-        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            kwargs.pop("custom_pipelines", None)
+        if "custom_pipelines" in kwargs and not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs["custom_pipelines"] = _RegisteredPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:

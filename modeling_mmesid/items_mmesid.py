@@ -208,6 +208,10 @@ class MMESIDItems(nn.Module):
                 f"embeddings are given for {sorted(embeddings) or 'nothing'}, but items have "
                 f"{config.modalities or 'nothing but trained ID vectors, so that none can be added'}."
             )
+        # NumPy's arrays too, which encoders give in any precision.
+        tables = {name: torch.as_tensor(table) for name, table in embeddings.items()}
+        embeddings = {name: table.float() if table.is_floating_point() else table for name, table in tables.items()}
+        present = {name: torch.as_tensor(mask) for name, mask in (present or {}).items()}
         count = len(next(iter(embeddings.values())))
         present = self._masks(embeddings, present, count)
         without = (~torch.stack(list(present.values())).any(0)).nonzero()[:, 0]

@@ -254,8 +254,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
 
         Args:
             embeddings (`dict[str, torch.Tensor]`, each of shape `(new_items, embedding_dim)`): Embeddings for each
-                modality, from the encoders that the model was trained with. A modality that no new item has may be
-                left out.
+                modality, tensors or NumPy arrays, from the encoders that the model was trained with. A modality that
+                no new item has may be left out.
             present (`dict[str, torch.Tensor]`, each of shape `(new_items,)`, *optional*): Which items have the
                 modality; those with a non-zero embedding by default.
             quantizer ([`MMRQVAEModel`], *optional*): The quantizer that gave the model its codes; needed if the model

@@ -1,7 +1,9 @@
 """`pipeline("sequential-recommendation")`: raw item ids in, recommended items out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
+from numbers import Integral
 
 from transformers import Pipeline
 
@@ -9,6 +11,7 @@ from .checkpoints import add_companions, require_public_base_model
 
 
 TASK = "sequential-recommendation"
+BATCH_SIZE = 256
 # What a call, or the pipeline for all calls, passes on to `recommend`.
 SETTINGS = ("top_k", "exclude_history", "allowed_items", "denied_items", "return_contributions")
 
@@ -29,7 +32,8 @@ class SequentialRecommendationPipeline(Pipeline):
     ```
 
     Calls take a history, a list of item ids (oldest first), and return a list of items, best first; or a list of
-    histories, and return one list per user. An item is a dictionary of `item_id`, `title` (`None` if the processor has
+    histories, and return one list per user; or a generator of histories, and return a generator that reads
+    `batch_size` of them at a time. An item is a dictionary of `item_id`, `title` (`None` if the processor has
     no titles), `score` and `contributions`, which split the score by what the item is made of.
 
     Args:
@@ -51,15 +55,26 @@ class SequentialRecommendationPipeline(Pipeline):
     _load_processor = True
 
     def __call__(
-        self, histories: Sequence[str] | Sequence[Sequence[str]], batch_size: int | None = None, **kwargs
-    ) -> list[dict] | list[list[dict]]:
-        if len(histories) == 0:
+        self, histories: Iterable[str] | Iterable[Iterable[str]], batch_size: int | None = None, **kwargs
+    ) -> list[dict] | list[list[dict]] | Iterator[list[dict]]:
+        if isinstance(histories, Iterator):
+            return self._one_by_one(histories, batch_size or self._batch_size or BATCH_SIZE, kwargs)
+        if isinstance(histories, str) or not isinstance(histories, Sized):
+            raise ValueError(f"The pipeline got {histories!r}; give a list of item ids, or a list of such lists.")
+        histories = list(histories)
+        if not histories:
             return []
-        one_user = isinstance(histories[0], str)
+        one_user = isinstance(histories[0], str | Integral)
         # All users are one input to the base class: `recommend` makes the batches itself.
         inputs = {"histories": [histories] if one_user else histories, "batch_size": batch_size or self._batch_size}
         recommended = super().__call__(inputs, **kwargs)
         return recommended[0] if one_user else recommended
+
+    def _one_by_one(self, histories: Iterator, batch_size: int, settings: dict) -> Iterator[list[dict]]:
+        while batch := list(islice(histories, batch_size)):
+            if isinstance(batch[0], str | Integral):
+                raise ValueError("The generator gives item ids; let it give a list of them for each user.")
+            yield from self(batch, batch_size, **settings)
 
     def _sanitize_parameters(self, **settings) -> tuple[dict, dict, dict]:
         unknown = sorted(settings.keys() - SETTINGS)
@@ -68,12 +83,15 @@ class SequentialRecommendationPipeline(Pipeline):
         return {}, {name: value for name, value in settings.items() if value is not None}, {}
 
     def preprocess(self, inputs: dict) -> dict:
-        return {"rows": self.processor(inputs["histories"]), "batch_size": inputs["batch_size"] or 256}
+        return {"rows": self.processor(inputs["histories"]), "batch_size": inputs["batch_size"] or BATCH_SIZE}
 
     def _forward(self, model_inputs: dict, **settings) -> dict:
         for name in ("allowed_items", "denied_items"):
             if name in settings:
-                settings[name] = self.processor.convert_item_ids_to_rows(settings[name])
+                ids = settings[name]
+                if isinstance(ids, str) or not isinstance(ids, Iterable):
+                    raise ValueError(f"{name} is {ids!r}; give a list of item ids.")
+                settings[name] = self.processor.convert_item_ids_to_rows(ids)
         settings = {"return_contributions": True} | settings
         best = self.model.recommend(model_inputs["rows"], batch_size=model_inputs["batch_size"], **settings)
         return {"rows": best.items, "scores": best.scores, "contributions": best.contributions}

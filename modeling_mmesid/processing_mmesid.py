@@ -1,9 +1,13 @@
 """The recommender's processor: raw item ids to rows and back, and the prompt around the items."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import TensorType
+
+from .packing import pack_histories
 
 
 SYSTEM_PROMPT = "You are a helpful AI assistant for recommendations"
@@ -25,6 +29,8 @@ class MMESIDProcessor(ProcessorMixin):
         system_prompt (`str`, *optional*): What the system turn says; the paper's sentence by default.
         user_prompt (`str`, *optional*): What the user turn says, with `{items}` where the items stand; the paper's
             sentence by default. `"{items}"` is no prompt at all: not even the chat template's own tokens.
+        max_history (`int`, *optional*): Latest items of a history that tensors hold, as the model's own setting; all
+            by default.
 
     Raises:
         ValueError: If an item id occurs twice, or if `user_prompt` does not hold `{items}` exactly once.
@@ -37,6 +43,7 @@ class MMESIDProcessor(ProcessorMixin):
         titles: Sequence[str] | None = None,
         system_prompt: str = SYSTEM_PROMPT,
         user_prompt: str = USER_PROMPT,
+        max_history: int | None = None,
         chat_template: str | None = None,
     ):
         super().__init__(tokenizer, chat_template=chat_template)
@@ -44,20 +51,51 @@ class MMESIDProcessor(ProcessorMixin):
         self.titles: list[str] | None = None if titles is None else []
         self.system_prompt = system_prompt
         self.user_prompt = user_prompt
+        self.max_history = max_history
         self._rows: dict[str, int] = {}
         self.add_items(item_ids, titles)
         require_items_place(user_prompt)
 
-    def __call__(self, histories: Iterable[Sequence[str]]) -> list[list[int]]:
-        """Histories of raw item ids, oldest first, as rows for `recommend`; refuses empty ones and unknown ids."""
+    def __call__(
+        self, histories: Iterable[Iterable[str | int]], return_tensors: str | TensorType | None = None
+    ) -> list[list[int]] | BatchFeature:
+        """
+        Turns histories into what the model reads.
+
+        Args:
+            histories (`Iterable[Iterable[str]]`): Raw item ids of each user, oldest first; an integer stands for the
+                id that it is written as.
+            return_tensors (`str`, *optional*): `"pt"` gives the tensors of a forward pass instead of rows.
+
+        Returns:
+            `list[list[int]]`: The rows of each history, which `recommend` takes; or with `return_tensors="pt"` a
+            `BatchFeature` of the latest `max_history` of them: `input_ids` and `items`, `(batch, length)`, and
+            `lengths`, `(batch,)`, padded on the right.
+
+        Raises:
+            ValueError: If a history is empty or none, an id is not in the catalogue, or other tensors are asked for.
+
+        Example:
+
+        ```python
+        >>> users = model(**processor([["sku000007", "sku000031"]], return_tensors="pt")).user_embeddings
+        >>> scores = users @ model.item_table().T  # (users, items + 1), row 0 is padding
+        ```
+        """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors is '{return_tensors}'; the models read PyTorch's, 'pt'.")
         rows = []
         for index, history in enumerate(histories):
-            if isinstance(history, str) or not isinstance(history, Sequence):
+            if isinstance(history, str) or not isinstance(history, Iterable):
                 raise ValueError(f"History {index} is {history!r}; give a list of item ids for each user.")
-            if len(history) == 0:
-                raise ValueError(f"History {index} is empty; give at least one item id, or leave the user out.")
             rows.append(self.convert_item_ids_to_rows(history))
-        return rows
+            if not rows[-1]:
+                raise ValueError(f"History {index} is empty; give at least one item id, or leave the user out.")
+        if return_tensors is None:
+            return rows
+        if not rows:
+            raise ValueError("There is no history to make tensors of; give one at least.")
+        return BatchFeature(pack_histories([row[-(self.max_history or 0) :] for row in rows], self.prompt_ids()[1]))
 
     def add_items(self, item_ids: Sequence[str], titles: Sequence[str] | None = None) -> list[int]:
         """
@@ -67,6 +105,7 @@ class MMESIDProcessor(ProcessorMixin):
         Raises:
             ValueError: If an id is already in the catalogue, or titles are missing where the others have them.
         """
+        item_ids, titles = list(map(str, item_ids)), None if titles is None else list(titles)
         first = len(self.item_ids) + 1
         rows = {item_id: row for row, item_id in enumerate(item_ids, start=first)}
         for row, item_id in enumerate(item_ids, start=first):
@@ -80,15 +119,17 @@ class MMESIDProcessor(ProcessorMixin):
         self._rows |= rows
         return list(rows.values())
 
-    def convert_item_ids_to_rows(self, item_ids: Sequence[str]) -> list[int]:
-        """Rows of raw ids; a `ValueError` names the first that is not in the catalogue."""
-        for item_id in item_ids:
-            if item_id not in self._rows:
+    def convert_item_ids_to_rows(self, item_ids: Iterable[str | int]) -> list[int]:
+        """Rows of raw ids, where an integer stands for the id that it is written as; a `ValueError` names the first
+        that is not in the catalogue."""
+        names = [str(item_id) if isinstance(item_id, Integral) else item_id for item_id in item_ids]
+        for name in names:
+            if not isinstance(name, str) or name not in self._rows:
                 raise ValueError(
-                    f"Item id '{item_id}' is not in this model's catalogue of {len(self.item_ids)} items; "
-                    "leave it out of the history."
+                    f"Item id '{name}' is not in this model's catalogue of {len(self.item_ids)} items, whose first is "
+                    f"'{self.item_ids[0]}'; correct it or leave it out."
                 )
-        return [self._rows[item_id] for item_id in item_ids]
+        return [self._rows[name] for name in names]
 
     def convert_rows_to_item_ids(self, rows: torch.Tensor | Sequence) -> list:
         """Raw ids of rows (an int, or a tensor or list nested to any depth), in the same nesting."""

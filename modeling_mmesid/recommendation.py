@@ -160,8 +160,9 @@ class RecommendationMixin:
         for index, history in enumerate(histories):
             left = candidates - (int((~excluded[list(set(history))]).sum()) if exclude_history else 0)
             if not 1 <= top_k <= left:
+                remedy = f"ask for 1 to {left}" if left else "allow more items, or exclude_history=False"
                 raise ValueError(
-                    f"top_k is {top_k}, but {left} items can be recommended to history {index}; ask for 1 to {left}."
+                    f"top_k is {top_k}, but {left} items can be recommended to history {index}; {remedy}."
                 )
         items, scores, contributions = [], [], []
         with evaluating(self):

@@ -3,9 +3,11 @@
 import pandas as pd
 import pytest
 import torch
+from transformers import pipeline
 
 import mmesid
 from mmesid.trainer.data.sources.synthetic import generate_catalogue
+from modeling_mmesid.pipeline_mmesid import TASK
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,16 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     history = processor([data.item_ids[1:4]])
     assert torch.equal(loaded.recommend(history).scores, model.recommend(history).scores)
     assert sorted(codes) == ["collaborative", "text"] and codes["text"].shape == (data.num_items + 1, 2)
+
+    users = loaded(**processor([data.item_ids[1:4]], return_tensors="pt")).user_embeddings
+    assert torch.equal(users, loaded.encode_histories(history))
+    for recommender in (pipeline(model=str(tmp_path / "saved")), pipeline(TASK, model=loaded, processor=processor)):
+        stream = recommender((history for history in (data.item_ids[1:4], data.item_ids[4:6])), top_k=2, batch_size=1)
+        assert [len(items) for items in stream] == [2, 2]
+        allowed = recommender(data.item_ids[1:4], top_k=1, allowed_items=data.item_ids[7:8])
+        assert [item["item_id"] for item in allowed] == data.item_ids[7:8]
+    for wrong, words in ((data.item_ids[1], "give a list of item ids"), (iter(data.item_ids), "for each user")):
+        with pytest.raises(ValueError, match=words):
+            list(recommender(wrong))
+    with pytest.raises(ValueError, match="allowed_items is 'sku000009'; give a list"):
+        recommender(data.item_ids[1:4], allowed_items="sku000009")

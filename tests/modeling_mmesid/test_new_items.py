@@ -54,7 +54,9 @@ def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quant
     model = model_of(quantizer, **kwargs)
     before = model.recommend(HISTORIES)
     embeddings = new_embeddings()
-    assert model.add_items(embeddings, quantizer=quantizer if model.config.num_quantizers else None) == NEW
+    # As an encoder may give them.
+    arrays = {name: table.double().numpy() for name, table in embeddings.items()}
+    assert model.add_items(arrays, quantizer=quantizer if model.config.num_quantizers else None) == NEW
     assert model.config.num_items == NUM_ITEMS + 3
     after = model.recommend(HISTORIES, denied_items=NEW)
     assert torch.equal(before.items, after.items) and torch.equal(before.scores, after.scores)

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -32,7 +33,8 @@ def test_ids_to_rows_and_back(processor):
     ("histories", "words"),
     [
         ([["a-1"], []], "History 1 is empty"),
-        ([["a-1", "zzz"]], "'zzz' is not in this model's catalogue of 3 items"),
+        ([["a-1", "zzz"]], "'zzz' is not in this model's catalogue of 3 items, whose first is 'b-7'"),
+        ([[["a-1"]]], "Item id .* is not in this model's catalogue"),
         (["a-1"], "History 0 is 'a-1'; give a list of item ids for each user"),
         ([1, 2], "History 0 is 1; give a list of item ids for each user"),
     ],
@@ -40,6 +42,25 @@ def test_ids_to_rows_and_back(processor):
 def test_bad_histories_are_named(processor, histories, words):
     with pytest.raises(ValueError, match=words):
         processor(histories)
+
+
+def test_histories_come_from_any_table_and_integers_stand_for_the_ids_they_are_written_as(tokenizer):
+    processor = MMESIDProcessor(tokenizer, np.array([7, 31]), np.array(["Soap", "Lamp"]))
+    assert processor.item_ids == ["7", "31"] and processor.add_items(np.array(["A"]), ["Shirt"]) == [3]
+    assert processor(np.array([["31", "7"]])) == processor([[31, 7]]) == processor([np.array([31, 7])]) == [[2, 1]]
+    assert processor(history for history in [("A",)]) == [[3]]
+
+
+def test_tensors_hold_the_latest_items_and_the_closing_tokens(tokenizer):
+    processor = MMESIDProcessor(tokenizer, IDS, user_prompt="{items} next:", max_history=2)
+    closing = processor.prompt_ids()[1]
+    inputs = processor([["c/3"], IDS], return_tensors="pt")
+    assert inputs["items"].tolist() == [[3, *[0] * (len(closing) + 1)], [2, 3, *[0] * len(closing)]]
+    assert inputs["input_ids"].tolist() == [[0, *closing, 0], [0, 0, *closing]]
+    assert inputs.to("cpu")["lengths"].tolist() == [len(closing) + 1, len(closing) + 2]
+    for histories, kind, words in (([], "pt", "There is no history"), ([IDS], "np", "return_tensors is 'np'")):
+        with pytest.raises(ValueError, match=words):
+            processor(histories, return_tensors=kind)
 
 
 def test_padding_row_has_no_id(processor):

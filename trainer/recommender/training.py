@@ -136,7 +136,10 @@ def build_recommender(
     else:
         revision = (backbone_kwargs or {}).get("revision")
         tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
-    processor = MMESIDProcessor(tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=user_prompt)
+    max_history = config_kwargs.get("max_history", MMESIDConfig.max_history)
+    processor = MMESIDProcessor(
+        tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=user_prompt, max_history=max_history
+    )
     prefix_ids, suffix_ids = processor.prompt_ids()
     settings = {
         "num_items": data.num_items,
