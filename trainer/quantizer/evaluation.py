@@ -95,21 +95,27 @@ def history_distances(
 ) -> HistoryDistances:
     """Distances from target to history over a seeded sample of users, with `codes` `(items + 1, num_quantizers)` of
     the modality; pairs with an item that lacks it are left out."""
-    sample = np.random.default_rng(seed).permutation(len(sequences))[:HISTORY_USERS]
-    examples = [sequences[int(user)] for user in sample]
-    lengths = torch.tensor([len(example["history"]) for example in examples])
-    groups = torch.from_numpy(sample).repeat_interleave(lengths)
-    targets = torch.tensor([example["target"] for example in examples]).repeat_interleave(lengths)
-    histories = torch.from_numpy(np.concatenate([example["history"] for example in examples]).astype(np.int64))
     table, present = dataset.tables[modality]
-    kept = present[targets] & present[histories]
-    groups, targets, histories = groups[kept], targets[kept], histories[kept]
+    groups, targets, histories = history_pairs(present, sequences, seed)
     before, after = [], []
     for left, right in zip(targets.split(READ_ITEMS), histories.split(READ_ITEMS)):
         before.append((table[left] - table[right]).norm(dim=1))
         left, right = (quantized_rows(model, modality, codes[rows]) for rows in (left, right))
         after.append((left - right).norm(dim=1))
     return HistoryDistances(groups.numpy(), torch.cat(before).numpy(), torch.cat(after).numpy())
+
+
+def history_pairs(present: torch.Tensor, sequences, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Users, targets and items of their histories, `(pairs,)` each, over a seeded sample of users; pairs with an item
+    that is not `present` `(items + 1,)` are left out."""
+    sample = np.random.default_rng(seed).permutation(len(sequences))[:HISTORY_USERS]
+    examples = [sequences[int(user)] for user in sample]
+    lengths = torch.tensor([len(example["history"]) for example in examples])
+    groups = torch.from_numpy(sample).repeat_interleave(lengths)
+    targets = torch.tensor([example["target"] for example in examples]).repeat_interleave(lengths)
+    histories = torch.from_numpy(np.concatenate([example["history"] for example in examples]).astype(np.int64))
+    kept = present[targets] & present[histories]
+    return groups[kept], targets[kept], histories[kept]
 
 
 @torch.no_grad()

@@ -51,8 +51,9 @@ def kendall_tau(before: np.ndarray, after: np.ndarray) -> float:
     return concordant / np.sqrt(before_ties * after_ties) if before_ties and after_ties else float("nan")
 
 
-def mean_tau(groups: np.ndarray, before: np.ndarray, after: np.ndarray) -> float:
-    """The metric's `tau`, for arrays that are at hand whole: feeding them to the metric costs more than the taus."""
+def group_taus(groups: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Tau `(groups left,)` within each group that has an order to lose, in the order of the groups' numbers; 0 for
+    one whose distances are all the same afterwards."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order])) + 1
     taus = []
@@ -60,7 +61,13 @@ def mean_tau(groups: np.ndarray, before: np.ndarray, after: np.ndarray) -> float
         if len(members) > 1 and np.ptp(before[members]) > 0:
             tau = kendall_tau(before[members], after[members])
             taus.append(0.0 if np.isnan(tau) else tau)
-    return float(np.mean(taus)) if taus else float("nan")
+    return np.array(taus)
+
+
+def mean_tau(groups: np.ndarray, before: np.ndarray, after: np.ndarray) -> float:
+    """The metric's `tau`, for arrays that are at hand whole: feeding them to the metric costs more than the taus."""
+    taus = group_taus(groups, before, after)
+    return float(taus.mean()) if len(taus) else float("nan")
 
 
 def pooled_tau(before: np.ndarray, after: np.ndarray) -> float:
