@@ -16,7 +16,17 @@ from huggingface_hub.errors import HfHubHTTPError
 from mmesid.hub_cards import CARD_NAME, REPOSITORY, render_card, save_card, subject_of
 from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, require_public_base_model
 
-from ..running.records import RECORD_NAME, RESULTS_NAME, StageRecord, StageRun, require_exists, write_text_atomic
+from ..running.locks import DirectoryLock
+from ..running.records import (
+    RECORD_NAME,
+    RESULTS_NAME,
+    StageRecord,
+    StageRun,
+    lock_name,
+    require_exists,
+    to_json,
+    write_text_atomic,
+)
 
 
 def present(run: StageRun, links: dict[str, str] | None = None) -> None:
@@ -35,35 +45,42 @@ def write_companions(directory: Path, record: StageRecord) -> dict[str, str]:
     if not is_card_edited(directory, record):
         written.append(save_card(directory, dataclasses.asdict(record)).name)
     if record.metrics:
-        # JSON knows no NaN.
-        results = json.loads(json.dumps(record.metrics), parse_constant=lambda constant: None)
-        write_text_atomic(directory / RESULTS_NAME, _json(results))
+        write_text_atomic(directory / RESULTS_NAME, to_json(record.metrics))
         written.append(RESULTS_NAME)
     weights = {name: digest for name, digest in record.outputs.items() if re.fullmatch(r"[^/]+\.safetensors", name)}
     others = sorted({*record.outputs, *written} - {*weights, COMPANIONS_NAME})
     files = {name: REPOSITORY if name == CARD_NAME else None for name in others}
-    write_text_atomic(directory / COMPANIONS_NAME, _json({"weights": weights, "files": files}))
+    write_text_atomic(directory / COMPANIONS_NAME, to_json({"weights": weights, "files": files}))
     return {name: file_digest(directory / name) for name in [*written, COMPANIONS_NAME]}
 
 
 def is_card_edited(directory: Path, record: StageRecord) -> bool:
     """Whether somebody changed the card since it was written from the record."""
     card, digest = directory / CARD_NAME, record.outputs.get(CARD_NAME)
-    return digest is not None and card.is_file() and file_digest(card) != digest
+    if digest is None or not card.is_file() or file_digest(card) == digest:
+        return False
+    # Killed between the two, a run leaves the new card beside the old record.
+    return card.read_text(encoding="utf-8") != render_card(dataclasses.asdict(record))
 
 
 def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:
-    """Adds later measurements to the record, the card and the results of a stage's directory."""
+    """Adds later measurements to the record, the card and the results of a stage's directory, where these do not have
+    them yet."""
     directory = Path(directory)
-    record = StageRecord.load(directory)
-    record.metrics |= metrics
-    save_record(directory, record)
+    lock = DirectoryLock(directory / lock_name(RECORD_NAME), wait=60)
+    known = StageRecord.load(directory).metrics
+    if known | metrics == known and not lock.path.exists():
+        return
+    with lock:
+        record = StageRecord.load(directory)
+        record.metrics |= metrics
+        save_record(directory, record)
 
 
 def save_record(directory: Path, record: StageRecord) -> None:
     """Writes the record with what [`write_companions`] makes of it."""
     record.outputs |= write_companions(directory, record)
-    write_text_atomic(directory / RECORD_NAME, _json(dataclasses.asdict(record)))
+    write_text_atomic(directory / RECORD_NAME, to_json(dataclasses.asdict(record)))
 
 
 def publication(
@@ -118,10 +135,6 @@ def _holds(content: Path | bytes, pattern: re.Pattern[bytes]) -> bool:
         return False
     with open(content, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return pattern.search(mapped) is not None
-
-
-def _json(value) -> str:
-    return json.dumps(value, indent=2) + "\n"
 
 
 def push(

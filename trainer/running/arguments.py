@@ -104,10 +104,13 @@ class StageArguments(CommandArguments):
 
         output_dir (`str`): Directory that the stage writes to.
         force (`bool`, *optional*, defaults to `False`): Run the stage even if its outputs are up to date.
+        verify (`bool`, *optional*, defaults to `False`): Compare the digests of the outputs, not only their sizes and
+            times, before they count as up to date.
     """
 
     output_dir: str
     force: bool = False
+    verify: bool = False
 
 
 @dataclass(kw_only=True)

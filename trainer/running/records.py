@@ -10,8 +10,9 @@ import resource
 import shutil
 import sys
 import time
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,10 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from modeling_mmesid.checkpoints import COMPANIONS_NAME
+from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, require_inside
+
+from .files import read_json, told_of_a_full_disk, write_text_atomic
+from .locks import DirectoryLock
 
 
 RECORD_NAME = "record.json"
@@ -34,8 +38,8 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
 # that the parser hands over in another type than their default has.
 _PRESENTATION_ARGUMENTS = {
-    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_steps",
-    "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
+    "output_dir", "force", "verify", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "per_device_eval_batch_size", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
     "hub_always_push", "debug", "include_num_input_tokens_seen",
@@ -82,6 +86,8 @@ class StageRecord:
     # SHA-256 of every input by argument name, and of every file written by path relative to the output directory.
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
+    # Size in bytes and time of the last change in nanoseconds of these files.
+    stamps: dict[str, list] = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
     # What a model card says besides: data statistics, encoder, number of parameters ...
     details: dict = field(default_factory=dict)
@@ -98,17 +104,54 @@ class StageRecord:
         if path.is_dir():
             path = path / RECORD_NAME
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = cls(**read_json(path))
+            record._check(path)
         # TypeError: JSON, but not these fields.
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"'{path}' is no record of a stage ({error}); remove it and run the stage that wrote '{path.parent}' "
                 "again."
             ) from error
+        return record
+
+    def _check(self, path: Path) -> None:
+        """Raises `ValueError` where a field has another type than a record's, or an output lies elsewhere."""
+        for one in fields(self):
+            wanted = (int, float) if one.type is float else typing.get_origin(one.type) or one.type
+            if not isinstance(getattr(self, one.name), wanted):
+                raise ValueError(f"its {one.name} is {getattr(self, one.name)!r:.100}")
+        texts = [self.inputs, self.outputs, self.versions]
+        if not all(isinstance(value, str) for one in texts for value in one.values()):
+            raise ValueError("its inputs, outputs and versions are not texts")
+        require_inside(path, self.outputs)
+
+    def stamp(self, directory: Path) -> None:
+        """Notes size and time of the outputs, which lie in the directory."""
+        stats = {name: (directory / name).stat() for name in self.outputs}
+        self.stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def is_as_written(self, directory: Path, name: str, verify: bool = False) -> bool:
+        """
+        Whether an output in the directory is what the stage wrote. One of another time, as copies have, and with
+        `verify` each, is read and compared by its digest. What presents the others may be edited, but not be gone.
+        """
+        path = directory / name
+        if not path.is_file() or name in _PRESENTING_FILES:
+            return path.is_file()
+        stat, stamp = path.stat(), self.stamps.get(name)
+        if stamp == [stat.st_size, stat.st_mtime_ns] and not verify:
+            return True
+        return (not stamp or stamp[0] == stat.st_size) and file_digest(path) == self.outputs[name]
 
 
 def json_digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def to_json(value) -> str:
+    """A value as the text of a JSON file, which knows neither NaN nor infinity: they become null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def require_exists(path: str | os.PathLike) -> None:
@@ -121,17 +164,28 @@ def require_exists(path: str | os.PathLike) -> None:
 
 
 def input_digest(path: str | os.PathLike | list) -> str:
-    """SHA-256 of an input: a file counts by its bytes, a directory that a stage wrote by its recorded outputs, any
-    other directory by all its files, and a list by the digests of its members."""
+    """SHA-256 of an input: a file counts by its bytes, a directory that a stage wrote by its recorded outputs as long
+    as they are as they were written, any other directory by all its files, and a list by the digests of its
+    members."""
     if isinstance(path, list):
         return json_digest([input_digest(one) for one in path])
     require_exists(path)
     path = Path(path)
     if path.is_file():
         return file_digests([path], path.name)[0]
+    if (path / journal_name(RECORD_NAME)).is_file():
+        raise ValueError(
+            f"The stage that writes '{path}' was stopped while it put its outputs in place, or is about it; start it "
+            "again, which completes them."
+        )
     if (path / RECORD_NAME).is_file():
-        outputs = StageRecord.load(path).outputs
-        return json_digest({name: digest for name, digest in outputs.items() if name not in _PRESENTING_FILES})
+        record = StageRecord.load(path)
+        digests = {name: digest for name, digest in record.outputs.items() if name not in _PRESENTING_FILES}
+        for name in digests:
+            require_exists(path / name)
+            if not record.is_as_written(path, name):
+                digests[name] = file_digest(path / name)
+        return json_digest(digests)
     return json_digest(digests_below(path, path.name))
 
 
@@ -155,6 +209,16 @@ def file_digests(files: list[Path], name: str) -> list[str]:
     return [digest.hexdigest() for digest in digests]
 
 
+def journal_name(record_name: str) -> str:
+    """The file that says which outputs of a stage are being put in place."""
+    return f".publishing-{record_name}"
+
+
+def lock_name(record_name: str) -> str:
+    """The file by which one run at a time writes a record and what it records."""
+    return f".lock-{Path(record_name).stem}"
+
+
 class StageRun:
     """
     One execution of a stage: knows whether its outputs are up to date, collects new ones in a staging directory, and
@@ -172,6 +236,10 @@ class StageRun:
 
     Inputs are the files and directories that the stage reads, by the argument that they come from (a list where it
     reads only some files of a directory). Stages that share a directory differ in `record_name`.
+
+    One run at a time writes to a directory; another is refused with a `ValueError`. A run that was killed leaves
+    nothing that the next one does not complete or remove: until all outputs are staged the earlier ones stay, and from
+    then on a journal says what is left to be done.
     """
 
     def __init__(
@@ -180,6 +248,7 @@ class StageRun:
         self.stage = stage
         self.output_dir = Path(arguments.output_dir)
         self.force = arguments.force
+        self.verify = arguments.verify
         self.record_path = self.output_dir / record_name
         self.inputs = {name: input_digest(paths) for name, paths in inputs.items()}
         self.arguments = {
@@ -190,7 +259,9 @@ class StageRun:
         self.fingerprint = json_digest([stage, self.arguments, self.inputs])
         self.metrics: dict = {}
         self.details: dict = {}
-        self.staging = self.output_dir / f".staging-{self.fingerprint[:16]}"
+        self.staging = self.output_dir / f".staging-{self.record_path.stem}-{self.fingerprint[:16]}"
+        self._journal = self.output_dir / journal_name(record_name)
+        self._lock = DirectoryLock(self.output_dir / lock_name(record_name))
 
     @property
     def _presentation(self) -> set[str]:
@@ -204,13 +275,17 @@ class StageRun:
         return self.output_dir / "checkpoints" / f"{self.record_path.stem}-{self.fingerprint[:16]}"
 
     def is_up_to_date(self) -> bool:
-        """Whether an equal run has already written outputs that are still there; says so when it has."""
-        current = False
-        if self.record_path.is_file():
-            # With `force` too: a record that cannot be read would only be found out when the work is done.
-            record = StageRecord.load(self.record_path)
-            present = all((self.output_dir / name).is_file() for name in record.outputs)
-            current = present and record.fingerprint == self.fingerprint and not self.force
+        """Whether an equal run has already written outputs that are still there as they were; says so when it has, and
+        which is not when one was changed. Completes first what a killed run had begun to put in place, and removes
+        what it left half-written."""
+        if PartialState().is_main_process and (left := self._left_behind()):
+            with self._lock:
+                if self._journal in left:
+                    self._complete()
+                    print(f"{self.stage}: completed what a killed run had begun to put into '{self.output_dir}'")
+                self._clear()
+        PartialState().wait_for_everyone()
+        current = self._is_current()
         PartialState().wait_for_everyone()
         if current and PartialState().is_main_process:
             print(
@@ -218,22 +293,77 @@ class StageRun:
             )
         return current
 
+    def _is_current(self) -> bool:
+        if not self.record_path.is_file():
+            return False
+        # With `force` too: a record that cannot be read would only be found out when the work is done.
+        record = StageRecord.load(self.record_path)
+        if record.fingerprint != self.fingerprint or self.force:
+            return False
+        for name in record.outputs:
+            if not record.is_as_written(self.output_dir, name, self.verify):
+                if PartialState().is_main_process:
+                    print(
+                        f"{self.stage}: '{self.output_dir / name}' is not as it was written, so the stage runs again"
+                    )
+                return False
+        return True
+
+    def _left_behind(self) -> list[Path]:
+        """What a killed run of the stage left in the directory, besides checkpoints, or one at work has there."""
+        stem = self.record_path.stem
+        names = (
+            self._journal.name,
+            f".*{self.record_path.name}.partial",
+            f".lock-{stem}",
+            f".staging-{stem}-" + 16 * "?",
+        )
+        return [path for name in names for path in self.output_dir.glob(name)]
+
+    def _clear(self) -> None:
+        for path in self._left_behind():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self._lock.path:
+                path.unlink()
+
     def __enter__(self) -> Path:
         self._start = time.perf_counter()
         if PartialState().is_main_process:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir(parents=True)
+            self._made = [path for path in (self.output_dir, *self.output_dir.parents) if not path.exists()]
+            with told_of_a_full_disk(self.output_dir):
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+                self._clear()
+                self.staging.mkdir()
         PartialState().wait_for_everyone()
         return self.staging
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        if exception_type is not None:
+        if exception is None:
+            PartialState().wait_for_everyone()
+        if not PartialState().is_main_process:
+            # The other processes wait, or end with it.
+            return PartialState().wait_for_everyone() if exception is None else None
+        try:
+            with told_of_a_full_disk(self.output_dir):
+                if exception is not None:
+                    raise exception
+                self._publish()
+        except BaseException:
+            self._abandon()
+            raise
+        self._lock.release()
+        PartialState().wait_for_everyone()
+
+    def _abandon(self) -> None:
+        """Removes what the run has made, up to its checkpoints and to what the next run is to complete."""
+        if not self._journal.is_file():
             shutil.rmtree(self.staging, ignore_errors=True)
-            return
-        PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            self._publish()
-        PartialState().wait_for_everyone()
+        self._lock.release()
+        for directory in (self.checkpoints_dir, self.checkpoints_dir.parent, *self._made):
+            with contextlib.suppress(OSError):  # Not there, or not empty.
+                directory.rmdir()
 
     def draft_record(self) -> StageRecord:
         """The record as it stands, for a card that is written inside the stage."""
@@ -250,25 +380,41 @@ class StageRun:
 
     def _publish(self) -> None:
         record = self.draft_record()
+        record.stamp(self.staging)
         outdated = set()
         if self.record_path.is_file():
             outdated = set(StageRecord.load(self.record_path).outputs) - set(record.outputs)
-            # Without a record nothing counts as up to date: a crash between two moves is repaired by the next run.
-            self.record_path.unlink()
-        for name in record.outputs:
-            target = self.output_dir / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.staging / name, target)
-        for name in outdated:
-            (self.output_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(self.staging)
+        journal = {"staging": self.staging.name, "outdated": sorted(outdated), "record": asdict(record)}
+        # From here on the run is no longer undone but completed, by the next one if need be.
+        write_text_atomic(self._journal, to_json(journal))
+        self._complete()
+        print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+
+    def _complete(self) -> None:
+        """Does what the journal says, whatever part of it was done already."""
+        journal = read_json(self._journal)
+        require_inside(self._journal, [journal["staging"], *journal["outdated"], *journal["record"]["outputs"]])
+        # Without a record nothing counts as up to date.
+        self.record_path.unlink(missing_ok=True)
+        for name in journal["outdated"]:
+            path = self.output_dir / name
+            path.unlink(missing_ok=True)
+            for parent in path.parents[: len(Path(name).parts) - 1]:
+                with contextlib.suppress(OSError):  # Not there, or not empty.
+                    parent.rmdir()
+        staging = self.output_dir / journal["staging"]
+        for name in journal["record"]["outputs"]:
+            if (staging / name).is_file():
+                (self.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / name, self.output_dir / name)
+        shutil.rmtree(staging, ignore_errors=True)
         # Also those of earlier settings; not those of a stage that shares the directory.
         for checkpoints in self.checkpoints_dir.parent.glob(f"{self.record_path.stem}-*"):
             shutil.rmtree(checkpoints)
         with contextlib.suppress(OSError):  # Not there, or not empty: a stage that shares the directory is at work.
             self.checkpoints_dir.parent.rmdir()
-        write_text_atomic(self.record_path, json.dumps(asdict(record), indent=2) + "\n")
-        print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+        write_text_atomic(self.record_path, to_json(journal["record"]))
+        self._journal.unlink()
 
 
 def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:
@@ -280,11 +426,3 @@ def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:
         if name not in _PRESENTATION_ARGUMENTS and isinstance(value, (str, int, float, list))
     }
     return StageRecord(stage=stage, fingerprint=json_digest([stage, plain]), arguments=plain, seconds=seconds)
-
-
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path` so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -129,9 +129,7 @@ def complete_cards(arguments: EvaluateArguments) -> None:
     just ranked, or whose stage has since written it again, or that an interrupted run did not come to."""
     results = StageRecord.load(arguments.output_dir).metrics
     for directory in map(Path, arguments.model_dirs):
-        known = StageRecord.load(directory).metrics
-        if known | results[directory.name] != known:
-            add_metrics(directory, results[directory.name])
+        add_metrics(directory, results[directory.name])
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_what_docstrings_say_of_defaults_is_so(stage):
 
 
 def test_help_is_short_and_grouped():
-    assert stage_help("prepare").count("\n  --") <= 25
+    assert stage_help("prepare").count("\n  --") <= 30
     text = stage_help("finetune")
     assert text.count("\n  --") <= 25
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]

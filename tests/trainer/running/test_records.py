@@ -1,8 +1,12 @@
 import dataclasses
+import errno
 import json
 import os
 import platform
 import re
+import shutil
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +25,8 @@ from mmesid.trainer.running.records import (
 )
 from mmesid.trainer.stages.sasrec import SASRecArguments
 from modeling_mmesid.checkpoints import file_digest
+
+from ...processes import run_python, start_python
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -75,7 +81,18 @@ def test_a_stage_runs_once(toy, capsys):
     assert "toy: " in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1, 2]", b'{"stage": "toy"}', b"\xff"])
+def a_record(**values) -> bytes:
+    record = {"stage": "toy", "fingerprint": "", "arguments": {}, "versions": {}, "hardware": "", "seconds": 1}
+    return json.dumps(record | {"peak_memory_bytes": 1} | values).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"[1, 2]", b'{"stage": "toy"}', b"\xff", b'{"a":' * 3000, b"[" * 100_000, a_record(outputs=["a"]),
+        a_record(outputs={"a": 5}), a_record(outputs={"../a": ""}), a_record(seconds="long"), a_record(stage=None),
+    ],
+)  # fmt: skip
 def test_a_broken_record_is_named_before_the_work_starts(toy, content):
     toy()
     (toy.output_dir / "record.json").write_bytes(content)
@@ -102,6 +119,30 @@ def test_other_settings_force_and_a_lost_output_run_it_again(toy):
     assert toy.files()["result.txt"] == "run 4"
 
 
+@pytest.mark.parametrize("content", ["", "other"], ids=["emptied", "changed in place"])
+def test_a_changed_output_is_made_again(toy, capsys, content):
+    toy()
+    before = (toy.output_dir / "result.txt").stat()
+    (toy.output_dir / "result.txt").write_text(content)
+    if content:
+        # Of the same size and time, only its digest tells.
+        assert len(content) == before.st_size
+        os.utime(toy.output_dir / "result.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert toy.stage_run().is_up_to_date()
+    toy(verify=bool(content))
+    assert toy.files()["result.txt"] == "run 2"
+    assert "result.txt' is not as it was written" in capsys.readouterr().out
+
+
+def test_a_copy_is_up_to_date_and_an_edited_card_stays(toy, tmp_path):
+    toy(files=("result.txt", "README.md"))
+    shutil.copytree(toy.output_dir, tmp_path / "copy", copy_function=shutil.copyfile)
+    toy.output_dir = tmp_path / "copy"
+    (toy.output_dir / "README.md").write_text("edited by hand")
+    toy(files=("result.txt", "README.md"))
+    assert toy.runs == 1 and toy.files()["README.md"] == "edited by hand"
+
+
 def test_other_inputs_run_it_again_and_equal_ones_elsewhere_do_not(toy, tmp_path):
     toy()
     moved = tmp_path / "moved.txt"
@@ -123,6 +164,115 @@ def test_a_failure_leaves_earlier_outputs_untouched(toy):
         raise RuntimeError("half-way")
     assert toy.files() == before
     assert toy.stage_run().is_up_to_date()
+
+
+def test_a_failure_leaves_no_empty_directory(toy):
+    toy.output_dir = toy.directory / "runs" / "mine" / "output"
+    for checkpoint in (None, "checkpoint-1"):
+        run = toy.stage_run()
+        with pytest.raises(ZeroDivisionError), run:
+            (run.checkpoints_dir / (checkpoint or "")).mkdir(parents=True)
+            1 / 0  # noqa: B018
+        assert run.checkpoints_dir.exists() == bool(checkpoint), "what the next run goes on from stays"
+        assert (toy.directory / "runs").exists() == bool(checkpoint)
+
+
+class Unwritable(Exception):
+    """As libraries raise it that are not written in Python."""
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No room is left on a disk that '.*output' or"),
+        (Unwritable("I/O error: No space left on device (os error 28)"), "make room and start the same command again"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"),
+            "No room is",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), r"'/x/y' is not open to you \(Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/x/y"), r"'/x/y' is not open to you \(Read-only file system"),
+    ],
+)
+def test_a_full_disk_or_one_that_cannot_be_written_is_one_sentence(toy, error, sentence):
+    toy()
+    before = toy.files()
+    with pytest.raises(OSError, match=sentence) as raised, toy.stage_run(size=4):
+        raise error
+    assert "\n" not in str(raised.value) and toy.files() == before
+
+
+def test_one_run_at_a_time_writes_to_a_directory(toy):
+    """The other is refused while the first is at work, and takes over when it was killed."""
+    run = toy.stage_run()
+    code = """if 1:
+        import os, sys, time
+        from mmesid.trainer.running.locks import DirectoryLock
+        lock = DirectoryLock(sys.argv[1])
+        lock.path.parent.mkdir()
+        lock.acquire()
+        # A worker that outlives it does not hold the lock.
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    """
+    owner = start_python("-c", code, toy.output_dir / ".lock-record")
+    while not (pid := owner._read("stdout").strip()):
+        time.sleep(0.01)
+    for attempt in (run.is_up_to_date, run.__enter__):
+        with pytest.raises(ValueError, match=f"output' is being written by another run, process {pid}; wait until"):
+            attempt()
+    owner.kill()
+    owner.communicate()
+    assert (toy.output_dir / ".lock-record").exists()
+    toy()
+    assert toy.files().keys() == {"result.txt", "record.json"}
+
+
+# The stage of `Toy`, killed at each change of a file while it replaces other outputs.
+KILLED_EVERYWHERE = """if 1:
+    import shutil, signal, sys
+    from pathlib import Path
+    sys.path.append(sys.argv[2])
+    from tests.faults import forked, kill_at
+    from tests.trainer.running.test_records import Toy
+
+    root = Path(sys.argv[1])
+    def stage(*files, **settings):
+        Toy(root / "work")(files, **settings)
+    def work():
+        stage("result.txt", "shards/new.txt", "last.txt", size=4)
+    def contents():
+        return {path.relative_to(root / "work").as_posix(): path.read_bytes()[:5]
+                for path in (root / "work").rglob("*") if path.is_file()}
+    def run(point=None):
+        status = forked(work, root / "log", lambda: kill_at(point, str(root)))
+        assert status == 0 or point, (root / "log").read_text()
+        return status
+
+    (root / "work").mkdir()
+    assert forked(lambda: stage("result.txt", "shards/old.txt"), root / "log") == 0
+    shutil.copytree(root / "work", root / "earlier")
+    run()
+    expected, point, status = contents(), 0, -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        point += 1
+        shutil.rmtree(root / "work")
+        shutil.copytree(root / "earlier", root / "work")
+        status = run(point)
+        run()
+        assert contents() == expected, (point, contents())
+    assert status == 0, (root / "log").read_text()
+    print(point)
+"""
+
+
+def test_a_run_that_was_killed_anywhere_ends_as_an_undisturbed_one(tmp_path):
+    finished = run_python("-c", KILLED_EVERYWHERE, tmp_path, Path(__file__).parents[3])
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout.split()[-1]) > 20
 
 
 def test_outputs_of_an_earlier_run_that_are_no_longer_written_go(toy):
@@ -182,7 +332,13 @@ def test_the_digest_of_a_stage_is_that_of_its_outputs(toy):
     (toy.output_dir / "checkpoints" / "state.bin").write_bytes(b"not an output")
     assert input_digest(toy.output_dir) == before
     toy(size=4)
-    assert input_digest(toy.output_dir) != before
+    changed = input_digest(toy.output_dir)
+    assert changed != before
+    (toy.output_dir / "result.txt").write_text("edited by hand")
+    assert input_digest(toy.output_dir) != changed
+    (toy.output_dir / "result.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="result.txt' does not exist; run the stage that writes it first"):
+        input_digest(toy.output_dir)
 
 
 def test_the_digest_of_another_directory_is_that_of_all_its_files(tmp_path):

@@ -1,0 +1,85 @@
+"""
+What befalls a process, done to a function of this one in a fork: it is killed at its n-th change of a file, or after a
+time. A fork starts in milliseconds where a new interpreter imports for seconds, so that every point can be tried.
+
+Nothing that starts threads may have run in the process that forks.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.utime"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def kill_at(point: int, root: str) -> None:
+    """From here on the process is killed right before its `point`-th change (from 1) of a file below `root`."""
+    changes = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal changes
+        if event == "open":
+            path, _, flags = arguments
+            if not (isinstance(flags, int) and flags & WRITING):
+                return
+        elif event in CHANGES:
+            path = arguments[0]
+        else:
+            return
+        path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+        # Of a whole tree that is removed, names are relative to the folder that is open.
+        if os.path.isabs(path) and not path.startswith(root):
+            return
+        changes += 1
+        if changes == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def forked(work: Callable[[], None], output: Path, before: Callable[[], None] | None = None, wait: bool = True) -> int:
+    """Calls `before` and `work` in a fork whose stdout and stderr go to the file `output`; the exit status, minus the
+    signal if one ended it, or without `wait` the process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return status_of(child) if wait else child
+    code = 1
+    try:
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        if before is not None:
+            before()
+        work()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def status_of(child: int, seconds: float | None = None) -> int:
+    """Waits for the end of a process, which is killed after so many seconds."""
+    end = None if seconds is None else time.monotonic() + seconds
+    while end is not None and time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    if end is not None:
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
