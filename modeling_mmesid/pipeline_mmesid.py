@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from numbers import Integral
+from typing import Any
 
 from transformers import Pipeline
 
@@ -74,7 +75,8 @@ class SequentialRecommendationPipeline(Pipeline):
         while batch := list(islice(histories, batch_size)):
             if isinstance(batch[0], str | Integral):
                 raise ValueError("The generator gives item ids; let it give a list of them for each user.")
-            yield from self(batch, batch_size, **settings)
+            recommended: Any = self(batch, batch_size, **settings)
+            yield from recommended
 
     def _sanitize_parameters(self, **settings) -> tuple[dict, dict, dict]:
         unknown = sorted(settings.keys() - SETTINGS)

@@ -122,7 +122,7 @@ class MMESIDProcessor(ProcessorMixin):
     def convert_item_ids_to_rows(self, item_ids: Iterable[str | int]) -> list[int]:
         """Rows of raw ids, where an integer stands for the id that it is written as; a `ValueError` names the first
         that is not in the catalogue."""
-        names = [str(item_id) if isinstance(item_id, Integral) else item_id for item_id in item_ids]
+        names: list = [str(item_id) if isinstance(item_id, Integral) else item_id for item_id in item_ids]
         for name in names:
             if not isinstance(name, str) or name not in self._rows:
                 raise ValueError(

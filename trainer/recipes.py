@@ -132,6 +132,9 @@ def plan(
             filled: dict = {
                 one.read_as: str(root / str(one.writes)) for one in stages.values() if one.read_as in names
             }
+            if stage == "recommend" and not settings.keys().isdisjoint(("history", "histories_file")):
+                # Users are asked for already, and those of the dataset would be others.
+                del filled["prepared_dir"]
             if stage == "evaluate":
                 ranking = [(one, model) for one in ("sasrec", "finetune") for model in recipe.get(one, ())]
                 filled["model_dirs"] = [output_dir(*model) for model in ranking]

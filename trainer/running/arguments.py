@@ -142,6 +142,20 @@ class DeviceArguments:
 
 
 @dataclass(kw_only=True)
+class JsonArguments:
+    """
+    What the arguments of every command have whose answer another program may read.
+
+    Args:
+        > Output
+
+        json (`bool`, *optional*, defaults to `False`): Print JSON, and everything else to standard error.
+    """
+
+    json: bool = False
+
+
+@dataclass(kw_only=True)
 class BestEpochTrainingArguments(TrainingArguments):
     """
     `TrainingArguments` that keep the epoch which is best on validation and stop early. What cannot be evaluated cannot

@@ -141,6 +141,8 @@ def test_a_list_may_be_empty():
         ("finetune", [*SASREC, "--modalities", "--paper", "true"], "nothing to tell items apart"),
         ("recommend", [*RECOMMEND, "--top_k", "0"], "--top_k is 0; it must be a positive number."),
         ("recommend", RECOMMEND[:2], "either --history"),
+        ("recommend", [*RECOMMEND, "--prepared_dir", "prepared"], "either --history"),
+        ("recommend", [*RECOMMEND, "--output_file", "out.csv"], "has a suffix that is not written; call it .jsonl or"),
         ("prepare", ["--output_dir", "o", "--source", "synthetic", "--num_users", "0"], "--num_users is 0"),
         (
             "prepare",

@@ -171,41 +171,17 @@ def test_recommend_chooses_among_allowed_items_and_says_what_scores_are_made_of(
     assert ids[10] in printed and ids[12] in printed and ids[11] not in printed and "text " in printed
     recommend.main([*flags, "--output_file", str(tmp_path / "out.jsonl")])
     (user,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert {item["item_id"] for item in user} == {ids[10], ids[12]}
-    for item in user:
+    assert {item["item_id"] for item in user["recommendations"]} == {ids[10], ids[12]}
+    for item in user["recommendations"]:
         assert sum(item["contributions"].values()) == pytest.approx(item["score"], abs=1e-4)
 
 
-def test_recommend_prints_titles_and_writes_lines(tiny_run, tmp_path, capsys):
+def test_recommend_prints_titles(tiny_run, capsys):
     processor = MMESIDProcessor.from_pretrained(tiny_run / "recommender")
     model_dir = str(tiny_run / "recommender")
     recommend.main(["--model_dir", model_dir, "--history", *processor.item_ids[:3], "--top_k", "4"])
     printed = capsys.readouterr().out
     assert processor.titles[2] in printed and len(printed.strip().splitlines()) == 5
-
-    (tmp_path / "users.jsonl").write_text(f'["{processor.item_ids[0]}"]\n["{processor.item_ids[1]}"]\n')
-    flags = ["--histories_file", str(tmp_path / "users.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
-    recommend.main(["--model_dir", model_dir, *flags])
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [len(line) for line in lines] == [10, 10]
-    assert lines[0][0].keys() == {"item_id", "title", "score"}
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b'["no-such-item"]\n', "'no-such-item' is not in"),
-        (b"[]\n", "line 1"),
-        (b'["a"]\n{oops\n', "line 2"),
-        (b'["a"]\n["\xff"]\n', "users.jsonl', line 2 is not UTF-8"),
-        (b"", "users.jsonl' is empty; write one user per line"),
-    ],
-)
-def test_recommend_names_the_bad_line_or_id(tiny_run, tmp_path, content, words):
-    (tmp_path / "users.jsonl").write_bytes(content)
-    flags = ["--model_dir", str(tiny_run / "recommender"), "--histories_file", str(tmp_path / "users.jsonl")]
-    with pytest.raises(ValueError, match=words):
-        recommend.main(flags)
 
 
 NOWHERE = "' is not on this machine, and the Hub at .* does not give it"
