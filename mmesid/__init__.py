@@ -1,6 +1,7 @@
 """Sequential recommendation with a language model, multimodal embeddings and semantic IDs."""
 
 import importlib
+import logging
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 
 __version__ = version("mmesid")
+
+# Where it is installed, the first import would tell the lack of a kernel that makes 4-bit products faster.
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 # Imported when a name is asked for: `import mmesid`, and with it the help of every command, does not wait for torch.
 _NAMES = {

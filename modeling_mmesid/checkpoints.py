@@ -4,7 +4,9 @@ the files that belong to these weights."""
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -14,12 +16,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 
 logger = logging.get_logger(__name__)
+# Imported with PEFT where it is installed, it would tell everybody the lack of a kernel for 4-bit products.
+getLogger("bitsandbytes.backends.cpu").setLevel(ERROR)
 
 # Raised when older code can no longer read what newer code writes; never when something optional is added.
 FORMAT_VERSION = 1
 
 # Lists the files of a directory that belong to its weights, see `add_companions`.
 COMPANIONS_NAME = "companions.json"
+
+# Weights that are read in a second or two, at most.
+SLOW_BYTES = 2**30
 
 # Arguments of `from_pretrained` that say where a file comes from.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -60,6 +67,19 @@ class CheckpointConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not all(map(fits, value if isinstance(value, (list, tuple)) else [value])):
                 raise ValueError(f"{name} is {value}; it must be {wanted}.")
+
+
+@contextmanager
+def bar_if_slow(files: Iterable[str]) -> Iterator[None]:
+    """Loads these files without the library's bar, unless it takes long enough to be looked at."""
+    shown = logging.is_progress_bar_enabled()
+    if shown and sum(map(os.path.getsize, files)) < SLOW_BYTES:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
@@ -152,13 +172,15 @@ class SafetensorsMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As [`~transformers.PreTrainedModel.from_pretrained`]; raises an `OSError` if the checkpoint holds no weights
         in safetensors, and a `ValueError` if it lacks a weight or holds one that the model does not have."""
-        weight_files(pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        files = weight_files(pretrained_model_name_or_path, **hub_arguments)
         with_loading_info = kwargs.pop("output_loading_info", False)
-        model, loading = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            **kwargs | {"use_safetensors": True, "output_loading_info": True},
-        )
+        with bar_if_slow(files):
+            model, loading = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                **kwargs | {"use_safetensors": True, "output_loading_info": True},
+            )
         # The library would draw a missing weight at random and only print a table of such weights.
         require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])
         return (model, loading) if with_loading_info else model

@@ -102,6 +102,19 @@ def check_section(recipe: dict, path: Path, stage: str, flag: str) -> None:
         raise ValueError(f"{flag} names '{stage}', which is no section of '{path}'; correct the name.")
 
 
+def check_paths(path: Path, recipe: dict) -> None:
+    """Raises `FileNotFoundError` if the recipe names a file that lies beside it and not where its paths start, which
+    is the current directory."""
+    for stage, runs in recipe.items():
+        for name, value in ((name, value) for run in runs if isinstance(run, dict) for name, value in run.items()):
+            if name != "output_dir" and isinstance(value, str) and not Path(value).exists():
+                if (path.parent / value).exists():
+                    raise FileNotFoundError(
+                        f"'{value}', which {stage}.{name} of '{path}' names, is not below '{Path.cwd()}', where the "
+                        f"paths of a recipe start, but beside the recipe; start mmesid in '{path.parent.absolute()}'."
+                    )
+
+
 def plan(
     path: Path, recipe: dict, stages: Mapping[str, Stage], only: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict]]:

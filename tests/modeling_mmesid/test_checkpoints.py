@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModel, set_seed
+from transformers.utils import logging
 
 from modeling_mmesid import (
     MMESIDForSequentialRecommendation,
@@ -129,3 +130,13 @@ def test_what_is_saved_names_its_format_and_brings_its_code(tmp_path, saved):
     for path in tmp_path.glob("*.py"):
         for sibling in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE):
             assert (tmp_path / f"{sibling}.py").is_file(), f"{path.name} needs {sibling}"
+
+
+def test_a_small_checkpoint_loads_without_a_bar_and_the_library_keeps_its_own(saved, capfd):
+    AutoModel.from_pretrained(saved / "sasrec")
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_mmesid.checkpoints.SLOW_BYTES", 0)
+        AutoModel.from_pretrained(saved / "sasrec")
+    assert "Loading weights" in capfd.readouterr().err

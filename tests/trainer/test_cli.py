@@ -1,4 +1,5 @@
 import ast
+import os
 import runpy
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_a_stage_gets_its_flags_untouched(calls):
 @pytest.mark.parametrize("error", [ValueError("Item 'x' is unknown."), OSError("'y/z' is no repository.")])
 def test_a_users_error_is_one_sentence(calls, capsys, error):
     calls.fail["sasrec"] = error
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["sasrec"])
     assert capsys.readouterr().err == f"mmesid sasrec: error: {error}\n"
     with pytest.raises(type(error)):
@@ -112,14 +113,46 @@ def test_a_users_error_is_one_sentence(calls, capsys, error):
     assert calls.recorded == [("sasrec", [])] * 3
 
 
+def test_exit_statuses_tell_errors_from_flags_that_make_no_command(capsys, tmp_path):
+    for argv, status in (
+        (["sasrec", "--output_dir", "o"], "2"),
+        (["nonsense"], "2"),
+        (["recommend", "--model_dir", "m", "--history", "a", "--top_k", "0"], "2"),
+        (["recommend", "--model_dir", str(tmp_path), "--history", "a"], "1"),
+        (["run", "nowhere.yaml"], "1"),
+        (["run"], "2"),
+    ):
+        with pytest.raises(SystemExit, match=status):
+            main(argv)
+        assert "error: " in capsys.readouterr().err
+
+
+def test_without_a_command_they_are_listed(capsys):
+    main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*STAGES, "run"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"), [(BrokenPipeError(), 1, ""), (KeyboardInterrupt(), 130, "goes on")]
+)
+def test_a_closed_pipe_and_ctrl_c_are_no_tracebacks(calls, monkeypatch, capfd, error, status, said):
+    calls.fail["sasrec"] = error
+    with pytest.raises(SystemExit, match=str(status)), open(os.devnull, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        main(["sasrec"])
+    written = capfd.readouterr().err
+    assert said in written and len(written.splitlines()) == bool(said)
+
+
 def test_a_stage_that_is_started_as_a_module_says_the_same_sentence(tmp_path, capsys, monkeypatch):
     flags = ["--directory", str(tmp_path / "nowhere"), "--repo_id", "me/it"]
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["push", *flags])
     sentence = capsys.readouterr().err
     assert sentence.startswith(f"mmesid push: error: '{tmp_path / 'nowhere' / 'record.json'}' does not exist")
     monkeypatch.setattr(sys, "argv", ["push.py", *flags])
-    with pytest.raises(SystemExit, match="2"), warnings.catch_warnings():
+    with pytest.raises(SystemExit, match="1"), warnings.catch_warnings():
         # The module is imported already, and runs a second time as the script.
         warnings.simplefilter("ignore", RuntimeWarning)
         runpy.run_module("mmesid.trainer.stages.push", run_name="__main__")
@@ -197,7 +230,7 @@ def test_only_and_set_may_be_repeated(calls, recipe):
 
 def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
     calls.fail["embed"] = ValueError("The table does not fit.")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["run", str(recipe)])
     assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec", "embed"]
     assert capsys.readouterr().err == "mmesid embed: error: The table does not fit.\n"
@@ -226,7 +259,7 @@ def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
 def test_a_wrong_recipe_is_one_sentence_and_runs_nothing(calls, tmp_path, capsys, text, flags, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["run", str(path), *flags])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mmesid run: error: ")
@@ -235,12 +268,28 @@ def test_a_wrong_recipe_is_one_sentence_and_runs_nothing(calls, tmp_path, capsys
 
 
 def test_a_missing_recipe_is_named(capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["run", "missing.yaml"])
     message = capsys.readouterr().err
     assert message.startswith("mmesid run: error: There is no recipe 'missing.yaml', neither a file below ")
     assert str(Path.cwd()) in message
     assert "quickstart" in message
+
+
+def test_a_recipe_from_another_directory_says_where_its_paths_start(calls, tmp_path, monkeypatch, capsys):
+    text = "output_dir: o\nprepare: {source: tabular, interactions: a.csv}\nsasrec: {}\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="1"):
+        main(["run", "../recipe.yaml"])
+    message = capsys.readouterr().err
+    assert "'a.csv', which prepare.interactions of '../recipe.yaml' names, is not below" in message
+    assert calls.recorded == []
+    monkeypatch.chdir(tmp_path)
+    main(["run", "recipe.yaml"])
+    assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec"]
 
 
 def test_a_recipe_that_comes_with_the_package_goes_by_its_name(calls, monkeypatch, tmp_path):

@@ -47,6 +47,8 @@ class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
         args = copy.copy(args)
         args.batch_eval_metrics = True
         args.remove_unused_columns = False
+        # Without an accelerator torch would warn that it has no use for it.
+        args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
         super().__init__(model, args, compute_metrics=self._ranking_metrics, **kwargs)
         self._item_table: torch.Tensor | None = None
 

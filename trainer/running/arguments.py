@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from mmesid.hub_cards import require_links
 
+from .errors import UsageError
 from .files import check_names, read_yaml, to_flags
 
 
@@ -256,6 +257,14 @@ class _Parser(HfArgumentParser):
 
 
 def parse(arguments_class: type[CommandArguments], argv: list[str] | None = None):
+    """As [`_parse`]; whatever flags and settings cannot be is a [`UsageError`], a `ValueError`."""
+    try:
+        return _parse(arguments_class, argv)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _parse(arguments_class: type[CommandArguments], argv: list[str] | None):
     """
     Reads a stage's arguments, with `config`, `training` and `changed`, from flags, or from a YAML file followed by
     flags that override it.

@@ -89,7 +89,7 @@ def test_a_refusal_is_one_sentence(recommender, on_hub, monkeypatch, capsys, rep
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(ValueError, match=message):
         push(recommender, repo_id)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["push", "--directory", str(recommender), "--repo_id", repo_id])
     assert "mmesid push: error: " in capsys.readouterr().err
 
