@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -50,14 +50,18 @@ class BaseModelMixin:
         """
         for name in config_kwargs.keys() - MMESIDConfig.__annotations__:
             raise TypeError(f"MMESIDConfig has no setting '{name}'; arguments of the decoder go to backbone_kwargs.")
-        backbone_kwargs = {"use_safetensors": True} | (backbone_kwargs or {})
+        # Asked for by name or not run: the library would ask on standard input.
+        backbone_kwargs = {"use_safetensors": True, "trust_remote_code": False} | (backbone_kwargs or {})
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
         backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
         backbone = AutoModel.from_pretrained(pretrained_backbone_name_or_path, **backbone_kwargs)
         if freeze_backbone or config_kwargs.get("lora") is not None:
-            config_kwargs["base_model_name_or_path"] = str(pretrained_backbone_name_or_path)
+            # A folder by its whole path, for the checkpoint will be loaded from elsewhere.
+            is_folder = os.path.isdir(pretrained_backbone_name_or_path)
+            name_or_path = os.fspath(pretrained_backbone_name_or_path)
+            config_kwargs["base_model_name_or_path"] = os.path.abspath(name_or_path) if is_folder else name_or_path
             config_kwargs["base_model_revision"] = backbone_kwargs["revision"]
         # A copy: nested, a live configuration loses its attention implementation, and with it the causal mask.
         backbone_config = deepcopy(backbone.config)
@@ -70,7 +74,8 @@ class BaseModelMixin:
         """
         Loads a checkpoint. If it names a base model, the frozen backbone is loaded by that name, with all keyword
         arguments that are neither settings of [`MMESIDConfig`] nor tell where the checkpoint is: `dtype`,
-        `quantization_config`, `device_map`, `attn_implementation`, `trust_remote_code` and the like.
+        `quantization_config`, `device_map`, `attn_implementation`, `trust_remote_code` and the like. Every checkpoint
+        means by `dtype` the precision of the decoder; items stay in float32.
 
         Raises an `OSError` if the checkpoint holds no safetensors or its base model cannot load, a `TypeError` for
         a keyword that nothing knows, and a `ValueError` if a weight is missing or there is one too many.
@@ -90,9 +95,16 @@ class BaseModelMixin:
         try:
             backbone = AutoModel.from_pretrained(
                 config.base_model_name_or_path,
-                **{"use_safetensors": True, "revision": config.base_model_revision} | backbone_kwargs,
+                **{"use_safetensors": True, "revision": config.base_model_revision, "trust_remote_code": False}
+                | backbone_kwargs,
             )
         except OSError as error:
+            if os.path.isabs(config.base_model_name_or_path) and not os.path.isdir(config.base_model_name_or_path):
+                raise OSError(
+                    f"'{pretrained_model_name_or_path}' needs its base model in the folder "
+                    f"'{config.base_model_name_or_path}', which is not there; put it back, or give the folder as "
+                    "base_model_name_or_path."
+                ) from error
             raise OSError(
                 f"'{pretrained_model_name_or_path}' needs its base model '{config.base_model_name_or_path}', which "
                 f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
@@ -130,8 +142,12 @@ class BaseModelMixin:
             return
         custom_object_save(SequentialRecommendationPipeline, save_directory)
         if self.config.lora is not None:
+            backbone = type(self.base_model.backbone)
             adapter_config = LoraConfig(
                 **self.config.lora,
+                # It gives hidden states, as PEFT calls a model without a head.
+                task_type="FEATURE_EXTRACTION",
+                auto_mapping={"base_model_class": backbone.__name__, "parent_library": backbone.__module__},
                 base_model_name_or_path=self.config.base_model_name_or_path,
                 revision=self.config.base_model_revision,
                 inference_mode=True,
@@ -141,6 +157,36 @@ class BaseModelMixin:
             weights = get_peft_model_state_dict(self.base_model.backbone)
             weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
             save_file(weights, os.path.join(adapter_dir, "adapter_model.safetensors"), metadata={"format": "pt"})
+
+    def load_adapter(self, peft_model_id: str | os.PathLike, **hub_kwargs) -> None:
+        """
+        Loads an adapter that `save_pretrained` wrote, into the backbone and in place of the weights that its adapter
+        has.
+
+        Args:
+            peft_model_id (`str` or `os.PathLike`): The folder `adapter` of a checkpoint, or a repository on the Hub,
+                then with `subfolder="adapter"`.
+            hub_kwargs (`dict`, *optional*): `subfolder`, `revision`, `token` and the like.
+
+        Raises:
+            ValueError: If the model has no adapter, or one of other layers or another rank.
+        """
+        if self.config.lora is None:
+            raise ValueError(
+                "This recommender has no adapter, so none can be loaded into it; load the whole checkpoint that the "
+                "adapter belongs to."
+            )
+        weights = load_peft_weights(os.fspath(peft_model_id), device="cpu", **hub_kwargs)
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+        own = get_peft_model_state_dict(self.base_model.backbone)
+        require_fit(peft_model_id, own.keys() - weights.keys(), weights.keys() - own.keys())
+        for name, weight in weights.items():
+            if weight.shape != own[name].shape:
+                raise ValueError(
+                    f"'{name}' has the shape {tuple(weight.shape)} in '{peft_model_id}' and {tuple(own[name].shape)} "
+                    "in this recommender; load an adapter of the same rank and decoder."
+                )
+        set_peft_model_state_dict(self.base_model.backbone, weights)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """As [`~transformers.PreTrainedModel.push_to_hub`]; refuses a base model that is a folder on this machine."""

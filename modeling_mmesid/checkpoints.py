@@ -4,6 +4,7 @@ the files that belong to these weights."""
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -11,8 +12,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -21,6 +24,13 @@ getLogger("bitsandbytes.backends.cpu").setLevel(ERROR)
 
 # Raised when older code can no longer read what newer code writes; never when something optional is added.
 FORMAT_VERSION = 1
+
+# What a configuration may hold: beyond, a model would be built for hours or fill the memory before its weights tell
+# that they are others.
+MOST_CONFIG_BYTES = 2**24
+MOST_NESTED = 20
+LARGEST_SIZE = 2**31
+MOST_LAYERS = 4096
 
 # Lists the files of a directory that belong to its weights, see `add_companions`.
 COMPANIONS_NAME = "companions.json"
@@ -53,12 +63,27 @@ class CheckpointConfig(PreTrainedConfig):
         """As [`~transformers.PreTrainedConfig.from_dict`]; refuses a newer format than this code reads."""
         # Before the settings are looked at, which may mean something else there.
         version = config_dict.get("format_version", 1)
+        if not isinstance(version, int):
+            raise ValueError(f"The format_version of this checkpoint is {version!r:.100}; download or save it again.")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has format {version}, and the mmesid installed here reads formats up to "
                 f"{FORMAT_VERSION}; upgrade mmesid."
             )
-        return super().from_dict(config_dict, **kwargs)
+        require_sizes(config_dict)
+        with told_of_damage(f"This configuration of a {cls.model_type}"):
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As [`~transformers.PreTrainedConfig.from_pretrained`]; raises a `ValueError` that names the checkpoint if
+        its configuration is damaged."""
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        read_config(pretrained_model_name_or_path, **hub_arguments)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"'{pretrained_model_name_or_path}': {error}") from error
 
     def require(self, fits: Callable[[Any], bool], wanted: str, *names: str) -> None:
         """Raises a `ValueError` that names the first of these settings whose value (of a list: one of its values) does
@@ -82,6 +107,51 @@ def bar_if_slow(files: Iterable[str]) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def read_config(name_or_path: str | os.PathLike, **hub_arguments) -> dict:
+    """The configuration of a checkpoint as its file has it; raises an `OSError` if there is none, and a `ValueError`
+    if it is too large, too deep or no JSON object."""
+    file = Path(cached_file(name_or_path, CONFIG_NAME, **hub_arguments))
+    with told_of_damage(f"The configuration '{file}'"):
+        if file.stat().st_size > MOST_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MOST_CONFIG_BYTES:,} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+        require_sizes(config)
+    return config
+
+
+def require_sizes(value, name: str = "", depth: int = 0) -> None:
+    """Raises a `ValueError` if a number in nested settings is beyond all models, or they are nested too deeply."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"Settings are nested more than {MOST_NESTED} levels deep; get the checkpoint again.")
+    if isinstance(value, dict):
+        for key, member in value.items():
+            require_sizes(member, key, depth + 1)
+    elif isinstance(value, list):
+        for member in value:
+            require_sizes(member, name, depth + 1)
+    elif isinstance(value, (int, float)):
+        largest = MOST_LAYERS if re.search(r"layers?$|quantizers$", name) else LARGEST_SIZE
+        # NaN is not.
+        if not abs(value) <= largest:
+            raise ValueError(f"{name} is {value:.6g}, and no model has more than {largest:,}; get it again.")
+
+
+@contextmanager
+def told_of_damage(what: str) -> Iterator[None]:
+    """Makes a `ValueError` with a sentence of what the libraries raise that read a damaged file."""
+    try:
+        yield
+    except (
+        StrictDataclassError, AttributeError, KeyError, IndexError, OverflowError, RecursionError, SafetensorError,
+        TypeError, ValueError,
+    ) as error:  # fmt: skip
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        said = " ".join(str(cause).split()).rstrip(".")
+        raise ValueError(f"{what} is damaged or of another model ({said}); download or save it again.") from error
+
+
 def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
     """The files, on this machine, with the weights of a checkpoint: one file, or the shards of a large checkpoint."""
     whole, index = (
@@ -95,7 +165,8 @@ def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
             f"'{name_or_path}' holds no {SAFE_WEIGHTS_NAME}, and weights in pickle files are not read, for they can "
             "run any code; have its owner save it again with `save_pretrained`."
         )
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    with told_of_damage(f"The list of weights '{index}'"):
+        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     require_inside(index, shards)
     return [cached_file(name_or_path, shard, **hub_arguments) for shard in shards]
 
@@ -174,12 +245,26 @@ class SafetensorsMixin:
         in safetensors, and a `ValueError` if it lacks a weight or holds one that the model does not have."""
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         files = weight_files(pretrained_model_name_or_path, **hub_arguments)
+        if kwargs.get("config") is None:
+            # What is wrong with it is told before the library builds anything.
+            cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
         with_loading_info = kwargs.pop("output_loading_info", False)
-        with bar_if_slow(files):
-            model, loading = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                **kwargs | {"use_safetensors": True, "output_loading_info": True},
+        try:
+            with bar_if_slow(files):
+                model, loading = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    **kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True},
+                )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of '{pretrained_model_name_or_path}' are damaged ({error}); download or save them again."
+            ) from error
+        mismatched = [name for name, *_ in loading["mismatched_keys"]]
+        if mismatched:
+            raise ValueError(
+                f"The weights of '{pretrained_model_name_or_path}' have other shapes than its configuration says "
+                f"({', '.join(sorted(mismatched)[:3])} ...); download or save it again."
             )
         # The library would draw a missing weight at random and only print a table of such weights.
         require_fit(pretrained_model_name_or_path, loading["missing_keys"], loading["unexpected_keys"])

@@ -1,6 +1,7 @@
 """The MME-SID recommender: a decoder that reads items as soft tokens and ranks the whole catalogue by one inner
 product."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -35,8 +36,16 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     _kept: tuple | None = None
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        # The list above would also turn the codes and masks of a checkpoint that is loaded in fp16 into floats.
-        return {}
+        # Items stay in float32 as they do beside a base model. The list above would also turn their codes and masks
+        # into floats.
+        tensors = itertools.chain(self.named_parameters(), self.named_buffers())
+        floating = (name for name, tensor in tensors if tensor.is_floating_point())
+        return {name: torch.float32 for name in floating if name.startswith(tuple(self._keep_in_fp32_modules))}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the decoder; items are in float32."""
+        return self.base_model.backbone.dtype
 
     @torch.no_grad()
     def _init_weights(self, module):

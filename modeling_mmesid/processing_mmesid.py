@@ -1,9 +1,11 @@
 """The recommender's processor: raw item ids to rows and back, and the prompt around the items."""
 
+import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import TensorType
 
@@ -55,6 +57,21 @@ class MMESIDProcessor(ProcessorMixin):
         self._rows: dict[str, int] = {}
         self.add_items(item_ids, titles)
         require_items_place(user_prompt)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As [`~transformers.ProcessorMixin.from_pretrained`]; raises a `ValueError` if its files are damaged. Code
+        that they name is refused unless `trust_remote_code` is given."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False} | kwargs)
+        except (OSError, HFValidationError):
+            raise
+        # The tokenizer's own, which is no more than that.
+        except Exception as error:
+            raise ValueError(
+                f"The processor of '{pretrained_model_name_or_path}' cannot be read ({' '.join(str(error).split())}); "
+                "save or download it again."
+            ) from error
 
     def __call__(
         self, histories: Iterable[Iterable[str | int]], return_tensors: str | TensorType | None = None

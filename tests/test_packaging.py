@@ -226,3 +226,18 @@ print(sorted(_ENVIRONMENT.list_templates()))
     assert process.returncode == 0, process.stderr
     templates = sorted(path.name for path in (ROOT / "hub_cards" / "templates").iterdir())
     assert process.stdout.splitlines()[-1] == str(templates)
+
+
+def test_no_library_is_left_to_ask_whether_code_may_run():
+    """Where nothing is said of `trust_remote_code`, transformers asks on standard input."""
+    files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "modeling_mmesid").glob("*.py")]
+    calls = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    autos = [
+        (file, node, {keyword.arg for keyword in node.keywords})
+        for file, node in calls
+        if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func))
+    ]
+    assert len(autos) > 5
+    for file, node, names in autos:
+        # `**settings` come from where it is one of them.
+        assert names & {"trust_remote_code", None}, f"{file.relative_to(ROOT)}:{node.lineno}"

@@ -54,6 +54,11 @@ def test_half_precision_recommends_nearly_the_same(name, dtype, saved, monkeypat
     # Codes, masks and counts are no floats to be rounded.
     kinds = {key: tensor.dtype for key, tensor in full.state_dict().items() if not tensor.is_floating_point()}
     assert {key: half.state_dict()[key].dtype for key in kinds} == kinds
+    if name != "sasrec":
+        # What `dtype` means does not depend on where the decoder's weights are.
+        assert half.dtype == half.model.backbone.dtype == dtype
+        tensors = half.model.items.state_dict().values()
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
     best = half.recommend(HISTORIES, top_k=10)
     exact = full.recommend(HISTORIES, top_k=40 - max(map(len, HISTORIES)))
     for user in range(len(best.items)):
@@ -91,6 +96,112 @@ def test_a_base_model_in_a_pickle_is_refused(tmp_path, saved, monkeypatch):
     shutil.copytree(saved / "recommender_lora", tmp_path / "recommender_lora")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="needs its base model 'base', which cannot be loaded"):
+        AutoModel.from_pretrained("recommender_lora")
+
+
+CLASSES = {
+    "recommender": MMESIDForSequentialRecommendation,
+    "sasrec": SASRecForSequentialRecommendation,
+    "quantizer": MMRQVAEModel,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b"", "damaged or of another model"),
+        (b"[]", "it holds no JSON object"),
+        (b"\xff{}", "damaged or of another model"),
+        (b'{"a":' * 3000, "damaged or of another model"),
+        (b" " * 2**24 + b"{}", "it has more than 16,777,216 bytes"),
+        ({"format_version": None}, "format_version of this checkpoint is None"),
+        ({"initializer_range": "wide"}, "initializer_range.*damaged or|damaged or .*initializer_range"),
+        ({"initializer_range": 1e300}, r"initializer_range is 1e\+300"),
+        ({"id2label": 5}, "damaged or of another model"),
+        (
+            {"num_hidden_layers": 10**8, "num_quantizers": 10**8, "num_items": -1},
+            r"1e\+08, and no model has more than",
+        ),
+    ],
+)
+def test_a_damaged_configuration_is_told_in_a_sentence(name, change, message, tmp_path, saved):
+    shutil.copytree(saved / name, tmp_path / name)
+    file = tmp_path / name / "config.json"
+    file.write_bytes(
+        json.dumps(json.loads(file.read_bytes()) | change).encode() if isinstance(change, dict) else change
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        CLASSES[name].from_pretrained(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_that_are_damaged_or_of_other_sizes_are_told_in_a_sentence(tmp_path, saved):
+    shutil.copytree(saved / "sasrec", tmp_path / "sasrec")
+    config = json.loads((tmp_path / "sasrec" / "config.json").read_text())
+    (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config | {"num_items": NUM_ITEMS + 1}))
+    with pytest.raises(ValueError, match="have other shapes than its configuration says .*item_embeddings"):
+        SASRecForSequentialRecommendation.from_pretrained(tmp_path / "sasrec")
+    (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config))
+    whole = (tmp_path / "sasrec" / "model.safetensors").read_bytes()
+    for damaged in (whole[:-100], whole[:100], b""):
+        (tmp_path / "sasrec" / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="The weights of '.*sasrec' are damaged"):
+            SASRecForSequentialRecommendation.from_pretrained(tmp_path / "sasrec")
+
+
+def test_an_adapter_is_loaded_into_the_backbone_or_refused(tmp_path, saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    model = AutoModel.from_pretrained("recommender_lora")
+    adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in adapter:
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "trained")
+    config = json.loads((tmp_path / "trained" / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    assert config["auto_mapping"]["base_model_class"] == "LlamaModel"
+    expected = model.recommend(HISTORIES).scores
+
+    other = AutoModel.from_pretrained("recommender_lora").eval()
+    assert not torch.equal(other.recommend(HISTORIES).scores, expected)
+    other.load_adapter(tmp_path / "trained" / "adapter")
+    assert torch.equal(other.recommend(HISTORIES).scores, expected)
+
+    wide = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        "base", lora={"r": 4, "target_modules": "all-linear"}, **settings()
+    )
+    with pytest.raises(ValueError, match=r"has the shape \(2, \d+\) in .* load an adapter of the same rank"):
+        wide.load_adapter(tmp_path / "trained" / "adapter")
+    with pytest.raises(ValueError, match="has no adapter, so none can be loaded into it"):
+        new_model().load_adapter(tmp_path / "trained" / "adapter")
+
+
+def test_a_base_model_in_a_folder_is_found_from_everywhere_or_named(tmp_path, saved, monkeypatch):
+    shutil.copytree(saved / "base", tmp_path / "decoder")
+    monkeypatch.chdir(tmp_path)
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained("decoder", freeze_backbone=True, **settings())
+    model.save_pretrained(tmp_path / "frozen")
+    monkeypatch.chdir(saved)
+    AutoModel.from_pretrained(tmp_path / "frozen")
+    (tmp_path / "decoder").rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="needs its base model in the folder '.*decoder', which is not there; put it"):
+        AutoModel.from_pretrained(tmp_path / "frozen")
+    moved = AutoModel.from_pretrained(tmp_path / "frozen", base_model_name_or_path=str(tmp_path / "moved"))
+    assert moved.config.base_model_name_or_path == str(tmp_path / "moved")
+
+
+def test_code_of_a_base_model_is_refused_and_nobody_is_asked(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on standard input"))
+    shutil.copytree(saved / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    named = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "of_others", "auto_map": named}))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        MMESIDForSequentialRecommendation.from_backbone_pretrained(tmp_path / "base", **settings())
+    shutil.copytree(saved / "recommender_lora", tmp_path / "recommender_lora")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModel.from_pretrained("recommender_lora")
 
 

@@ -104,12 +104,16 @@ class LLM2CLIPEncoder(PretrainedEncoder):
         clip = load_model(AutoModel, name_or_path, dtype, revision=revision, trust_remote_code=trust_remote_code)
         llama = tokenizer = image_processor = None
         if text_model_name_or_path is not None:
-            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, revision=text_model_revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                text_model_name_or_path, revision=text_model_revision, trust_remote_code=False
+            )
             llama = load_llama(text_model_name_or_path, text_model_revision, dtype)
         if image_processor_name_or_path is not None:
-            image_processor = AutoImageProcessor.from_pretrained(image_processor_name_or_path)
+            image_processor = AutoImageProcessor.from_pretrained(image_processor_name_or_path, trust_remote_code=False)
         elif llama is None:
-            image_processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+            image_processor = AutoImageProcessor.from_pretrained(
+                name_or_path, revision=revision, trust_remote_code=False
+            )
         return cls(clip, llama, tokenizer, image_processor)
 
     @classmethod

@@ -16,6 +16,7 @@ from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
+from ..running.training import FiniteLossMixin
 from .evaluation import code_metrics, encode_items, encode_rows, held_out_metrics, history_distances, sample_items
 from .initialization import balance_codes, revive_codes
 from .items import ItemTables
@@ -59,7 +60,7 @@ class MMRQVAETrainingArguments(BestEpochTrainingArguments):
         check_ranges(self, share=("validation_fraction",), not_negative=("codebook_learning_rate",))
 
 
-class MMRQVAETrainer(HubTrainerMixin, Trainer):
+class MMRQVAETrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 

@@ -11,6 +11,7 @@ from modeling_mmesid.recommendation import mask_histories, score_items, target_r
 
 from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin
+from ..running.training import FiniteLossMixin
 
 
 # What an evaluation measures, as patterns.
@@ -35,7 +36,7 @@ class ResumableLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class SequentialRecommendationTrainer(HubTrainerMixin, Trainer):
+class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
     """
     A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
 

@@ -135,7 +135,7 @@ def build_recommender(
         tokenizer = train_tokenizer([*data.texts[1:], *[SYSTEM_PROMPT, user_prompt] * data.num_items], VOCAB_SIZE)
     else:
         revision = (backbone_kwargs or {}).get("revision")
-        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision, trust_remote_code=False)
     max_history = config_kwargs.get("max_history", MMESIDConfig.max_history)
     processor = MMESIDProcessor(
         tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=user_prompt, max_history=max_history

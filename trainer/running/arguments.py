@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
@@ -32,11 +33,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be a positive number"),
     "not_negative": (lambda value: value >= 0, "must be 0 or a positive number"),
     "share": (lambda value: 0 < value < 1, "must lie between 0 and 1"),
+    "decay": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
 }
 
 
 def check_ranges(arguments, **names: tuple[str, ...]) -> None:
-    """Raises `ValueError` if an argument of the dataclass, named as `positive`, `not_negative` or `share`, is not."""
+    """Raises `ValueError` if an argument of the dataclass, named as `positive`, `not_negative`, `share` or `decay`, is
+    not."""
     for kind, members in names.items():
         is_in_range, what = _RANGES[kind]
         for name in members:
@@ -54,6 +57,22 @@ def changed_arguments(arguments) -> dict:
         if value != default:
             changed[argument.name] = value.value if isinstance(value, Enum) else value
     return changed
+
+
+def require_reporting(report_to: str | list[str] | None) -> list[str]:
+    """The logging services that are asked for, by name; raises `ValueError` for one that is unknown or not
+    installed."""
+    asked = [report_to] if isinstance(report_to, str) else report_to or ["none"]
+    available = get_available_reporting_integrations()
+    for name in asked:
+        if name not in ("none", "all", *available):
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(
+                f"--report_to {name} needs the package {name}, which is not installed; pip install {name}."
+                if name in INTEGRATION_TO_CALLBACK
+                else f"--report_to {name} is no service that can be reported to; choose among none, all, {known}."
+            )
+    return available if "all" in asked else [name for name in asked if name != "none"]
 
 
 def parse_links(links: list[str] | None) -> dict[str, str]:
@@ -105,13 +124,10 @@ class StageArguments(CommandArguments):
 
         output_dir (`str`): Directory that the stage writes to.
         force (`bool`, *optional*, defaults to `False`): Run the stage even if its outputs are up to date.
-        verify (`bool`, *optional*, defaults to `False`): Compare the digests of the outputs, not only their sizes and
-            times, before they count as up to date.
     """
 
     output_dir: str
     force: bool = False
-    verify: bool = False
 
 
 @dataclass(kw_only=True)
@@ -203,10 +219,18 @@ class BestEpochTrainingArguments(TrainingArguments):
             self,
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-                "gradient_accumulation_steps",
+                "gradient_accumulation_steps", "eval_accumulation_steps", "eval_steps", "save_steps", "logging_steps",
+                "save_total_limit", "adam_epsilon",
             ),
-            not_negative=("learning_rate", "early_stopping_patience", "weight_decay", "warmup_steps", "seed"),
+            not_negative=(
+                "learning_rate", "early_stopping_patience", "weight_decay", "warmup_steps", "seed", "data_seed",
+                "max_grad_norm", "dataloader_num_workers", "eval_delay", "label_smoothing_factor",
+            ),
+            decay=("adam_beta1", "adam_beta2"),
         )  # fmt: skip
+        if self.max_steps != -1:
+            check_ranges(self, positive=("max_steps",))
+        self.report_to = require_reporting(self.report_to)
         parse_links(self.hub_links)
         self._settle_best_epoch()
         # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain, unless told to use the CPU.

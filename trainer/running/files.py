@@ -66,7 +66,7 @@ def read_json(path: str | os.PathLike) -> dict:
 def require_size(path: Path, most: int) -> None:
     """Raises `ValueError` if a file is larger."""
     if (size := path.stat().st_size) > most:
-        raise ValueError(f"'{path}' has {size:,} bytes, and such a file has {most:,} at most; is it another file?")
+        raise ValueError(f"'{path}' has {size:,} bytes, and such a file has {most:,} at most; name another file.")
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:

@@ -38,7 +38,7 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
 # that the parser hands over in another type than their default has.
 _PRESENTATION_ARGUMENTS = {
-    "output_dir", "force", "verify", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "per_device_eval_batch_size", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",
@@ -130,16 +130,16 @@ class StageRecord:
         stats = {name: (directory / name).stat() for name in self.outputs}
         self.stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
-    def is_as_written(self, directory: Path, name: str, verify: bool = False) -> bool:
+    def is_as_written(self, directory: Path, name: str) -> bool:
         """
-        Whether an output in the directory is what the stage wrote. One of another time, as copies have, and with
-        `verify` each, is read and compared by its digest. What presents the others may be edited, but not be gone.
+        Whether an output in the directory is what the stage wrote, by its size and time. One of another time, as
+        copies have, is read and compared by its digest. What presents the others may be edited, but not be gone.
         """
         path = directory / name
         if not path.is_file() or name in _PRESENTING_FILES:
             return path.is_file()
         stat, stamp = path.stat(), self.stamps.get(name)
-        if stamp == [stat.st_size, stat.st_mtime_ns] and not verify:
+        if stamp == [stat.st_size, stat.st_mtime_ns]:
             return True
         return (not stamp or stamp[0] == stat.st_size) and file_digest(path) == self.outputs[name]
 
@@ -248,7 +248,6 @@ class StageRun:
         self.stage = stage
         self.output_dir = Path(arguments.output_dir)
         self.force = arguments.force
-        self.verify = arguments.verify
         self.record_path = self.output_dir / record_name
         self.inputs = {name: input_digest(paths) for name, paths in inputs.items()}
         self.arguments = {
@@ -301,7 +300,7 @@ class StageRun:
         if record.fingerprint != self.fingerprint or self.force:
             return False
         for name in record.outputs:
-            if not record.is_as_written(self.output_dir, name, self.verify):
+            if not record.is_as_written(self.output_dir, name):
                 if PartialState().is_main_process:
                     print(
                         f"{self.stage}: '{self.output_dir / name}' is not as it was written, so the stage runs again"

@@ -1,4 +1,4 @@
-"""What the training stages share: where checkpoints go, early stopping, resuming."""
+"""What the training stages share: where checkpoints go, early stopping, resuming, and the end of what diverges."""
 
 import copy
 import tempfile
@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .arguments import BestEpochTrainingArguments, StageArguments
+from .files import read_json
 from .records import StageRun
 
 
@@ -47,11 +49,39 @@ def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallbac
     return [EarlyStoppingCallback(early_stopping_patience=arguments.early_stopping_patience)]
 
 
+class FiniteLossMixin:
+    """For trainers that stop where a loss is NaN or infinite: what comes after it is lost."""
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # The Trainer waits for every loss as well.
+        if not loss.isfinite().all():
+            raise ValueError(_diverged(f"The loss is {loss.item()} in step {self.state.global_step + 1}"))
+        return loss
+
+
+def _diverged(what: str) -> str:
+    return (
+        f"{what}: training has diverged and nothing of it is kept; lower --learning_rate, or bound gradients by "
+        "--max_grad_norm 1."
+    )
+
+
 def fit(trainer: Trainer) -> None:
-    """Trains to the end, from the last whole checkpoint of an interrupted run where there is one, otherwise from
-    `resume_from_checkpoint` where it is set, and loads the best checkpoint."""
+    """
+    Trains to the end, from the last whole checkpoint of an interrupted run where there is one, otherwise from
+    `resume_from_checkpoint` where it is set, and loads the best checkpoint.
+
+    Raises:
+        ValueError: If what was trained holds NaN or infinity.
+    """
     last = last_whole_checkpoint(Path(trainer.args.output_dir))
+    if last is not None and trainer.is_world_process_zero():
+        print(f"training goes on from '{last}', which an interrupted run left", flush=True)
     trainer.train(resume_from_checkpoint=last or trainer.args.resume_from_checkpoint)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(_diverged(f"The weight '{name}' holds NaN or infinity after the training"))
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
@@ -59,9 +89,10 @@ def last_whole_checkpoint(directory: Path) -> str | None:
     half-written is passed over, with a warning."""
     checkpoints = [path for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        state = checkpoint / TRAINER_STATE_NAME
-        # The state is one JSON object, written last.
-        if state.is_file() and state.read_text(encoding="utf-8").rstrip().endswith("}"):
+        try:
+            # The state is written last.
+            read_json(checkpoint / TRAINER_STATE_NAME)
             return str(checkpoint)
-        logger.warning("'%s' was not written to its end; training goes on from what came before it.", checkpoint)
+        except (OSError, ValueError):
+            logger.warning("'%s' was not written to its end; training goes on from what came before it.", checkpoint)
     return None

@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from transformers import AutoModel, TrainingArguments
 
+from modeling_mmesid import MMESIDConfig, SASRecConfig
+from modeling_mmesid.checkpoints import read_config
+
 from ..data.prepared import PreparedDataset
 from ..publishing.repository import add_metrics
 from ..recommender.evaluation import POPULARITY, SPLITS, model_ranks, popularity_ranks, results_page, summarize
@@ -25,6 +28,7 @@ from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
 
 
 RANKING_STAGES = ("sasrec", "finetune")
+RANKING_MODELS = (SASRecConfig.model_type, MMESIDConfig.model_type)
 
 
 @dataclass(kw_only=True)
@@ -102,7 +106,14 @@ def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingAr
     with run as staging:
         ranks = {POPULARITY: {split: popularity_ranks(data, split) for split in SPLITS}}
         for directory in directories:
-            model = AutoModel.from_pretrained(directory)
+            # The settings that its file has, before anything of it is believed.
+            kind = read_config(directory).get("model_type")
+            if kind not in RANKING_MODELS:
+                raise ValueError(
+                    f"'{directory}' holds a model of the type '{kind}', and those that rank are "
+                    f"{' and '.join(RANKING_MODELS)}; correct --model_dirs."
+                )
+            model = AutoModel.from_pretrained(directory, trust_remote_code=False)
             ranks[directory.name] = {split: model_ranks(model, data, split, training_arguments) for split in SPLITS}
         if not PartialState().is_main_process:
             return

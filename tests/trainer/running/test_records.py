@@ -119,17 +119,11 @@ def test_other_settings_force_and_a_lost_output_run_it_again(toy):
     assert toy.files()["result.txt"] == "run 4"
 
 
-@pytest.mark.parametrize("content", ["", "other"], ids=["emptied", "changed in place"])
+@pytest.mark.parametrize("content", ["", "run 3"], ids=["emptied", "of the same size"])
 def test_a_changed_output_is_made_again(toy, capsys, content):
     toy()
-    before = (toy.output_dir / "result.txt").stat()
     (toy.output_dir / "result.txt").write_text(content)
-    if content:
-        # Of the same size and time, only its digest tells.
-        assert len(content) == before.st_size
-        os.utime(toy.output_dir / "result.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert toy.stage_run().is_up_to_date()
-    toy(verify=bool(content))
+    toy()
     assert toy.files()["result.txt"] == "run 2"
     assert "result.txt' is not as it was written" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """The stages behind the encoders, one after the other, on files and in real processes."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -131,6 +132,19 @@ def test_models_of_one_name_are_refused(tiny_run, tmp_path):
     flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path), "--model_dirs"]
     with pytest.raises(ValueError, match="are called 'sasrec'"):
         evaluate.main([*flags, str(tiny_run / "sasrec"), str(tiny_run / "sasrec") + "/"])
+
+
+def test_a_checkpoint_that_names_code_is_refused_and_nobody_is_asked(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked on standard input"))
+    shutil.copytree(tiny_run / "sasrec", tmp_path / "sasrec")
+    config = json.loads((tmp_path / "sasrec" / "config.json").read_text())
+    config |= {"model_type": "of_others", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "sasrec" / "code.py").write_text("raise SystemExit('it ran')")
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "evaluation")]
+    with pytest.raises(ValueError, match="holds a model of the type 'of_others', and those that rank are mmesid_sas"):
+        evaluate.main([*flags, "--use_cpu", "true", "--model_dirs", str(tmp_path / "sasrec")])
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_popularity_by_hand(tiny_run):

@@ -1,5 +1,6 @@
 """When a training stops, and how it goes on: on SASRec, whose stage is the quickest."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_without_evaluation_the_last_epoch_is_kept(training, tmp_path):
     assert StageRecord.load(tmp_path / "out").metrics["validation"]["mrr"] > 0
 
 
+def test_what_diverges_stops_and_leaves_earlier_outputs(training, tmp_path):
+    training(tmp_path / "out", "--num_train_epochs", "1")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    diverging = ["--learning_rate", "1e38", "--max_grad_norm", "0"]
+    for flags, message in (
+        ([], "The loss is (nan|inf) in step [2-4]: training has diverged and nothing of it is kept; lower --learning"),
+        # There is no later step whose loss would tell.
+        (["--max_steps", "1", "--learning_rate", "inf"], "--learning_rate is inf"),
+        (["--max_steps", "1", "--weight_decay", "1e38"], "The weight '.*' holds NaN or infinity after the training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training(tmp_path / "out", *diverging, *flags)
+        assert {path: path.read_bytes() for path in before} == before
+        assert not (tmp_path / "new").exists()
+
+
 def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
     """Batches, dropout, optimizer and patience go on as if nothing had been: the interruption comes in the epoch that
     exhausts the patience."""
@@ -120,7 +137,7 @@ def test_a_resumed_training_ends_with_the_same_weights(training, tmp_path):
         assert_same_weights(tmp_path / name, expected)
 
 
-def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(training, tmp_path):
+def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(training, tmp_path, capsys):
     by_steps = ["--num_train_epochs", "4"]
     for name in ("save", "eval"):
         by_steps += [f"--{name}_strategy", "steps", f"--{name}_steps", "4"]
@@ -130,13 +147,15 @@ def test_a_training_that_is_resumed_within_an_epoch_ends_with_the_same_weights(t
     with pytest.raises(Interrupted):
         training(tmp_path / "resumed", *by_steps, stop_after=11)
     # What a run leaves that is killed while it writes the next one: weights without a state, or half of it.
-    for number, state in ((98, None), (99, '{"epoch": 3.0, "log_his')):
+    for number, state in ((97, None), (98, '{"epoch": 3.0, "log_his'), (99, '{"log_history": [{"epoch": 1}')):
         half = Path(training.trainer.args.output_dir, f"checkpoint-{number}")
         half.mkdir()
         (half / "model.safetensors").write_bytes(b"half")
         if state is not None:
             (half / "trainer_state.json").write_text(state)
+    capsys.readouterr()
     training(tmp_path / "resumed", *by_steps)
+    assert re.search("training goes on from '.*checkpoint-8', which an interrupted run left", capsys.readouterr().out)
     # After the eighth step, the second of its epoch.
     assert training.steps == 4
     assert_same_weights(tmp_path / "resumed", expected)
