@@ -13,7 +13,7 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .checkpoints import HUB_ARGUMENTS, require_fit, require_public_base_model, weight_files
+from .checkpoints import HUB_ARGUMENTS, require_fit, require_public_base_model, told_of_damage, weight_files
 from .configuration_mmesid import MMESIDConfig
 from .pipeline_mmesid import SequentialRecommendationPipeline
 
@@ -112,7 +112,8 @@ class BaseModelMixin:
         if any(parameter.is_meta for parameter in backbone.parameters()):
             raise ValueError(f"A part of '{config.base_model_name_or_path}' is offloaded; give a device_map without.")
         model = cls(config, backbone=backbone)
-        weights = {name: weight for path in files for name, weight in load_file(path).items()}
+        with told_of_damage(f"The checkpoint '{pretrained_model_name_or_path}'"):
+            weights = {name: weight for path in files for name, weight in load_file(path).items()}
         if model.base_model is model:
             prefix = f"{model.base_model_prefix}."
             weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}

@@ -67,9 +67,11 @@ def forked(work: Callable[[], None], output: Path, before: Callable[[], None] | 
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def status_of(child: int, seconds: float | None = None) -> int:
