@@ -13,62 +13,11 @@ from scipy.stats import kendalltau
 from transformers.utils import logging
 
 import mmesid
-from mmesid.trainer.data.preparation import prepare_source
-from mmesid.trainer.data.sources.synthetic import generate_catalogue
-from mmesid.trainer.data.tables import EmbeddingTable, save_table
-from mmesid.trainer.quantizer.semantic_ids import SEMANTIC_IDS_NAME, write_semantic_ids
-from mmesid.trainer.running.records import RECORD_NAME, write_text_atomic
+
+from .conftest import HIDDEN_SIZE
 
 
 ANALYSES = Path(__file__).parents[2] / "examples" / "analyses"
-WIDTHS = {"collaborative": 6, "text": 10}
-HIDDEN_SIZE = 32
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    """A run with recommenders as they are saved after fine-tuning, but that were drawn with another seed instead:
-    `tuned` in the paper's form, from trained code vectors, and `text_random`, text alone, from random ones."""
-    root = tmp_path_factory.mktemp("run")
-    data = prepare_source(generate_catalogue(num_items=60, num_users=40))
-    data.save(root / "prepared")
-    generator = torch.Generator().manual_seed(0)
-    tables = {}
-    (root / "embeddings").mkdir()
-    for name, width in WIDTHS.items():
-        table = torch.randn(data.num_items + 1, width, generator=generator)
-        present = torch.arange(data.num_items + 1) > (1 if name == "text" else 0)
-        tables[name] = EmbeddingTable(table * present[:, None], present)
-        save_table(root / "embeddings" / f"{name}.safetensors", name, *tables[name])
-    quantizer, codes = mmesid.quantize(
-        data,
-        tables,
-        # As wide as the decoder: code vectors start as they are.
-        mmesid.MMRQVAEConfig(num_quantizers=2, codebook_size=8, codebook_dim=HIDDEN_SIZE),
-        mmesid.MMRQVAETrainingArguments(root / "checkpoints", num_train_epochs=1),
-    )
-    quantizer.save_pretrained(root / "quantizer")
-    write_semantic_ids(root / "quantizer" / SEMANTIC_IDS_NAME, data.item_ids, codes)
-    for name, modalities, initialization, form in (
-        ("tuned", list(WIDTHS), "trained", {"share_item_table": False, "use_item_ids": False}),
-        ("text_random", ["text"], "random", {}),
-    ):
-        model, _ = mmesid.build_recommender(
-            data,
-            {modality: tables[modality] for modality in modalities},
-            quantizer,
-            {modality: codes[modality] for modality in modalities},
-            hidden_size=HIDDEN_SIZE,
-            num_hidden_layers=1,
-            code_initialization=initialization,
-            seed=7,
-            **form,
-        )
-        model.save_pretrained(root / name)
-        changed = {} if initialization == "trained" else {"code_initialization": initialization}
-        record = {"stage": "finetune", "fingerprint": "", "arguments": changed, "seconds": 1.0}
-        write_text_atomic(root / name / RECORD_NAME, json.dumps(record))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +84,8 @@ def test_taus_are_the_means_over_users(results, tuned, run_dir):
         "after quantization",
         "trained code vectors, before fine-tuning",
         "random code vectors, before fine-tuning",
-        "tuned, after fine-tuning from trained code vectors",
-        "other, after fine-tuning from random code vectors",
+        "tuned, fine-tuned from trained code vectors",
+        "other, fine-tuned from random code vectors",
     ]
     data = mmesid.PreparedDataset.load(run_dir / "prepared")
     modality = tuned.modalities["text"]
@@ -150,14 +99,14 @@ def test_taus_are_the_means_over_users(results, tuned, run_dir):
                 (table[example["target"]] - table[items]).norm(dim=1) for table in (modality.embeddings, vectors)
             )
             taus.append(np.nan_to_num(kendalltau(before, after).statistic))
-    found = states["tuned, after fine-tuning from trained code vectors"]["text"]
+    found = states["tuned, fine-tuned from trained code vectors"]["text"]
     assert found["tau"] == pytest.approx(np.mean(taus), abs=1e-6) and found["users"] == len(taus)
     assert found["half_width_95"] == pytest.approx(1.96 * np.std(taus) / len(taus) ** 0.5)
     # Where widths agree, distances start as the quantizer left them.
     start = states["trained code vectors, before fine-tuning"]["text"]["tau"]
     assert start == pytest.approx(states["after quantization"]["text"]["tau"], abs=0.02)
     assert start > states["random code vectors, before fine-tuning"]["text"]["tau"] + 0.1
-    assert list(states["other, after fine-tuning from random code vectors"]) == ["text"]
+    assert list(states["other, fine-tuned from random code vectors"]) == ["text"]
 
 
 def test_tables_and_pictures_are_written(results, run_dir):

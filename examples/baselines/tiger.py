@@ -1,0 +1,330 @@
+"""
+A generative baseline in the style of TIGER ([Rajput et al., 2023](https://arxiv.org/abs/2305.05065)): a small T5 reads
+the semantic IDs of a history, code by code, and writes that of the next item. A beam search that can only write IDs of
+items ranks the catalogue.
+
+    python examples/baselines/tiger.py --prepared_dir runs/beauty/prepared --quantizer_dir runs/beauty/quantizer \
+        --output_dir runs/beauty/tiger --modalities text
+    python examples/baselines/tiger.py --help
+
+The IDs are those of `mmesid quantize`; a last token tells items apart that share all codes. Every prefix of a training
+sequence is an example. The epoch with the least loss on validation is kept. Unlike the original there is no token for
+the user, and the optimizer is that of `transformers`.
+
+Ranks follow the protocol of `mmesid evaluate`: whole catalogue, history masked, ties against the target. Nothing is
+known beyond the beam, and a target there counts as the last of the catalogue: metrics at a k that the beam, less the
+history's items in it, reaches are those of this search; the MRR is a lower bound. Written to the output directory are
+the T5, the record, `results.json`, `results.md`, and the ranks of all users in `ranks/<split>.parquet`, in the form of
+`mmesid evaluate`. An interrupted training resumes, and a run that is up to date is skipped.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration, Trainer, set_seed
+
+from mmesid.trainer.data.prepared import PreparedDataset, Sequences
+from mmesid.trainer.quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
+from mmesid.trainer.recommender.evaluation import SPLITS, results_page, summarize
+from mmesid.trainer.running.arguments import (
+    BestEpochTrainingArguments,
+    ReaderArguments,
+    check_ranges,
+    parse,
+)
+from mmesid.trainer.running.errors import one_sentence
+from mmesid.trainer.running.help import HELP_FLAGS
+from mmesid.trainer.running.records import StageRun
+from mmesid.trainer.running.training import early_stopping, fit, trainer_arguments
+from modeling_mmesid import MMRQVAEConfig
+from modeling_mmesid.recommendation import evaluating, pad_histories
+
+
+PAD = 0  # Pads inputs, and starts what the decoder writes.
+# Of a beam without any continuation; `generate` marks with -1e9 what it has not begun.
+IMPOSSIBLE = -1e8
+BOOTSTRAP_RESAMPLES = 1000
+
+
+@dataclass(kw_only=True)
+class TigerTrainingArguments(BestEpochTrainingArguments):
+    """Arguments of the training."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("loss",)
+
+    metric_for_best_model: str | None = "loss"
+    per_device_train_batch_size: int = 256
+    num_train_epochs: float = 30
+    train_sampling_strategy: str = "group_by_length"
+    remove_unused_columns: bool | None = False
+
+
+@dataclass(kw_only=True)
+class TigerArguments(ReaderArguments):
+    """
+    --prepared_dir, --quantizer_dir, --output_dir: directories of the stages `prepare` and `quantize`, and the new one.
+    --modalities (text): whose codes an ID has, one after the other.
+    --max_history (20): latest items of a history that are read.
+    --hidden_size (128), --num_layers (2, of encoder and decoder each), --num_heads (4): the T5's sizes.
+    --num_beams (50), --beam_batch_size (32): how wide the search is, and users at a time.
+    --num_train_epochs (30), --learning_rate (0.001), --seed ...: all flags of transformers.TrainingArguments.
+    --force true: run even if the output directory is up to date.
+    """
+
+    training_class = TigerTrainingArguments
+
+    quantizer_dir: str
+    modalities: list[str] = field(default_factory=lambda: ["text"])
+    max_history: int = 20
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_beams: int = 50
+    beam_batch_size: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = "max_history", "hidden_size", "num_layers", "num_heads", "num_beams", "beam_batch_size"
+        check_ranges(self, positive=sizes)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"--hidden_size {self.hidden_size} is no multiple of --num_heads {self.num_heads}.")
+        if not self.modalities:
+            raise ValueError("--modalities names none, and an ID would be empty; name one.")
+
+
+def item_tokens(codes: dict[str, torch.Tensor], codebook_size: int) -> np.ndarray:
+    """
+    What an item is to the T5, `(items + 1, levels of all modalities + 1)`; each level has tokens of its own, from 1.
+    The last token counts the items before that have the same codes. A modality that an item lacks has a code of its
+    own. Row 0 is 0.
+    """
+    joined = torch.cat(list(codes.values()), dim=1).numpy()[1:]
+    joined = np.where(joined < 0, codebook_size, joined)
+    _, owners = np.unique(joined, axis=0, return_inverse=True)
+    order = np.argsort(owners, kind="stable")
+    counts = np.bincount(owners)
+    place = np.empty(len(owners), dtype=np.int64)
+    place[order] = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tokens = np.concatenate([joined, place[:, None]], axis=1)
+    tokens += 1 + (codebook_size + 1) * np.arange(tokens.shape[1])
+    return np.pad(tokens, ((1, 0), (0, 0)))
+
+
+class Prefixes(torch.utils.data.Dataset):
+    """
+    Histories and what follows them, as tokens: of training sequences every prefix, of held-out ones the whole history.
+
+    Args:
+        sequences (`Sequences`): A split.
+        tokens (`np.ndarray`): What [`item_tokens`] returns.
+        max_history (`int`): Latest items that are read.
+        every (`bool`): Whether every item but a user's first is a target, or only the split's own.
+    """
+
+    def __init__(self, sequences: Sequences, tokens: np.ndarray, max_history: int, every: bool):
+        self.tokens = tokens
+        # A user's items are the history with the target behind it.
+        self.items = np.insert(sequences.histories, sequences.offsets[1:], sequences.targets)
+        first = sequences.offsets[:-1] + np.arange(len(sequences))
+        last = sequences.offsets[1:] + np.arange(len(sequences))
+        if every:
+            first, last = np.repeat(first, last - first), np.delete(np.arange(len(self.items)), first)
+        self.targets = last
+        self.starts = np.maximum(first, last - max_history)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        target = self.targets[index]
+        history = self.items[self.starts[index] : target]
+        return {"input_ids": self.tokens[history].reshape(-1), "labels": self.tokens[self.items[target]]}
+
+
+def collate(examples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    input_ids = pad_histories([example["input_ids"] for example in examples])
+    labels = torch.from_numpy(np.stack([example["labels"] for example in examples]))
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": labels}
+
+
+class ItemTrie(LogitsProcessor):
+    """
+    Lets a beam search write nothing but IDs of items: the trie of all IDs as compressed rows, for all beams at once
+    (`prefix_allowed_tokens_fn` is asked beam by beam, in Python).
+
+    Args:
+        tokens (`np.ndarray`): What [`item_tokens`] returns.
+        vocab_size (`int`): Tokens of the T5.
+    """
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int):
+        self.vocab_size = vocab_size
+        ids, depth = tokens[1:], tokens.shape[1]
+        parents, edges, nodes = np.zeros(len(ids), dtype=np.int64), [], 1
+        for level in range(depth):
+            keys, children = np.unique(parents * vocab_size + ids[:, level], return_inverse=True)
+            # Parents of a level come behind all earlier ones, and so do their edges: the keys stay in order.
+            edges.append(keys)
+            parents = nodes + children
+            nodes += len(keys)
+        # The edge to node n is the one before place n.
+        self.edges = torch.from_numpy(np.concatenate(edges))
+        self.first_edge = torch.searchsorted(self.edges, torch.arange(nodes + 1) * vocab_size)
+        self.item_of_node = torch.zeros(nodes, dtype=torch.long)
+        self.item_of_node[parents] = torch.arange(1, len(ids) + 1)
+
+    def nodes(self, written: torch.Tensor) -> torch.Tensor:
+        """The node `(beams,)` that tokens `(beams, length)` lead to; -1 where they lead out of the trie."""
+        node = torch.zeros(len(written), dtype=torch.long)
+        for token in written.cpu().unbind(1):
+            key = node * self.vocab_size + token
+            edge = torch.searchsorted(self.edges, key).clamp_(max=len(self.edges) - 1)
+            node = torch.where((node >= 0) & (self.edges[edge] == key), edge + 1, -1)
+        return node
+
+    def items(self, written: torch.Tensor) -> torch.Tensor:
+        """The row `(beams,)` of the item whose whole ID was written, `(beams, depth)`; 0 where there is none."""
+        node = self.nodes(written)
+        return torch.where(node >= 0, self.item_of_node[node], 0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        node = self.nodes(input_ids[:, 1:])
+        first = self.first_edge[node]
+        counts = torch.where(node >= 0, self.first_edge[node + 1] - first, 0)
+        rows = torch.arange(len(node)).repeat_interleave(counts)
+        ends = counts.cumsum(0)
+        edges = torch.arange(len(rows)) + (first - ends + counts)[rows]
+        forbidden = torch.ones(scores.shape, dtype=torch.bool)
+        forbidden[rows, self.edges[edges] % self.vocab_size] = False
+        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+
+
+@torch.no_grad()
+def beam_ranks(
+    model: T5ForConditionalGeneration,
+    trie: ItemTrie,
+    sequences: Sequences,
+    tokens: np.ndarray,
+    max_history: int,
+    num_beams: int,
+    batch_size: int,
+) -> np.ndarray:
+    """
+    Rank `(users,)` of each user's target among the items of the beam that are not in the history, ties against it; the
+    number of items where the beam does not hold it.
+    """
+    prefixes = Prefixes(sequences, tokens, max_history, every=False)
+    num_items, depth = len(tokens) - 1, tokens.shape[1]
+    num_beams = min(num_beams, num_items)
+    ranks = np.full(len(sequences), num_items, dtype=np.int64)
+    # Histories of like length share a batch.
+    order = np.argsort(np.diff(sequences.offsets), kind="stable")
+    with evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Beam search", leave=False, delay=2):
+            users = order[start : start + batch_size]
+            batch = collate([prefixes[user] for user in users])
+            written = model.generate(
+                batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                do_sample=False,
+                num_beams=num_beams,
+                num_return_sequences=num_beams,
+                max_new_tokens=depth,
+                length_penalty=0.0,
+                logits_processor=LogitsProcessorList([trie]),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            scores = written.sequences_scores.cpu().view(len(users), num_beams)
+            items = trie.items(written.sequences[:, 1:]).view(len(users), num_beams)
+            seen = pad_histories([sequences[user]["history"] for user in users])
+            counts = (scores > IMPOSSIBLE) & (items > 0) & ~(items[:, :, None] == seen[:, None, :]).any(-1)
+            hit = counts & (items == torch.from_numpy(sequences.targets[users].astype(np.int64))[:, None])
+            target_score = scores.masked_fill(~hit, torch.inf).amin(1, keepdim=True)
+            found = hit.any(1).numpy()
+            ranks[users[found]] = (counts & (scores >= target_score)).sum(1).numpy()[found]
+    return ranks
+
+
+def new_t5(vocab_size: int, arguments: TigerArguments) -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=arguments.hidden_size,
+        d_kv=arguments.hidden_size // arguments.num_heads,
+        d_ff=4 * arguments.hidden_size,
+        num_layers=arguments.num_layers,
+        num_heads=arguments.num_heads,
+        pad_token_id=PAD,
+        decoder_start_token_id=PAD,
+        # All IDs are equally long: nothing has to say where they end.
+        eos_token_id=None,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(TigerArguments, argv)
+    run = StageRun(
+        "tiger",
+        arguments,
+        inputs={"prepared_dir": arguments.prepared_dir, "quantizer_dir": arguments.quantizer_dir},
+    )
+    if run.is_up_to_date():
+        return
+    data = PreparedDataset.load(arguments.prepared_dir)
+    codebook_size = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).codebook_size
+    codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, arguments.modalities)
+    tokens = item_tokens(codes, codebook_size)
+    vocab_size = int(tokens.max()) + 1
+    name = Path(arguments.output_dir).absolute().name
+    with run as staging:
+        training = trainer_arguments(arguments, run)
+        set_seed(training.seed)
+        model = new_t5(vocab_size, arguments)
+        trainer = Trainer(
+            model,
+            training,
+            data_collator=collate,
+            train_dataset=Prefixes(data.sequences("train"), tokens, arguments.max_history, every=True),
+            eval_dataset=Prefixes(data.sequences("validation"), tokens, arguments.max_history, every=False),
+            callbacks=early_stopping(training),
+        )
+        fit(trainer)
+        trie = ItemTrie(tokens, vocab_size)
+        searched = arguments.max_history, arguments.num_beams, arguments.beam_batch_size
+        ranks = {split: beam_ranks(model, trie, data.sequences(split), tokens, *searched) for split in SPLITS}
+        result = summarize(ranks, data, 0, BOOTSTRAP_RESAMPLES)
+        run.metrics.update(result)
+        run.details.update(data=data.statistics, parameters=model.num_parameters(), tokens=vocab_size)
+        model.save_pretrained(staging)
+        write_ranks(staging, name, ranks, data)
+        marked = {name: {"synthetic": data.statistics["synthetic"]} | result}
+        (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
+        page = results_page({name: result}, data.statistics)
+        (staging / "results.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def write_ranks(directory: Path, name: str, ranks: dict[str, np.ndarray], data: PreparedDataset) -> None:
+    """Writes `ranks/<split>.parquet` as `mmesid evaluate` does, with one model."""
+    (directory / "ranks").mkdir()
+    for split, values in ranks.items():
+        sequences = data.sequences(split)
+        columns = {"user_id": sequences.user_ids, "target": sequences.targets, name: values.astype(np.int32)}
+        pq.write_table(pa.table(columns), directory / "ranks" / f"{split}.parquet")
+
+
+if __name__ == "__main__":
+    if not HELP_FLAGS.isdisjoint(sys.argv[1:]):
+        print(__doc__, TigerArguments.__doc__, sep="\n")
+    else:
+        with one_sentence("tiger", sys.argv[1:]):
+            main()
