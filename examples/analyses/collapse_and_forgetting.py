@@ -239,7 +239,7 @@ def measure_forgetting(catalogue: Catalogue, recommenders: dict[str, Recommender
         items = catalogue.start(hidden_size, code_initialization=initialization, **PAPER_FORM)
         starts[initialization] = items, Taus(f"{initialization} code vectors, before fine-tuning")
     tuned = {
-        name: Taus(f"{name}, after fine-tuning from {recommender.code_initialization} code vectors")
+        name: Taus(f"{name}, fine-tuned from {recommender.code_initialization} code vectors")
         for name, recommender in recommenders.items()
         if recommender.items.config.num_quantizers
     }
