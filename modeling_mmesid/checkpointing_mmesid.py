@@ -120,7 +120,9 @@ class BaseModelMixin:
         keys = model.load_state_dict(weights, strict=False)
         missing = set(keys.missing_keys) - model._keys_to_ignore_on_save
         require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
-        model.base_model.items.to(backbone.device)
+        for part in (*model.children(), *model.base_model.children()):
+            if part not in (model.base_model, backbone):
+                part.to(backbone.device)
         model.eval()
         nothing: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, nothing) if with_loading_info else model

@@ -1,5 +1,6 @@
 """Configuration of the MME-SID recommender."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .checkpoints import CheckpointConfig
+from .configuration_sasrec import SASRecConfig
 
 
 class _RegisteredPipelines(dict):
@@ -57,13 +59,25 @@ class MMESIDConfig(CheckpointConfig):
         prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens before the items.
         prompt_suffix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens after the items; without any the last
             item's state represents the user.
+        similarity_weights (`dict[str, float]`, *optional*, defaults to `{}`): Modalities whose similarity to the
+            latest items of the history is added to the score, with its weight.
+        similarity_dim (`int`, *optional*, defaults to `256`): Principal directions of an embedding that similarity
+            compares.
+        similarity_decay (`float`, *optional*, defaults to `0.7`): How much less an item of the history counts than the
+            one after it.
+        sasrec_config (`SASRecConfig` or `dict`, *optional*): Configuration of a SASRec whose score is added, too;
+            `None` for none.
+        sasrec_weight (`float`, *optional*, defaults to `0.3`): Weight of its score.
         max_history (`int`, *optional*, defaults to `50`): Longest history that is read: only the latest items of a
             longer one.
         initializer_range (`float`, *optional*, defaults to `0.02`): Standard deviation of the initial weights.
     """
 
     model_type = "mmesid"
-    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "sasrec_config": SubConfigSpec(config_class=SASRecConfig, optional=True),
+    }
 
     backbone_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None
@@ -84,6 +98,11 @@ class MMESIDConfig(CheckpointConfig):
     output_dropout: float = 0.4
     prompt_prefix_ids: list[int] | None = None
     prompt_suffix_ids: list[int] | None = None
+    similarity_weights: dict[str, float] | None = None
+    similarity_dim: int = 256
+    similarity_decay: float = 0.7
+    sasrec_config: dict | PreTrainedConfig | None = None
+    sasrec_weight: float = 0.3
     max_history: int = 50
     initializer_range: float = 0.02
 
@@ -91,6 +110,8 @@ class MMESIDConfig(CheckpointConfig):
         for name in ("modalities", "embedding_dims", "prompt_prefix_ids", "prompt_suffix_ids"):
             if getattr(self, name) is None:
                 setattr(self, name, [])
+        if self.similarity_weights is None:
+            self.similarity_weights = {}
         if "custom_pipelines" in kwargs and not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
             kwargs["custom_pipelines"] = _RegisteredPipelines(kwargs["custom_pipelines"])
         super().__post_init__(**kwargs)
@@ -115,6 +136,15 @@ class MMESIDConfig(CheckpointConfig):
         self.require(lambda value: value >= 0, "0 or more", "num_quantizers")
         self.require(lambda value: 0 <= value < 1, "at least 0 and below 1", "token_dropout", "output_dropout")
         self.require(lambda value: value > 0, "positive", "fusion_temperature", "item_token_scale")
+        self.require(lambda value: value >= 1, "at least 1", "similarity_dim")
+        self.require(lambda value: 0 <= value <= 1, "at least 0 and at most 1", "similarity_decay")
+        self.require(lambda value: value >= 0, "0 or more", "sasrec_weight")
+        for name, weight in self.similarity_weights.items():
+            if name not in self.modalities or not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"similarity_weights are {self.similarity_weights}; give a weight, 0 or more, to modalities among "
+                    f"{self.modalities}."
+                )
         if len(self.modalities) != len(self.embedding_dims):
             raise ValueError(
                 f"modalities are {self.modalities} but embedding_dims are {self.embedding_dims}; give one width each."

@@ -20,6 +20,7 @@ from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput, require_rows
+from .scorers_mmesid import MMESIDScorers
 
 
 class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
@@ -31,7 +32,7 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
     # What `quantization_config` leaves alone: only the backbone is large, and some of these layers have two outputs.
-    _keep_in_fp32_modules = ["items", "model.items"]
+    _keep_in_fp32_modules = ["items", "model.items", "scorers"]
     # What `kept_until_changed` gave last, and the state of what it was made of.
     _kept: tuple | None = None
 
@@ -60,13 +61,13 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
             init.ones_(module.has_id)
             init.zeros_(module.removed)
 
-    def kept_until_changed(self, compute: Callable, module: nn.Module, *settings):
+    def kept_until_changed(self, compute: Callable, modules: Sequence[nn.Module], *settings):
         """
-        The result of `compute`, which reads a module and settings. Without gradients it is computed again only after
+        The result of `compute`, which reads modules and settings. Without gradients it is computed again only after
         one of these has changed: a write to a tensor (not to its `.data`) raises its version. Tensors of inference
         mode have none.
         """
-        tensors = (*module.parameters(), *module.buffers())
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         if torch.is_grad_enabled() or self.training or any(tensor.is_inference() for tensor in tensors):
             return compute()
         versions = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape) for tensor in tensors]
@@ -190,7 +191,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
 
     def _prompt_cache(self, batch_size: int) -> Cache:
         """Keys and values of the prompt before the items, for `batch_size` users."""
-        cache = self.kept_until_changed(self._prompt_states, self.backbone, tuple(self.config.prompt_prefix_ids))
+        cache = self.kept_until_changed(self._prompt_states, [self.backbone], tuple(self.config.prompt_prefix_ids))
         if not torch.is_grad_enabled():
             # A copy, for the backbone appends to what it is given.
             cache = deepcopy(cache)
@@ -220,6 +221,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
     def __init__(self, config: MMESIDConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.model = MMESIDModel(config, backbone)
+        self.scorers = MMESIDScorers(config)
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.post_init()
 
@@ -250,6 +252,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             ValueError: If a table is missing or does not fit the configuration, or no item has some modality.
         """
         self.model.items.initialize(frequencies, embeddings, present, codes, code_vectors)
+        self.scorers.initialize(self.model.items)
 
     def add_items(
         self,
@@ -293,19 +296,39 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
 
     def item_table(self) -> torch.Tensor:
         """
-        The fused table of shape `(items + 1, hidden)`, t_i = S (g_{i,0} w_i + sum_m g_{i,m} (...)) over S sources: the
-        score of item i is its inner product with the user representation. Row 0 is padding and zero.
+        What scores items, of shape `(items + 1, width)`: the score of item i is the inner product of its row with the
+        user's embedding. Side by side stand the fused table of the decoder, t_i = S (g_{i,0} w_i + sum_m g_{i,m}
+        (...)) over S sources, and the tables of [`MMESIDScorers`]. Row 0 is padding and zero.
         Do not write to it: in evaluation without gradients the same tensor is given until the items change.
         """
-        return self.kept_until_changed(self.model.items.table, self.model.items)
+        modules = [self.model.items, self.scorers]
+        return self.kept_until_changed(self._item_table, modules, tuple(self.scorers.widths()))
+
+    def _item_table(self) -> torch.Tensor:
+        tables = [self.model.items.table(), *self.scorers.tables(self.model.items)]
+        return torch.cat(tables, dim=-1) if len(tables) > 1 else tables[0]
+
+    @property
+    def source_names(self) -> list[str]:
+        """What a score may be the sum of, as in [`score_contributions`]."""
+        return [*self.model.items.source_names, *self.scorers.widths()]
+
+    def parts(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cuts rows of the item table or user embeddings, `(..., width)`, into the decoder's part and those of the
+        other scorers."""
+        return vectors.split([self.config.hidden_size, *self.scorers.widths().values()], dim=-1)
 
     def score_contributions(self, user_embeddings: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scores of the rows `items`, `(batch, top_k)`, for `user_embeddings`, `(batch, hidden)`, in parts that sum to
-        them: `"id"` (in the paper's form the score head) and each modality."""
+        """Scores of the rows `items`, `(batch, top_k)`, for `user_embeddings`, `(batch, width)`, in parts that sum to
+        them: `"id"` (in the paper's form the score head) and each modality for the decoder, and the scores of
+        [`MMESIDScorers`] by their names, such as `"text_similarity"` and `"sasrec"`."""
         rows, own = items.flatten(), self.model.items
         weighted = (own.weights(rows)[..., None] * own.sources(rows)).unflatten(0, items.shape)
-        contributions = torch.einsum("bh,bksh->bks", user_embeddings.to(weighted.dtype), weighted)
-        return dict(zip(own.source_names, contributions.unbind(-1), strict=True))
+        state, *others = self.parts(user_embeddings.to(weighted.dtype))
+        contributions = torch.einsum("bh,bksh->bks", state, weighted)
+        _, *tables = self.parts(self.item_table())
+        added = [torch.einsum("bh,bkh->bk", part, table[items]) for part, table in zip(others, tables, strict=True)]
+        return dict(zip(self.source_names, [*contributions.unbind(-1), *added], strict=True))
 
     def forward(
         self,
@@ -335,11 +358,14 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         """
         if labels is None:
             states = self.model(input_ids, items, None, position_ids, shared_length, segment_ids).last_hidden_state
-            users = torch.arange(len(lengths), device=lengths.device)
-            return SequentialRecommendationOutput(user_embeddings=states[users, lengths - 1])
+            states = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+            if self.scorers.widths():
+                _, *tables = self.parts(self.item_table())
+                states = torch.cat([states, *self.scorers.states(items, tables)], dim=-1)
+            return SequentialRecommendationOutput(user_embeddings=states)
         targets = labels[labels != -100]  # (targets,)
         if candidates is None:
-            table, index = self.item_table(), items
+            table, index = self.model.items.table(), items
         else:
             # Only the rows of the table that this batch needs.
             rows, positions = torch.cat([items.flatten(), targets, candidates]).unique(return_inverse=True)

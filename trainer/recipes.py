@@ -145,6 +145,9 @@ def plan(
             filled: dict = {
                 one.read_as: str(root / str(one.writes)) for one in stages.values() if one.read_as in names
             }
+            if "sasrec" not in recipe:
+                # Nothing that `finetune` needs: its scores are added where there are any.
+                filled.pop("sasrec_dir", None)
             if stage == "recommend" and not settings.keys().isdisjoint(("history", "histories_file")):
                 # Users are asked for already, and those of the dataset would be others.
                 del filled["prepared_dir"]

@@ -196,9 +196,9 @@ def test_directories_are_filled_in(recipe):
     from_file: text.safetensors}]
 - [quantize, {prepared_dir: runs/toy/prepared, embeddings_dir: runs/toy/embeddings, output_dir: runs/toy/quantizer,
     modalities: [collaborative, text]}]
-- [finetune, {prepared_dir: runs/toy/prepared, embeddings_dir: runs/toy/embeddings,
+- [finetune, {prepared_dir: runs/toy/prepared, sasrec_dir: runs/toy/sasrec, embeddings_dir: runs/toy/embeddings,
     quantizer_dir: runs/toy/quantizer, output_dir: runs/toy/recommender, seed: 1}]
-- [finetune, {prepared_dir: runs/toy/prepared, embeddings_dir: runs/toy/embeddings,
+- [finetune, {prepared_dir: runs/toy/prepared, sasrec_dir: runs/toy/sasrec, embeddings_dir: runs/toy/embeddings,
     quantizer_dir: runs/toy/quantizer, output_dir: runs/toy/id_only, modalities: []}]
 - [evaluate, {prepared_dir: runs/toy/prepared, output_dir: runs/toy/evaluation,
     model_dirs: [runs/toy/sasrec, runs/toy/recommender, runs/toy/id_only]}]

@@ -25,12 +25,16 @@ from ..data.windows import EvaluationHistories, TrainingWindows
 from ..running.training import early_stopping, fit, temporary_arguments
 from .mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
 from .sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
+from .score_weights import fit_score_weights
 from .small_llama import new_llama_config, train_tokenizer
 
 
 LORA_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
 LORA_DROPOUT = 0.05
 VOCAB_SIZE = 4096
+# Until `fit_score_weights` has chosen; the collaborative embeddings were trained on the very histories that they would
+# be compared with.
+SIMILARITY_WEIGHT = 2.0
 
 
 def train_sasrec(
@@ -74,6 +78,7 @@ def build_recommender(
     tables: Mapping[str, EmbeddingTable] | None = None,
     quantizer: MMRQVAEModel | None = None,
     codes: Mapping[str, torch.Tensor] | None = None,
+    sasrec: SASRecForSequentialRecommendation | None = None,
     *,
     backbone: str | os.PathLike | None = None,
     backbone_kwargs: dict | None = None,
@@ -98,6 +103,8 @@ def build_recommender(
         quantizer ([`MMRQVAEModel`], *optional*): The quantizer that gave the codes; needed with `codes`.
         codes (`Mapping[str, torch.Tensor]`, *optional*): Semantic IDs of these modalities, `(items + 1, levels)`, -1
             where missing. Without them items have no semantic IDs.
+        sasrec ([`SASRecForSequentialRecommendation`], *optional*): A trained one, whose scores are added to the
+            decoder's; the recommender holds a copy.
         backbone (`str` or `os.PathLike`, *optional*): Pretrained decoder on the Hub or on disk. By default a new small
             Llama, trained in full.
         backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained` for the backbone.
@@ -148,6 +155,8 @@ def build_recommender(
         "num_quantizers": quantizer.config.num_quantizers if codes else 0,
         "prompt_prefix_ids": prefix_ids,
         "prompt_suffix_ids": suffix_ids,
+        "similarity_weights": {name: SIMILARITY_WEIGHT for name in tables if name != "collaborative"},
+        "sasrec_config": None if sasrec is None else sasrec.config,
     } | config_kwargs
     if codes:
         settings |= {name: getattr(quantizer.config, name) for name in ("codebook_size", "codebook_dim")}
@@ -171,6 +180,8 @@ def build_recommender(
                 f"'{backbone}' has no layer called {', '.join(lora_target_modules)}; name some of its own as "
                 "lora_target_modules, or give all-linear for every linear layer."
             ) from error
+    if sasrec is not None:
+        model.scorers.sasrec.load_state_dict(sasrec.model.state_dict())
     model.initialize_items(
         data.frequencies,
         embeddings={name: table.embeddings for name, table in tables.items()},
@@ -201,8 +212,8 @@ def finetune(
     args: MMESIDTrainingArguments | None = None,
 ) -> MMESIDForSequentialRecommendation:
     """
-    Fine-tunes a recommender on all prefixes of the training sequences and keeps the epoch that ranks best on
-    validation.
+    Fine-tunes a recommender on all prefixes of the training sequences, keeps the epoch that ranks best on validation,
+    and weighs the scores beside the decoder's by what ranks best there.
 
     Args:
         model ([`MMESIDForSequentialRecommendation`]): From [`build_recommender`]; trained in place.
@@ -216,6 +227,7 @@ def finetune(
     """
     with temporary_arguments(args, MMESIDTrainingArguments) as args:
         fit(finetune_trainer(model, processor, data, args))
+    fit_score_weights(model, EvaluationHistories(data.sequences("validation")))
     return model.eval()
 
 

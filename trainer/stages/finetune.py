@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import BitsAndBytesConfig
 
 from mmesid.hub_cards import model_licence
-from modeling_mmesid import MMESIDConfig, MMRQVAEConfig, MMRQVAEModel
+from modeling_mmesid import MMESIDConfig, MMRQVAEConfig, MMRQVAEModel, SASRecForSequentialRecommendation
 from modeling_mmesid.processing_mmesid import USER_PROMPT, require_items_place
 
 from ..data.prepared import PreparedDataset
@@ -27,6 +27,7 @@ from ..publishing.repository import present
 from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
 from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainingArguments
+from ..recommender.score_weights import fit_score_weights
 from ..recommender.small_llama import num_attention_heads
 from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer
 from ..running.arguments import ReaderArguments, check_ranges, parse
@@ -52,6 +53,7 @@ class FinetuneArguments(ReaderArguments):
 
         embeddings_dir (`str`, *optional*): Directory of the embedding tables written by `mmesid embed`.
         quantizer_dir (`str`, *optional*): Directory written by `mmesid quantize`.
+        sasrec_dir (`str`, *optional*): Directory written by `mmesid sasrec`: its scores are added to the decoder's.
         modalities (`list[str]`, *optional*): Modalities of the quantizer that items carry; all of them by default, and
             with an empty list a free ID vector is all that an item has (the baseline).
 
@@ -95,6 +97,7 @@ class FinetuneArguments(ReaderArguments):
 
     embeddings_dir: str | None = None
     quantizer_dir: str | None = None
+    sasrec_dir: str | None = None
     modalities: list[str] | None = None
     paper: bool = False
     code_initialization: Literal["trained", "random"] = "trained"
@@ -111,9 +114,11 @@ class FinetuneArguments(ReaderArguments):
     freeze_backbone: bool = False
 
     def __post_init__(self):
+        # Not read, and so no part of the record: a baseline and the paper's form have nothing beside the decoder.
         if self.modalities == []:
-            # Not read, and so no part of the record.
-            self.embeddings_dir = self.quantizer_dir = None
+            self.embeddings_dir = self.quantizer_dir = self.sasrec_dir = None
+        if self.paper:
+            self.sasrec_dir = None
         super().__post_init__()
         check_ranges(self, positive=("hidden_size", "num_hidden_layers", "lora_alpha"), not_negative=("lora_r",))
         num_attention_heads(self.hidden_size)
@@ -137,7 +142,7 @@ class FinetuneArguments(ReaderArguments):
 
     def check(self, **settings) -> None:
         if self.paper:
-            self.config |= {"share_item_table": False, "use_item_ids": False}
+            self.config |= {"share_item_table": False, "use_item_ids": False, "similarity_weights": {}}
         # Before the quantizer is asked for its modalities, one stands for them.
         modalities = ["content"] if self.modalities is None else self.modalities
         super().check(modalities=modalities, embedding_dims=[1] * len(modalities), **settings)
@@ -150,11 +155,15 @@ def main(argv: list[str] | None = None) -> None:
     inputs: dict = {"prepared_dir": arguments.prepared_dir}
     if modalities:
         inputs |= {"quantizer_dir": arguments.quantizer_dir, "embeddings_dir": list(paths.values())}
+    if arguments.sasrec_dir is not None:
+        inputs["sasrec_dir"] = arguments.sasrec_dir
     run = StageRun("finetune", arguments, inputs)
     if run.is_up_to_date():
         return
     data = PreparedDataset.load(arguments.prepared_dir)
-    quantizer = codes = None
+    quantizer = codes = sasrec = None
+    if arguments.sasrec_dir is not None:
+        sasrec = SASRecForSequentialRecommendation.from_pretrained(arguments.sasrec_dir)
     if modalities:
         quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
         codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
@@ -163,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()},
         quantizer,
         codes,
+        sasrec,
         backbone=arguments.backbone_name_or_path,
         backbone_kwargs=backbone_kwargs(arguments),
         seed=arguments.training.seed,
@@ -181,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = finetune_trainer(model, processor, data, training, flex_attention=flex_attention)
         trainer.draft_record = run.draft_record
         fit(trainer)
+        fit_score_weights(model, trainer.eval_dataset)
         run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             model.save_pretrained(staging)

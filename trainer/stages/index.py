@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     with run as staging:
         items, rows = indexed_items(model, processor, arguments)
         run.metrics[f"recall@{RECALL_AT}"] = recall(model, items, rows)
-        run.details.update(items=len(items), dimension=model.config.hidden_size, kind=arguments.kind)
+        run.details.update(items=len(items), dimension=model.item_table().shape[1], kind=arguments.kind)
         items.save_faiss_index(INDEX_NAME, staging / "items.faiss")
         items.drop_index(INDEX_NAME)
         items.to_parquet(staging / "items.parquet")
@@ -100,13 +100,13 @@ def indexed_items(
     if processor.titles is not None:
         columns["title"] = processor.convert_rows_to_titles(rows)
     items = datasets.Dataset.from_dict(columns)
+    vectors = model.item_table()[rows.to(model.device)].float().cpu().numpy()
     if arguments.kind == "exact":
-        index = faiss.IndexFlatIP(model.config.hidden_size)
+        index = faiss.IndexFlatIP(vectors.shape[1])
     else:
-        index = faiss.IndexHNSWFlat(model.config.hidden_size, arguments.hnsw_links, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexHNSWFlat(vectors.shape[1], arguments.hnsw_links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = arguments.hnsw_construction_width
         index.hnsw.efSearch = arguments.hnsw_search_width
-    vectors = model.item_table()[rows.to(model.device)].float().cpu().numpy()
     items.add_faiss_index_from_external_arrays(vectors, INDEX_NAME, custom_index=index)
     return items, rows
 

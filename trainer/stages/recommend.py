@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     recommender = SequentialRecommendationPipeline(model=model, processor=processor, device=device)
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     settings["batch_size"] = arguments.per_device_eval_batch_size
-    sources = model.model.items.source_names if arguments.return_contributions else []
+    sources = model.source_names if arguments.return_contributions else []
     with (
         output(arguments, processor, sources) as write,
         tqdm(total=len(histories), desc="Recommending", unit=" users", delay=2) as progress,

@@ -132,7 +132,7 @@ one = recommender(histories[0], top_k=3, batch_size=1, denied_items=[users[0][0]
 assert [item["item_id"] for item in one] == [item["item_id"] for item in users[0][1:4]]
 for item in users[0]:
     assert set(item) == {"item_id", "title", "score", "contributions"}
-    assert set(item["contributions"]) == {"id", "collaborative", "text"}
+    assert set(item["contributions"]) == {"id", "collaborative", "text", "text_similarity"}
     assert abs(sum(item["contributions"].values()) - item["score"]) < 1e-3
 
 model = AutoModel.from_pretrained("tester/best", trust_remote_code=True)
@@ -233,8 +233,8 @@ def test_the_code_on_every_published_card_and_in_the_readme_runs_as_it_stands(pu
     )
     assert said["best"] == [expected] * 3
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Load a checkpoint and recommend")[1].split("`recommend` also takes")[0]
-    assert printed_by(section.replace("runs/quickstart/recommender", str(tiny_run / "recommender"))) == [expected]
+    snippet = next(part for part in readme.split("```") if part.startswith("python") and "MMESIDProcessor" in part)
+    assert printed_by(f"```{snippet}```".replace("runs/quickstart/recommender", str(tiny_run / "recommender"))) == [expected]
 
 
 def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, tmp_path):

@@ -19,7 +19,7 @@ from mmesid.trainer.publishing.repository import publication
 from mmesid.trainer.quantizer.semantic_ids import read_semantic_ids
 from mmesid.trainer.recommender.evaluation import model_ranks, popularity_ranks
 from mmesid.trainer.recommender.small_llama import new_llama_config, train_tokenizer
-from mmesid.trainer.recommender.training import build_recommender
+from mmesid.trainer.recommender.training import SIMILARITY_WEIGHT, build_recommender
 from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import StageRecord, processor_name
 from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
@@ -403,4 +403,7 @@ def test_two_processes_train_and_validate_as_one_does(tiny_run, odd, tmp_path):
     assert record.metrics["validation"] == pytest.approx(expected, abs=1e-12)
     in_training = [entry for entry in json.loads((tmp_path / "history.json").read_text()) if "eval_mrr" in entry]
     best = max(in_training, key=lambda entry: entry["eval_ndcg@10"])
+    # As it was before the weights were chosen.
+    model.scorers.weights = dict.fromkeys(model.scorers.weights, SIMILARITY_WEIGHT)
+    expected = metrics(model_ranks(model, data, "validation", arguments))
     assert {name: best[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=1e-12)
