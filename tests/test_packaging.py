@@ -24,6 +24,7 @@ ARROWS = {
     "running": set(),
     "metrics": set(),
     "data": {"running"},
+    "demo": set(),
     "publishing": {"running"},
     "encoders": {"data", "publishing", "running"},
     "quantizer": {"data", "metrics", "publishing", "running"},
@@ -147,7 +148,7 @@ def test_the_modeling_folder_can_travel_alone():
 
 def test_every_import_is_a_declared_dependency(project):
     extras = project["optional-dependencies"]
-    texts = project["dependencies"] + extras["quickstart"] + extras["index"] + extras["kernels"]
+    texts = project["dependencies"] + extras["quickstart"] + extras["demo"] + extras["index"] + extras["kernels"]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     for folder in FOLDERS:
         for module, file in imported(folder).items():

@@ -25,6 +25,7 @@ STAGES = {
     "finetune": Stage("all of these -> recommender checkpoint", "recommender", "model_dir"),
     "evaluate": Stage("recommender and baselines -> full-ranking metrics", "evaluation"),
     "recommend": Stage("recommender and histories -> recommendations"),
+    "demo": Stage("recommender -> page to try it in a browser"),
     "index": Stage("recommender -> FAISS index of its items, for retrieval", "index"),
     "push": Stage("directory of a stage -> repository on the Hub"),
 }

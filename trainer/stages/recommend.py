@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from mmesid.hub_cards.names import printable
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, SequentialRecommendationPipeline
 
-from ..data.files import on_the_hub
 from ..data.histories import Histories, known_histories, prepared_users, read_histories
 from ..data.prepared import PreparedDataset
+from ..recommender.loading import loading_from
 from ..running.arguments import CommandArguments, DeviceArguments, JsonArguments, check_ranges, parse
 from ..running.errors import run_as_script
 
@@ -220,20 +220,6 @@ def report(arguments: RecommendArguments, histories: Histories) -> None:
             f"first {first}; users without any known item, who get no recommendations: {without:,}",
             file=sys.stderr,
         )
-
-
-def loading_from(model_dir: str) -> AbstractContextManager:
-    """Surrounds the loading of a recommender; raises `FileNotFoundError` if `model_dir` is a directory without one, or
-    neither a directory nor a repository that the Hub gives."""
-    if not Path(model_dir).is_dir():
-        return on_the_hub(model_dir)
-    for name in ("config.json", "processor_config.json"):
-        if not (Path(model_dir) / name).is_file():
-            raise FileNotFoundError(
-                f"'{model_dir}' holds no recommender, it lacks '{name}'; name a directory that `mmesid finetune` "
-                "wrote."
-            )
-    return nullcontext()
 
 
 if __name__ == "__main__":
