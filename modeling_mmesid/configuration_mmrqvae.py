@@ -10,6 +10,9 @@ from torch import nn
 from .checkpoints import CheckpointConfig
 
 
+# Codes of a level where nothing else is said and the catalogue has enough items.
+USUAL_CODEBOOK_SIZE = 256
+
 # The encoders of each objective unless the settings say otherwise. A network without a projection follows the
 # distances but loses the spread of the codes.
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -34,8 +37,8 @@ class MMRQVAEConfig(CheckpointConfig):
         > Codes
 
         num_quantizers (`int`, *optional*, defaults to `4`): Codes of an item in each modality (residual levels).
-        codebook_size (`int`, *optional*, defaults to `256`): Codes that a level chooses from; fewer than there are
-            items.
+        codebook_size (`int`, *optional*): Codes that a level chooses from; fewer than there are items. By default
+            256, or in a small catalogue the power of two that leaves eight items to each.
         codebook_dim (`int`, *optional*, defaults to `128`): Width of the code vectors; that of the decoder which will
             read them spares a map between the two.
         sinkhorn_epsilons (`list[float]`, *optional*, defaults to 0 for each level): Temperatures of Sinkhorn's
@@ -77,7 +80,7 @@ class MMRQVAEConfig(CheckpointConfig):
     modalities: list[str] | tuple[str, ...] = ("collaborative", "text")
     embedding_dims: list[int] | tuple[int, ...] | None = None
     num_quantizers: int = 4
-    codebook_size: int = 256
+    codebook_size: int | None = None
     codebook_dim: int = 128
     sinkhorn_epsilons: list[float] | tuple[float, ...] | None = None
     resolve_collisions: bool = False
@@ -119,7 +122,7 @@ class MMRQVAEConfig(CheckpointConfig):
                 f"got {list(self.embedding_dims)}."
             )
         sizes = "num_quantizers", "codebook_size", "codebook_dim", "encoder_hidden_dims", "embedding_dims"
-        self.require(lambda value: value > 0, "positive", *sizes, "alignment_temperature")
+        self.require(lambda value: value is None or value > 0, "positive", *sizes, "alignment_temperature")
         weights = "codebook_loss_weight", "commitment_loss_weight", "alignment_loss_weight"
         self.require(lambda value: value >= 0, "0 or more", *weights, "distance_focus")
         if len(self.sinkhorn_epsilons) != self.num_quantizers or min(self.sinkhorn_epsilons) < 0:

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .checkpoints import SafetensorsMixin
-from .configuration_mmrqvae import MMRQVAEConfig
+from .configuration_mmrqvae import USUAL_CODEBOOK_SIZE, MMRQVAEConfig
 from .loss_mmrqvae import distance_correlation_loss, info_nce, mean_squared_error, mmd, pairwise_squared_distances
 
 
@@ -265,6 +265,9 @@ class MMRQVAEModel(MMRQVAEPreTrainedModel):
     """
 
     def __init__(self, config: MMRQVAEConfig):
+        if config.codebook_size is None:
+            # Made without a catalogue to go by.
+            config.codebook_size = USUAL_CODEBOOK_SIZE
         super().__init__(config)
         self.branches = nn.ModuleDict(
             {name: MMRQVAEBranch(config, width) for name, width in zip(config.modalities, config.embedding_dims)}

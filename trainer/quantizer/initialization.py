@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from modeling_mmesid.configuration_mmrqvae import USUAL_CODEBOOK_SIZE
 from modeling_mmesid.loss_mmrqvae import pairwise_squared_distances
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEBranch, MMRQVAEModel, MMRQVAEVectorQuantization
 
@@ -21,10 +22,16 @@ from .sinkhorn import sinkhorn_offsets
 KMEANS_ITEMS = 256
 KMEANS_NUMBERS = 2**26
 BALANCING_ITEMS = 8_192
+ITEMS_PER_USUAL_CODE = 8
 # What is proposed instead of a codebook that is too large.
 ITEMS_PER_CODE = 4
 # Directions that code vectors hardly use are decided by few items; this share of the mean square keeps them small.
 RIDGE = 1e-2
+
+
+def usual_codebook_size(num_items: int) -> int:
+    """The codes of a level that a catalogue gets unless the settings say otherwise."""
+    return min(2 ** int(math.log2(max(num_items / ITEMS_PER_USUAL_CODE, 2))), USUAL_CODEBOOK_SIZE)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable, check_table
 from ..running.training import early_stopping, fit, temporary_arguments
 from .evaluation import encode_items
-from .initialization import initialize
+from .initialization import initialize, usual_codebook_size
 from .items import ItemTables
 from .trainer import MMRQVAETrainer, MMRQVAETrainingArguments
 
@@ -61,6 +61,8 @@ def quantizer_trainer(
     config = copy.deepcopy(config)
     config.modalities = list(tables)
     config.embedding_dims = [table.embeddings.shape[1] for table in tables.values()]
+    if config.codebook_size is None:
+        config.codebook_size = usual_codebook_size(min(len(training.rows_with(modality)) for modality in tables))
     config.validate()
     set_seed(args.seed)
     model = MMRQVAEModel(config).to(args.device)

@@ -90,6 +90,7 @@ class CommandArguments:
         config_class (`type[PreTrainedConfig]`, *optional*): The configuration of the model that the stage makes.
         model_settings (`dict[str, tuple[str, ...]]`): Its settings that the stage offers, by their heading.
         training_class (`type[BestEpochTrainingArguments]`, *optional*): The arguments of the stage's trainer.
+        positional (`str`, *optional*): The setting that the first word sets where that is no flag.
         config (`dict`): The model's settings that were asked for: keyword arguments of `config_class`.
         training (`BestEpochTrainingArguments`): The training's settings; set by [`parse`].
         changed (`dict`): All settings that differ from their defaults.
@@ -98,6 +99,7 @@ class CommandArguments:
     config_class: ClassVar[type[PreTrainedConfig] | None] = None
     model_settings: ClassVar[dict[str, tuple[str, ...]]] = {}
     training_class: ClassVar[type[TrainingArguments] | None] = None
+    positional: ClassVar[str | None] = None
 
     def __post_init__(self):
         self.config: dict[str, Any] = {}
@@ -307,7 +309,9 @@ def _parse(arguments_class: type[CommandArguments], argv: list[str] | None):
     for action in parser._actions:
         if action.nargs == "+" and not action.required:
             action.nargs = "*"
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    if arguments_class.positional is not None:
+        argv = [f"--{arguments_class.positional}"] * (argv[:1] != [] and not argv[0].startswith("-")) + argv
+    elif argv and argv[0].endswith((".yaml", ".yml")):
         settings = read_yaml(Path(argv[0]), "file of settings") or {}
         if not isinstance(settings, dict):
             raise ValueError(f"'{argv[0]}' holds no settings; write `flag: value`, one per line.")

@@ -18,7 +18,8 @@ def stage_help(stage: str, all_settings: bool = False) -> str:
     own = [setting for setting in settings if setting.owner != "TrainingArguments"]
     inherited = [setting for setting in settings if setting.owner == "TrainingArguments"]
     summary = (ast.get_docstring(stage_declaration(stage).node) or "").partition("\n\n")[0]
-    lines = [f"usage: mmesid {stage} [settings.yaml] [--flag value ...]", "", *_wrapped(summary, 0)]
+    first = ast.literal_eval(stage_declaration(stage).constant("positional") or "None") or "[settings.yaml]"
+    lines = [f"usage: mmesid {stage} {first} [--flag value ...]", "", *_wrapped(summary, 0)]
     for group in dict.fromkeys(setting.group for setting in own):
         lines += ["", f"{group}:", *(line for one in own if one.group == group for line in _explained(one))]
     if inherited and all_settings:

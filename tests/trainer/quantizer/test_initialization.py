@@ -5,8 +5,16 @@ import torch
 
 from mmesid.trainer.data.tables import EmbeddingTable
 from mmesid.trainer.quantizer.evaluation import code_metrics, encode_items
-from mmesid.trainer.quantizer.initialization import fit_linear_decoder, initialize, revive_codes
+from mmesid.trainer.quantizer.initialization import (
+    fit_linear_decoder,
+    initialize,
+    revive_codes,
+    usual_codebook_size,
+)
 from mmesid.trainer.quantizer.items import ItemTables
+from mmesid.trainer.quantizer.trainer import MMRQVAETrainingArguments
+from mmesid.trainer.quantizer.training import quantizer_trainer
+from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel
 
 from .conftest import toy_items, toy_model
 
@@ -126,3 +134,13 @@ def test_dead_codes_move_to_what_items_leave_to_their_level(items, model):
         moved = after[dead[level]]
         assert ((moved[:, None] - residuals[level]).norm(dim=-1).min(1).values < 1e-5).all()
         assert len(torch.unique(moved, dim=0)) == len(moved)
+
+
+def test_the_codebook_follows_the_catalogue_unless_it_is_set(items, tmp_path):
+    sizes = {1: 2, 16: 2, 31: 2, 32: 4, 600: 64, 2047: 128, 2048: 256, 10**7: 256}
+    assert {count: usual_codebook_size(count) for count in sizes} == sizes
+    arguments = MMRQVAETrainingArguments(tmp_path, validation_fraction=0.2)
+    for config, size in ((MMRQVAEConfig(), 16), (MMRQVAEConfig(codebook_size=5), 5)):
+        # A fifth of 300 is held out, and a tenth lacks each modality.
+        assert quantizer_trainer(items.tables, config, arguments).model.config.codebook_size == size
+    assert MMRQVAEModel(MMRQVAEConfig()).config.codebook_size == 256, "no catalogue to go by"
