@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_mmesid import MMESIDConfig
-from .items_mmesid import MMESIDItems, MMESIDModality
+from .items_mmesid import ITEMS_PER_BLOCK, MMESIDItems, MMESIDModality
 from .modeling_sasrec import SASRecModel
 
 
@@ -31,8 +31,11 @@ class MMESIDSimilarity(nn.Module):
     @torch.no_grad()
     def initialize(self, modality: MMESIDModality) -> None:
         """Finds the principal directions of the items that have the modality."""
-        known = modality.embeddings[modality.present].double() - modality.center.double()
-        variances, directions = torch.linalg.eigh(known.T @ known / len(known))
+        products: torch.Tensor | float = 0.0
+        for block in modality.present.nonzero()[:, 0].split(ITEMS_PER_BLOCK):
+            known = modality.embeddings[block].double() - modality.center.double()
+            products = products + known.T @ known
+        variances, directions = torch.linalg.eigh(products / modality.present.sum())
         kept = self.whitening.shape[1]
         variances, directions = variances[-kept:].flip(0), directions[:, -kept:].flip(1)
         spread = variances.clamp(min=0).sqrt()
@@ -41,7 +44,8 @@ class MMESIDSimilarity(nn.Module):
 
     def vectors(self, modality: MMESIDModality) -> torch.Tensor:
         """Vectors of all rows, `(items + 1, similarity_dim)`; zero where the modality is missing."""
-        whitened = (modality.embeddings - modality.center) @ self.whitening
+        # Centred afterwards: no copy of a large table.
+        whitened = modality.embeddings @ self.whitening - modality.center @ self.whitening
         return nn.functional.normalize(whitened, dim=-1) * modality.present[:, None]
 
 
@@ -62,7 +66,9 @@ class MMESIDScorers(nn.Module):
         self.similarities = nn.ModuleDict(
             {name: MMESIDSimilarity(widths[name], config.similarity_dim) for name in config.similarity_weights}
         )
-        self.sasrec = None if config.sasrec_config is None else SASRecModel(config.sasrec_config).requires_grad_(False)
+        self.sasrec = None
+        if config.sasrec_config is not None:
+            self.sasrec = SASRecModel(config.sasrec_config).requires_grad_(False)  # type: ignore[arg-type]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -85,7 +91,7 @@ class MMESIDScorers(nn.Module):
             f"{name}{SIMILARITY}": similarity.whitening.shape[1] for name, similarity in self.similarities.items()
         }
         if self.sasrec is not None:
-            widths["sasrec"] = self.config.sasrec_config.hidden_size
+            widths["sasrec"] = self.sasrec.config.hidden_size
         return {source: width for source, width in widths.items() if self.weights[source]}
 
     def initialize(self, items: MMESIDItems) -> None:
@@ -121,7 +127,7 @@ class MMESIDScorers(nn.Module):
         return states
 
     def _sasrec_states(self, histories: torch.Tensor) -> torch.Tensor:
-        config = self.config.sasrec_config
+        config = self.sasrec.config
         known, lengths = latest(histories.where(histories <= config.num_items, 0), config.max_history)
         states = self.sasrec(known)[torch.arange(len(known), device=known.device), (lengths - 1).clamp(min=0)]
         # A history without any item that SASRec knows has no state.

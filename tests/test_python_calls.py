@@ -54,7 +54,13 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
         mmesid.MMRQVAETrainingArguments(tmp_path / "quantizer", num_train_epochs=1),
     )
     model, processor = mmesid.build_recommender(
-        data, {"text": tables["text"]}, quantizer, {"text": codes["text"]}, hidden_size=16, user_prompt="{items}"
+        data,
+        {"text": tables["text"]},
+        quantizer,
+        {"text": codes["text"]},
+        sasrec,
+        hidden_size=16,
+        user_prompt="{items}",
     )
     mmesid.finetune(model, processor, data, mmesid.MMESIDTrainingArguments(tmp_path / "recommender", max_steps=4))
     results = mmesid.evaluate(data, {"sasrec": sasrec, "mme-sid": model}, bootstrap_resamples=10)

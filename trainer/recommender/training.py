@@ -156,7 +156,7 @@ def build_recommender(
         "prompt_prefix_ids": prefix_ids,
         "prompt_suffix_ids": suffix_ids,
         "similarity_weights": {name: SIMILARITY_WEIGHT for name in tables if name != "collaborative"},
-        "sasrec_config": None if sasrec is None else sasrec.config,
+        "sasrec_config": None if sasrec is None else deepcopy(sasrec.config),
     } | config_kwargs
     if codes:
         settings |= {name: getattr(quantizer.config, name) for name in ("codebook_size", "codebook_dim")}

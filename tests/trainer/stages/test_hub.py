@@ -234,7 +234,9 @@ def test_the_code_on_every_published_card_and_in_the_readme_runs_as_it_stands(pu
     assert said["best"] == [expected] * 3
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     snippet = next(part for part in readme.split("```") if part.startswith("python") and "MMESIDProcessor" in part)
-    assert printed_by(f"```{snippet}```".replace("runs/quickstart/recommender", str(tiny_run / "recommender"))) == [expected]
+    assert printed_by(f"```{snippet}```".replace("runs/quickstart/recommender", str(tiny_run / "recommender"))) == [
+        expected
+    ]
 
 
 def test_models_and_pipelines_push_what_the_stage_left(published, tiny_run, histories, tmp_path):
