@@ -36,7 +36,7 @@ _PICTURE_NOTES = {
 # Arguments whose values are paths whatever they look like.
 _PATHS = ("_dir", "_file", "_checkpoint")
 # Statistics of the data that a card shows elsewhere.
-_TOLD_ELSEWHERE = ("source", "licence", "synthetic", "split", "validation_starts", "test_starts")
+_TOLD_ELSEWHERE = ("source", "licence", "synthetic", "split", "validation_starts", "test_starts", "skipped_examples")
 # Statistics of the items, for models that are trained on items only.
 _OF_ITEMS = ("items", "missing_", "bad_")
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from .files import one_line
-from .images import BadImageError, fetch_images, read_image
+from .images import BadImageError, fetch_images, read_image, resolved
 from .prepared import ITEM_FEATURES, PreparedDataset, Sequences, rows_at_once
 from .sequences import SPLITS, SequenceSettings, UserSequences, build_sequences
 from .source import Catalogue, Source
@@ -29,6 +29,8 @@ def prepare(
     columns: dict[str, str | None] | None = None,
     item_fields: dict[str, str] | None = None,
     text_fields: list[str] | None = None,
+    time_format: str | None = None,
+    on_bad_row: str = "error",
     on_bad_image: str = "error",
     source_name: str = "interactions",
     licence: str = "unknown",
@@ -51,7 +53,11 @@ def prepare(
             between them), `"price"` and `"image"` (`datasets.Image`, the bytes of an image file, or the path of one;
             pictures behind URLs count as missing). All but the id may be absent under these names.
         text_fields (`list[str]`, *optional*): Columns that an item's text is made of, in order; by default those that
-            are there of title, attributes, genres, brand, categories and description.
+            are there of title, attributes, genres, brand, categories, features and description.
+        time_format (`str`, *optional*): How times are written that are neither numbers nor ISO 8601, in the codes of
+            `datetime.strptime`.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): Whether a row that cannot be read, repeats an item or
+            has a time far from all others is an `"error"`, or is left out and counted (`"skip"`).
         on_bad_image (`str`, *optional*, defaults to `"error"`): Whether a picture that cannot be read is an `"error"`
             or counts as `"missing"`.
         source_name (`str`, *optional*, defaults to `"interactions"`): What the data are called on cards.
@@ -82,6 +88,8 @@ def prepare(
         columns=columns,
         item_fields=item_fields,
         text_fields=text_fields,
+        time_format=time_format,
+        on_bad_row=on_bad_row,
         source_name=source_name,
         licence=licence,
     )
@@ -109,17 +117,20 @@ def prepare_source(
     settings: SequenceSettings | None = None,
     on_bad_image: str = "error",
     image_cache_dir: str | None = None,
+    allow_private_addresses: bool = False,
     counts: dict[str, int] | None = None,
 ) -> PreparedDataset:
     """
     The prepared dataset of a source. Texts are composed and pictures are read when they are asked for; every picture
     of a kept item is checked here, once: one that cannot be read is refused, or, with `on_bad_image="missing"`, left
-    out and counted by its reason. Pictures behind URLs are downloaded to `image_cache_dir`; without it they count as
-    missing. `counts` are further statistics.
+    out and counted by its reason. Pictures behind URLs are downloaded to `image_cache_dir`, from inner networks only
+    with `allow_private_addresses`; without it they count as missing. `counts` are further statistics.
     """
     catalogue = source.catalogue
     sequences = build_sequences(source.interactions, len(catalogue), settings)
-    counts = (counts or {}) | download_pictures(catalogue, sequences.kept_items, image_cache_dir)
+    counts = (counts or {}) | download_pictures(
+        catalogue, sequences.kept_items, image_cache_dir, allow_private_addresses
+    )
     fill_in_pictures(catalogue)
     has_image, bad_images = check_pictures(catalogue, sequences.kept_items, on_bad_image)
     items = _Items(catalogue, sequences.kept_items, sequences.training_frequencies()[1:], has_image)
@@ -129,11 +140,14 @@ def prepare_source(
         users, histories, offsets, targets = sequences.split(split)
         return Sequences([user_ids[user] for user in users], histories, offsets, targets)
 
-    statistics = _statistics(source, sequences, items, bad_images, counts)
+    split = "leave_one_out" if settings is None else settings.split
+    statistics = _statistics(source, split, sequences, items, bad_images, counts)
     return PreparedDataset(items.features, statistics, items.read, read_sequences)
 
 
-def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None) -> dict[str, int]:
+def download_pictures(
+    catalogue: Catalogue, kept_items: np.ndarray, cache_dir: str | None, allow_private: bool = False
+) -> dict[str, int]:
     """Puts files in the place of the URLs of the kept items' pictures, or nothing without `cache_dir`; returns how
     many were downloaded, and how many not, by reason."""
     images = catalogue.images
@@ -143,7 +157,7 @@ def download_pictures(catalogue: Catalogue, kept_items: np.ndarray, cache_dir: s
     if cache_dir is None:
         files, report = [None] * len(urls), {"not_downloaded": len(urls)} if urls else {}
     else:
-        files, report = fetch_images(list(urls.values()), cache_dir)
+        files, report = fetch_images(list(urls.values()), cache_dir, allow_private=allow_private)
     images = [None if isinstance(image, str) else image for image in images]
     for position, file in zip(urls, files, strict=True):
         images[position] = file
@@ -170,11 +184,12 @@ def check_pictures(
     bad_images: Counter[str] = Counter()
     if catalogue.images is None:
         return readable, bad_images
+    roots = None if catalogue.picture_folders is None else resolved(catalogue.picture_folders)
     for position in tqdm(kept_items.tolist(), desc="checking pictures", unit="item", delay=2):
         image = catalogue.images[position]
         if image is not None:
             try:
-                read_image(image, catalogue.item_ids[position])
+                read_image(image, catalogue.item_ids[position], roots=roots)
                 readable[position] = True
             except BadImageError as error:
                 if on_bad_image == "error":
@@ -238,7 +253,12 @@ class _Items:
 
 
 def _statistics(
-    source: Source, sequences: UserSequences, items: _Items, bad_images: dict[str, int], counts: dict[str, int]
+    source: Source,
+    split_name: str,
+    sequences: UserSequences,
+    items: _Items,
+    bad_images: dict[str, int],
+    counts: dict[str, int],
 ) -> dict:
     lengths = np.diff(sequences.offsets)
     num_items = len(sequences.kept_items)
@@ -246,7 +266,7 @@ def _statistics(
         "source": source.name,
         "licence": source.licence,
         "synthetic": source.synthetic,
-        "split": "global_time" if sequences.starts else "leave_one_out",
+        "split": split_name,
         **{f"{split}_starts": time for split, time in sequences.starts.items()},
         "users": len(sequences.users),
         **{f"{'training' if split == 'train' else split}_users": len(sequences.targets[split][0]) for split in SPLITS},
@@ -265,7 +285,55 @@ def _statistics(
         **{f"bad_image_{reason}": count for reason, count in sorted(bad_images.items())},
         **counts,
         **{f"dropped_{name}": count for name, count in sequences.dropped.items()},
+        **{f"skipped_{table}": count for table, count in source.bad_rows.counts.items()},
+        **({"skipped_examples": source.bad_rows.examples} if source.bad_rows.examples else {}),
     }
+
+
+def summary(statistics: dict) -> list[str]:
+    """What was kept of the data, what was not, and why: a line for each, without what did not happen."""
+
+    def of(name: str, *dropped: str) -> str:
+        kept = statistics[name]
+        return f"{kept:,} of {kept + sum(statistics[f'dropped_{one}'] for one in dropped):,} {name}"
+
+    def told(*counts: tuple[str, str]) -> str:
+        return ", ".join(f"{statistics[name]:,} {what}" for name, what in counts if statistics.get(name))
+
+    interactions = ("low_ratings", "duplicates", "repeats", "with_users_and_items")
+    kept = f"{of('users', 'users', 'short_users')}, {of('items', 'items')}, {of('interactions', *interactions)}"
+    by_url = tuple(
+        (name, f"by URL: {name.removeprefix('image_urls_').replace('_', ' ')}")
+        for name in statistics
+        if name.startswith("image_urls_") and name not in ("image_urls_fetched", "image_urls_cached")
+    )
+    bad = tuple(
+        (name, f"that cannot be read: {name.removeprefix('bad_image_').replace('_', ' ')}")
+        for name in statistics
+        if name.startswith("bad_image_")
+    )
+    lines = {
+        "kept": kept,
+        "dropped users": told(("dropped_short_users", "too short for the split"), ("dropped_users", "by filters")),
+        "dropped items": told(("dropped_items", "by min_interactions")),
+        "dropped interactions": told(
+            ("dropped_low_ratings", "with low ratings"),
+            ("dropped_duplicates", "duplicates"),
+            ("dropped_repeats", "repeats"),
+            ("dropped_with_users_and_items", "of dropped users or items"),
+        ),
+        "items without": told(
+            ("items_without_training_interactions", "training interactions"),
+            ("missing_text", "text"),
+            ("missing_image", "picture"),
+        ),
+        "pictures that are not there": told(*by_url, *bad, ("image_dir_outside", "links out of image_dir")),
+        "skipped rows": told(
+            *((f"skipped_{table}", f"of {table}") for table in ("interactions", "sequences", "items"))
+        ),
+    }
+    examples = [f"  for example {example}" for example in statistics.get("skipped_examples", [])]
+    return [f"{name}: {text}" for name, text in lines.items() if text] + examples
 
 
 def _repeated_targets(sequences: UserSequences) -> int:

@@ -6,7 +6,7 @@ Items are rows 1 to N; row 0 is padding. The dataset card beside the files confi
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..running.records import write_text_atomic
-from .files import one_line
+from .files import listed, one_line, shown
 from .sequences import SPLITS
 
 
@@ -49,6 +49,14 @@ ITEM_FEATURES = datasets.Features(
         "frequency": datasets.Value("int32"),
     }
 )
+
+_TYPES = {field.name: field.type for field in (*ITEM_FEATURES.arrow_schema, *SEQUENCE_FEATURES.arrow_schema)}
+
+# Statistics that every prepared dataset has, and later stages rely on.
+_STATISTICS = {
+    "source": str, "licence": str, "synthetic": bool, "split": str, "users": int, "items": int, "interactions": int,
+    "missing_text": int, "missing_image": int,
+}  # fmt: skip
 
 # What `datasets.load_dataset` reads from the dataset card.
 CARD_CONFIGS = [
@@ -143,17 +151,18 @@ class PreparedDataset:
                     f"'{path}' is no prepared dataset, it lacks '{name}'; write it with `mmesid prepare`."
                 )
         items = path / ITEMS_FILE
-        with _opened(items, list(ITEM_FEATURES)) as parquet:
-            features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+        with _opened(items, ITEM_FEATURES) as parquet:
+            features = _features_of(parquet, items)
             rows = parquet.read(["row"])["row"].to_numpy()
+            table = parquet.read(["item_id", "title", "text", "frequency"])
+            for name in table.column_names:
+                if table[name].null_count:
+                    raise ValueError(f"'{items}' has nulls in '{name}'; write it again with `mmesid prepare`.")
+            if pc.count_distinct(table["item_id"]).as_py() < len(rows):
+                raise ValueError(f"'{items}' repeats an item_id; write it again with `mmesid prepare`.")
         if not np.array_equal(rows, np.arange(1, len(rows) + 1)):
             raise ValueError(f"'{items}' does not hold rows 1 to {len(rows)} in order; run `mmesid prepare` again.")
-        try:
-            statistics = json.loads((path / STATISTICS_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"'{path / STATISTICS_FILE}' is not JSON ({error}); write it again with `mmesid prepare`."
-            ) from error
+        statistics = _read_statistics(path / STATISTICS_FILE, len(rows))
         return cls(
             features=features,
             statistics=statistics,
@@ -181,6 +190,16 @@ class PreparedDataset:
     @property
     def num_items(self) -> int:
         return len(self.item_ids) - 1
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether something was held out to validate and test on."""
+        return self.statistics["split"] != "none"
+
+    def require_targets(self) -> None:
+        """Raises `ValueError` if nothing was held out."""
+        if not self.has_targets:
+            raise ValueError("The data hold nothing out (split none) to measure on; prepare them with a split.")
 
     @cached_property
     def titles(self) -> list[str]:
@@ -221,15 +240,22 @@ class PreparedDataset:
 
 
 @contextmanager
-def _opened(file: Path, columns: list[str]) -> Iterator[pq.ParquetFile]:
-    """A Parquet file that has these columns; raises `ValueError` if it lacks one or cannot be read."""
+def _opened(file: Path, columns: Mapping[str, object]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that has these columns, in their type where it is one of ours; raises `ValueError` if it lacks
+    one or cannot be read."""
     try:
         parquet = pq.ParquetFile(file)
         for name in columns:
             if name not in parquet.schema_arrow.names:
-                present = ", ".join(parquet.schema_arrow.names)
+                present = listed(parquet.schema_arrow.names)
                 raise ValueError(
                     f"'{file}' has no column '{name}', only {present}; write it again with `mmesid prepare`."
+                )
+            found, expected = parquet.schema_arrow.field(name).type, _TYPES.get(name)
+            if expected is not None and found != expected:
+                raise ValueError(
+                    f"'{file}' has {found} in the column '{name}' where {expected} is expected; write it again with "
+                    "`mmesid prepare`."
                 )
         yield parquet
     except (pa.ArrowException, OSError) as error:
@@ -238,17 +264,50 @@ def _opened(file: Path, columns: list[str]) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
+def _features_of(parquet: pq.ParquetFile, file: Path) -> datasets.Features:
+    try:
+        return datasets.Features.from_arrow_schema(parquet.schema_arrow)
+    # Whatever `datasets` stumbles over in what the file says of its columns.
+    except Exception as error:
+        raise ValueError(
+            f"'{file}' does not tell its columns ({one_line(error)}); write it again with `mmesid prepare`."
+        ) from error
+
+
+def _read_statistics(path: Path, num_items: int) -> dict:
+    """The statistics of a dataset; raises `ValueError` if they are not those of one with `num_items`."""
+    try:
+        statistics = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not JSON ({one_line(error)}); write it again with `mmesid prepare`.") from error
+    values = statistics if isinstance(statistics, dict) else {}
+    for name, kind in _STATISTICS.items():
+        if type(values.get(name)) is not kind:
+            raise ValueError(
+                f"'{path}' says {shown(values.get(name))} of {name}, which is no {kind.__name__}; write it again with "
+                "`mmesid prepare`."
+            )
+    if values["items"] != num_items:
+        raise ValueError(
+            f"'{path}' tells of {values['items']:,} items where there are {num_items:,}; write both again with "
+            "`mmesid prepare`."
+        )
+    return values
+
+
 def _read_parts(file: Path, columns: list[str]) -> Iterator[pa.Table]:
-    with _opened(file, columns) as parquet:
+    with _opened(file, dict.fromkeys(columns)) as parquet:
         for batch in parquet.iter_batches(rows_at_once(columns), columns=columns):
             yield pa.Table.from_batches([batch])
 
 
 def _read_sequences(path: Path, num_items: int, split: str) -> Sequences:
     file = path / SEQUENCE_FILES[split]
-    with _opened(file, list(SEQUENCE_FEATURES)) as parquet:
+    with _opened(file, SEQUENCE_FEATURES) as parquet:
         table = parquet.read(list(SEQUENCE_FEATURES))
     history = table["history"]
+    if any(column.null_count for column in table.columns) or pc.list_flatten(history).null_count:
+        raise ValueError(f"'{file}' has nulls; write it again with `mmesid prepare`.")
     histories = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in history.chunks)])
     targets = table["target"].to_numpy()
     for rows in (histories, targets):

@@ -15,8 +15,8 @@ SPLITS = ("train", "validation", "test")
 HELD_OUT = {"train": 3, "validation": 2, "test": 1}
 
 # Leave-one-out needs one item to train on, one to validate on, one to test on. A user with one interaction is no
-# example of a split in time either.
-SHORTEST_SEQUENCE = {"leave_one_out": 3, "global_time": 2}
+# example of the other splits either.
+SHORTEST_SEQUENCE = {"leave_one_out": 3, "global_time": 2, "none": 2}
 
 # Interactions that a step copies at a time: copies of them all would be the most that a preparation holds.
 _AT_ONCE = 2**20
@@ -175,7 +175,8 @@ class SequenceSettings:
 
         split (`str`, *optional*, defaults to `"leave_one_out"`): leave_one_out: each user's last item is the test
             target, the one before it the validation target; global_time: two moments for all users, and the target is
-            a user's first item after them.
+            a user's first item after them; none: everything is for training, for a model that is to serve and was
+            measured before (train it with `--eval_strategy no`).
         validation_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions between
             the two moments.
         test_fraction (`float`, *optional*, defaults to `0.1`): global_time: share of the interactions after the second
@@ -189,7 +190,7 @@ class SequenceSettings:
     duplicates: Literal["drop", "keep"] = "drop"
     repeats: Literal["keep", "first", "last"] = "keep"
     min_interactions: int = 0
-    split: Literal["leave_one_out", "global_time"] = "leave_one_out"
+    split: Literal["leave_one_out", "global_time", "none"] = "leave_one_out"
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
 
@@ -259,6 +260,10 @@ def build_sequences(
         if split == "leave_one_out":
             everyone, starts = np.arange(len(kept_users)), dict[str, int]()
             targets = {name: (everyone, offsets[1:] - held_out) for name, held_out in HELD_OUT.items()}
+        elif split == "none":
+            nobody = np.zeros(0, np.int64)
+            targets, starts = dict.fromkeys(SPLITS[1:], (nobody, nobody)), {}
+            targets["train"] = np.arange(len(kept_users)), offsets[1:] - 1
         else:
             targets, starts = split_global_time(times, offsets, settings.validation_fraction, settings.test_fraction)
     return UserSequences(
@@ -274,6 +279,7 @@ def build_sequences(
             "short_users": short_users,
             "users": num_users - short_users - len(kept_users),
             "items": num_items - len(kept_items),
+            "with_users_and_items": len(interactions) - low_ratings - num_duplicates - num_repeats - len(items),
         },
         starts=starts,
     )

@@ -1,8 +1,10 @@
 """What every reader of raw data yields: a catalogue of items and the interactions of users with them."""
 
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .files import BadRows, shown
 from .texts import TEXT_FIELDS, compose_text, field_text, is_missing, price_of
 
 
@@ -42,6 +45,8 @@ class Catalogue:
             where there is none; `None` instead of a sequence if no item has one.
         pictures_by_id (`dict[str, Path]`, *optional*, defaults to none): Pictures called after items, for those that
             have no other.
+        picture_folders (`list[Path]`, *optional*): Where files of pictures may lie that items name, links followed;
+            by default anywhere.
     """
 
     item_ids: list[str]
@@ -49,6 +54,7 @@ class Catalogue:
     text_fields: list[str]
     images: Sequence[str | Path | bytes | None] | None = None
     pictures_by_id: dict[str, Path] = field(default_factory=dict)
+    picture_folders: list[Path] | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -107,7 +113,7 @@ class Interactions:
 class Source:
     """
     Items and what users did with them, with the `name` and the `licence` that the statistics and the dataset card
-    state, and whether they are `synthetic`: said wherever results on them appear.
+    state, and whether they are `synthetic`: said wherever results on them appear. `bad_rows` were left out.
     """
 
     name: str
@@ -115,17 +121,24 @@ class Source:
     synthetic: bool
     catalogue: Catalogue
     interactions: Interactions
+    bad_rows: BadRows = field(default_factory=BadRows)
 
 
 class CatalogueBuilder:
     """
     Collects items one after the other into a [`Catalogue`]: with the `text_fields` that are named, by default those of
     `TEXT_FIELDS` that any item has, and with `pictures` by name, which are those that items name or, for items without
-    a picture, those called after their ids.
+    a picture, those called after their ids. Others lie in `folder`, by default anywhere.
     """
 
-    def __init__(self, text_fields: list[str] | None = None, pictures: dict[str, Path] | None = None):
+    def __init__(
+        self,
+        text_fields: list[str] | None = None,
+        pictures: dict[str, Path] | None = None,
+        folder: Path | None = None,
+    ):
         self.text_fields = text_fields
+        self.folder = folder
         self.pictures = pictures or {}
         others = (*TEXT_FIELDS, *(text_fields or ()))
         self.schema = pa.schema(FIELD_TYPES | {name: pa.string() for name in others if name not in FIELD_TYPES})
@@ -140,8 +153,7 @@ class CatalogueBuilder:
         none of these."""
         if item_id in self.positions:
             number = self.positions[item_id] + 1
-            raise ValueError(f"{where} repeats item '{item_id}', number {number} of the items; keep one of them.")
-        self.positions[item_id] = len(self.positions)
+            raise ValueError(f"{where} repeats item {shown(item_id)}, number {number} of the items; keep one of them.")
         row: dict[str, Any] = {}
         for name in self.schema.names:
             value = values.get(name)
@@ -152,6 +164,7 @@ class CatalogueBuilder:
                 row[name] = [text for element in elements if (text := field_text(element, name, where))] or None
             else:
                 row[name] = field_text(value, name, where) or None
+        self.positions[item_id] = len(self.positions)
         self._rows.append(row)
         self.images.append(image)
         if len(self._rows) == _ITEMS_AT_ONCE:
@@ -161,7 +174,14 @@ class CatalogueBuilder:
         """What a field says of a picture: a URL stays one, any other string names a picture or a file in `folder`."""
         if is_missing(image) or image == "":
             return None
-        return image if image.startswith(("http://", "https://")) else self.pictures.get(image, folder / image)
+        if image.startswith(("http://", "https://")):
+            return image
+        return self.pictures.get(image) or self._listed.get(os.path.abspath(folder / image)) or folder / image
+
+    @cached_property
+    def _listed(self) -> dict[str, Path]:
+        """The pictures by their places: items may name them by these too."""
+        return {os.path.abspath(path): path for path in self.pictures.values()}
 
     def _flush(self) -> None:
         self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self.schema))
@@ -180,7 +200,12 @@ class CatalogueBuilder:
                 )
         text_fields = self.text_fields or [name for name in TEXT_FIELDS if name in present]
         images = self.images if any(image is not None for image in self.images) else None
-        return Catalogue(list(self.positions), table.select(present), text_fields, images, self._pictures_by_id())
+        folders = None if self.folder is None else [self.folder]
+        if folders is not None and self.pictures:
+            folders.append(Path(os.path.commonpath({path.parent for path in self.pictures.values()})))
+        return Catalogue(
+            list(self.positions), table.select(present), text_fields, images, self._pictures_by_id(), folders
+        )
 
     def _pictures_by_id(self) -> dict[str, Path]:
         by_id = {PurePosixPath(name).stem: path for name, path in self.pictures.items()}
@@ -239,6 +264,19 @@ class InteractionCollector:
             users, items, times, ratings = zip(*chunk)
             self.extend(pa.array(users), pa.array(items), np.array(times), np.array(ratings))
 
+    def times(self) -> np.ndarray:
+        """`(interactions,)` times, in the memory that they were collected in: to be let go before more are added."""
+        return np.frombuffer(self._times, np.int64)
+
+    def remove(self, positions: np.ndarray) -> None:
+        """Leaves out the interactions at `positions`."""
+        kept = np.ones(len(self), bool)
+        kept[positions] = False
+        for name in ("_users", "_items", "_times", "_ratings"):
+            values = getattr(self, name)
+            if len(values):
+                setattr(self, name, array(values.typecode, np.asarray(values)[kept].tobytes()))
+
     def finish(self) -> None:
         """Lets go of what only further interactions would need: raw data have millions of users, and the items that
         are read next need the memory."""
@@ -273,7 +311,12 @@ def _positions(ids: pa.Array, positions: dict[str, int]) -> np.ndarray:
 
 
 def join(
-    name: str, licence: str, collector: InteractionCollector, builder: CatalogueBuilder, items_file: str | None
+    name: str,
+    licence: str,
+    collector: InteractionCollector,
+    builder: CatalogueBuilder,
+    items_file: str | None,
+    bad_rows: BadRows,
 ) -> Source:
     """The source of collected interactions and items; items with interactions but no description come last. Raises
     `ValueError` if there are no interactions, or none of them is with an item of `items_file`."""
@@ -283,11 +326,24 @@ def join(
         there = "".join(f" and there like '{item_id}'" for item_id in islice(builder.positions, 1))
         raise ValueError(
             f"'{items_file}' describes no item of the interactions, where ids look like "
-            f"'{next(iter(collector.item_positions))}'{there}; name files, or fields, that belong together."
+            f"'{next(iter(collector.item_positions))}'{there}; {_remedy_of_ids(builder.positions, collector)}."
         )
     for item_id in collector.item_positions:
         if item_id not in builder.positions:
             builder.append(item_id, {}, None, "the interactions")
     positions = builder.positions
     catalogue = builder.build()
-    return Source(name, licence, False, catalogue, collector.interactions(positions))
+    return Source(name, licence, False, catalogue, collector.interactions(positions), bad_rows)
+
+
+def _remedy_of_ids(described: dict[str, int], collector: InteractionCollector) -> str:
+    for floats, others, where in (
+        (described, collector.item_positions, "of the items"),
+        (collector.item_positions, described, "of the interactions"),
+    ):
+        if any(item_id.endswith(".0") and item_id.removesuffix(".0") in others for item_id in floats):
+            return (
+                f"the ids {where} were written as floats: write them again as integers, as "
+                "table['item_id'].astype('Int64') makes them in pandas"
+            )
+    return "name files, or fields, that belong together"

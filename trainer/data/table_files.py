@@ -1,12 +1,14 @@
 """
-Tables wherever they are: CSV, TSV, Parquet and JSON lines (gzipped or not, on disk or on the Hub), and what `datasets`
-loads from a folder or a repository, and tables in memory.
+Tables wherever they are: CSV, TSV, Parquet, JSON lines and RecBole's atomic files (gzipped, zipped or neither, on disk
+or on the Hub), and what `datasets` loads from a folder or a repository, and tables in memory.
 """
 
+import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,19 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
-from .files import local_file, on_the_hub, one_line
+from .files import MAX_LINE, listed, local_file, on_the_hub, one_line, opened
 
 
 # What a suffix says of a file.
 FORMATS = {
-    ".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".jsonl": "lines", ".json": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".txt": "csv",
+    ".inter": "csv", ".item": "csv", ".parquet": "parquet",
 }  # fmt: skip
+# RecBole's files, whose columns are called name:type, and where quotes are characters like any others.
+_ATOMIC = (".inter", ".item")
+_SEPARATORS = (",", "\t", ";", "|", " ")
+# Lines that tell what separates the columns of a file without a header.
+_LINES_LOOKED_AT = 20
 
 # Bytes of a CSV file that are parsed at a time; a row must fit.
 _CSV_BLOCK = 2**23
@@ -118,7 +126,12 @@ def parse_location(location: str) -> TableLocation:
 
 def format_of(path: Path) -> str | None:
     """`"lines"` (of JSON), `"csv"` or `"parquet"`, as the name says, its compression aside; `None` if it does not."""
-    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+    return FORMATS.get(_own_suffix(path))
+
+
+def _own_suffix(path: Path) -> str:
+    """The suffix of a file, in small letters, its compression aside."""
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zip")).suffix
 
 
 def file_of_known_format(location: TableLocation) -> tuple[Path, str]:
@@ -128,8 +141,8 @@ def file_of_known_format(location: TableLocation) -> tuple[Path, str]:
     kind = format_of(path)
     if kind is None:
         raise ValueError(
-            f"The name of '{path}' does not tell its format; call it .csv, .tsv, .parquet or .jsonl, with .gz if "
-            "gzipped."
+            f"The name of '{path}' does not tell its format; call it .csv, .tsv, .txt, .parquet, .jsonl, .inter or "
+            ".item, with .gz if gzipped and .zip if zipped."
         )
     return path, kind
 
@@ -155,37 +168,128 @@ def readable(location: str | Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class CSVLayout:
+    """
+    How the rows of a text file are laid out.
+
+    Args:
+        separator (`str`): What stands between two columns.
+        names (`list[str]`): What the columns are called; by their numbers, from 1, where the file has no header.
+        first_row (`int`): Lines before the first row: 0 where the file has no header.
+        quoted (`bool`): Whether a value may stand in quotes.
+    """
+
+    separator: str
+    names: list[str]
+    first_row: int
+    quoted: bool
+
+
+def csv_layout(path: Path, wanted: Iterable[str]) -> CSVLayout:
+    """
+    Finds out what separates the columns of a file: a comma or, in .tsv and RecBole's files, a tab, unless another
+    separator alone gives all the columns that are `wanted`. Where these are numbers, and none is a name, the file has
+    no header.
+
+    Raises:
+        ValueError: If the file is empty, or its first line is none of a table.
+    """
+    wanted, suffix = list(wanted), _own_suffix(path)
+    with opened(path) as file:
+        lines = list(islice(iter(lambda: file.readline(MAX_LINE), b""), _LINES_LOOKED_AT))
+    try:
+        decoded = [line.decode("utf-8-sig").rstrip("\r\n") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error.reason} at byte {error.start}); convert the file.") from error
+    texts = [text for text in decoded if text.strip()]
+    if not texts:
+        raise ValueError(f"'{path}' is empty; write the names of the columns, and one row per line.")
+    below_header = decoded.index(texts[0]) + 1
+    separators = sorted(_SEPARATORS, key=lambda one: one != "\t") if suffix in (".tsv", *_ATOMIC) else _SEPARATORS
+    quoted = suffix not in _ATOMIC
+
+    def split(text: str, separator: str) -> list[str]:
+        if not quoted:
+            return text.split(separator)
+        try:
+            return next(csv.reader([text], delimiter=separator))
+        except csv.Error as error:
+            raise ValueError(f"'{path}' cannot be read ({one_line(error)}); is it a table of text?") from error
+
+    headers = {separator: split(texts[0], separator) for separator in separators}
+    if not quoted:
+        headers = {separator: [name.split(":")[0] for name in names] for separator, names in headers.items()}
+    for separator, names in headers.items():
+        if set(wanted) <= set(names):
+            return CSVLayout(separator, names, below_header, quoted)
+    if all(name.isdecimal() for name in wanted):
+        for separator, first in headers.items():
+            if len(first) >= max(map(int, wanted)) and {len(split(text, separator)) for text in texts} == {len(first)}:
+                return CSVLayout(separator, [str(number + 1) for number in range(len(first))], 0, quoted)
+    separator, names = max(headers.items(), key=lambda one: len(one[1]))
+    return CSVLayout(separator, names, below_header, quoted)
+
+
 def csv_batches(
-    path: Path, columns: Iterable[str], types: dict[str, pa.DataType], optional: Iterable[str] = ()
+    path: Path,
+    columns: Iterable[str],
+    types: dict[str, pa.DataType],
+    optional: Iterable[str] = (),
+    on_bad_row: Callable[[ValueError], None] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a CSV or TSV file, some at a time: the columns that must be there and those that may be. Raises
-    `ValueError` if a column is missing, or a row or a value of the given types cannot be read."""
+    """
+    The rows of a CSV or TSV file, some at a time: the columns that must be there and those that may be. Raises
+    `ValueError` if a column is missing, or a row or a value of the given types cannot be read; `on_bad_row` gets the
+    rows that have another number of columns, and they are left out.
+    """
+    layout = csv_layout(path, columns)
+    if len(layout.names) > 1:
+        hint = " (by its number, from 1, if the file has no header)"
+    else:
+        hint = ", and separate columns by a comma, tab, semicolon, bar or space"
+    require_columns(columns, layout.names, path, hint)
+    named = [*columns, *(name for name in optional if name in layout.names and name not in columns)]
+    for name in named:
+        if layout.names.count(name) > 1:
+            raise ValueError(f"'{path}' has {layout.names.count(name)} columns '{name}'; rename all but one.")
 
-    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
-
-    def read(columns: list[str] | None) -> pa_csv.CSVStreamingReader:
-        return pa_csv.open_csv(
-            pa.input_stream(path, compression="gzip" if path.suffix == ".gz" else None),
-            pa_csv.ReadOptions(block_size=_CSV_BLOCK),
-            pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
-            pa_csv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=False),
+    def skip(row: pa_csv.InvalidRow) -> str:
+        assert on_bad_row is not None
+        on_bad_row(
+            ValueError(
+                f"'{path}' has a row of {row.actual_columns} columns where {row.expected_columns} are expected."
+            )
         )
+        return "skip"
 
-    with readable(path):
-        with read(None) as reader:
-            present = reader.schema.names
-        require_columns(columns, present, path)
-        with read([*columns, *(name for name in optional if name in present and name not in columns)]) as reader:
+    with opened(path) as file, readable(path):
+        with pa_csv.open_csv(
+            file,
+            pa_csv.ReadOptions(
+                block_size=_CSV_BLOCK, column_names=layout.names, skip_rows=layout.first_row, use_threads=False
+            ),
+            pa_csv.ParseOptions(
+                delimiter=layout.separator,
+                quote_char='"' if layout.quoted else False,
+                newlines_in_values=layout.quoted,
+                invalid_row_handler=None if on_bad_row is None else skip,
+            ),
+            # Strings are taken literally, as in the other formats: "NA" and "null" are ids like any others.
+            pa_csv.ConvertOptions(include_columns=named, column_types=types, strings_can_be_null=False),
+        ) as reader:
             yield from reader
 
 
-def require_columns(wanted: Iterable[str] | dict[str, str], present: list[str], location: str | Path) -> None:
-    """Raises `ValueError` if a table lacks one of the columns; `wanted` may say which setting names each."""
+def require_columns(
+    wanted: Iterable[str] | dict[str, str], present: list[str], location: str | Path, hint: str = ""
+) -> None:
+    """Raises `ValueError` if a table lacks one of the columns; `wanted` may have a remedy for each, which `hint`
+    completes."""
     for name in wanted:
         if name not in present:
-            remedy = f"set {wanted[name]} to one of them" if isinstance(wanted, dict) else "name another table"
-            raise ValueError(f"'{location}' has no column '{name}', only {', '.join(present)}; {remedy}.")
+            remedy = f"{wanted[name]}{hint}" if isinstance(wanted, dict) else "name another table"
+            raise ValueError(f"'{location}' has no column '{name}', only {listed(present)}; {remedy}.")
 
 
 def renamed(names: Mapping[str, str | None], chosen: Mapping[str, str | None] | None, setting: str) -> dict[str, Any]:

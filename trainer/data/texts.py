@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterable
 from html.parser import HTMLParser
 
+from .files import shown
+
 
 # The fields that an item's text is made of by default, in this order.
-TEXT_FIELDS = ("title", "attributes", "genres", "brand", "categories", "description")
+TEXT_FIELDS = ("title", "attributes", "genres", "brand", "categories", "features", "description")
 
 # Tags inside a word's line; every other tag separates words.
 _INLINE_TAGS = frozenset("a abbr b big em font i mark small span strong sub sup u".split())
@@ -61,17 +63,27 @@ def field_text(value, field: str, where: str) -> str:
     values = value if isinstance(value, list) else [value]
     for element in values:
         if not isinstance(element, str | int | float | None):
-            raise ValueError(f"{where} has {field}={value!r}; text is a string, a number, a list of them, or null.")
-    return ", ".join(str(element).strip() for element in values if not is_missing(element) and str(element).strip())
+            raise ValueError(
+                f"{where} has {field}={shown(value)}; text is a string, a number, a list of them, or null."
+            )
+    text = ", ".join(str(element).strip() for element in values if not is_missing(element) and str(element).strip())
+    # Half of a character, as titles that were cut have it, is no text in any encoding.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def price_of(value) -> float | None:
     """A number, or a string like `"$1,299.00"`, `"from 9.99"` or `"$5 - $7"` (the lower end), as a price; `None` for
     anything else, which in shops' exports is markup or a dash."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return None if is_missing(value) else float(value)
-    match = _PRICE.fullmatch(value.strip()) if isinstance(value, str) else None
-    return float(match[1].replace(",", "")) if match else None
+    match = _PRICE.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 100 else None
+    number = match[1].replace(",", "") if match else value
+    if isinstance(number, bool) or not (match or isinstance(value, int | float)):
+        return None
+    try:
+        price = float(number)
+    # An integer beyond what a float can be.
+    except OverflowError:
+        return None
+    return price if math.isfinite(price) else None
 
 
 def compose_text(parts: Iterable[str]) -> str:

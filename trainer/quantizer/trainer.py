@@ -124,7 +124,10 @@ class MMRQVAETrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
             return {}, {}
         model, data = self._unwrapped(), self.data
         size, figures = model.config.codebook_size, directory / "figures"
-        codes, sequences = encode_items(model, self.train_dataset), data.sequences("validation")
+        codes, sequences = (
+            encode_items(model, self.train_dataset),
+            data.sequences("validation" if data.has_targets else "train"),
+        )
         write_semantic_ids(directory / SEMANTIC_IDS_NAME, data.item_ids, codes)
         draw_code_use(figures / "code_use.png", {name: values.numpy() for name, values in codes.items()}, size)
         distances, histories, captions = {}, {}, {}

@@ -65,6 +65,7 @@ def model_ranks(model: PreTrainedModel, data: PreparedDataset, split: str, args:
             f"The model '{model.name_or_path}' knows {model.config.num_items} items, but the data have "
             f"{data.num_items}; evaluate it on the data it was trained on."
         )
+    data.require_targets()
     trainer_class = SASRecTrainer if isinstance(model, SASRecForSequentialRecommendation) else MMESIDTrainer
     histories = EvaluationHistories(data.sequences(split))
     predicted = trainer_class(model, args).predict(histories)
@@ -79,6 +80,7 @@ def model_ranks(model: PreTrainedModel, data: PreparedDataset, split: str, args:
 def popularity_ranks(data: PreparedDataset, split: str, batch_size: int = 1024) -> np.ndarray:
     """Rank of each user's target, `(users,)`, by the number of training interactions, under the same masking and tie
     rule as the models."""
+    data.require_targets()
     sequences = data.sequences(split)
     popularity = data.frequencies.float()
     popularity[0] = -torch.inf

@@ -45,6 +45,12 @@ class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer)
     """
 
     def __init__(self, model, args: TrainingArguments, **kwargs):
+        held_out = kwargs.get("eval_dataset")
+        if held_out is not None and len(held_out) == 0 and args.eval_strategy != "no":
+            raise ValueError(
+                "The data hold nothing out (split none), so that no epoch can be chosen; set --eval_strategy no and "
+                "the --num_train_epochs that were best on a split."
+            )
         args = copy.copy(args)
         args.batch_eval_metrics = True
         args.remove_unused_columns = False

@@ -227,7 +227,8 @@ def finetune(
     """
     with temporary_arguments(args, MMESIDTrainingArguments) as args:
         fit(finetune_trainer(model, processor, data, args))
-    fit_score_weights(model, EvaluationHistories(data.sequences("validation")))
+    if data.has_targets:
+        fit_score_weights(model, EvaluationHistories(data.sequences("validation")))
     return model.eval()
 
 

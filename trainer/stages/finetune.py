@@ -191,8 +191,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer = finetune_trainer(model, processor, data, training, flex_attention=flex_attention)
         trainer.draft_record = run.draft_record
         fit(trainer)
-        fit_score_weights(model, trainer.eval_dataset)
-        run.metrics["validation"] = trainer.rank()
+        if data.has_targets:
+            fit_score_weights(model, trainer.eval_dataset)
+            run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)

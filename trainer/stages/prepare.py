@@ -21,9 +21,11 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from mmesid.hub_cards import printable
+
 from ..data.files import local_file, on_the_hub
 from ..data.images import list_images
-from ..data.preparation import prepare_source
+from ..data.preparation import prepare_source, summary
 from ..data.prepared import CARD_CONFIGS
 from ..data.sequences import SequenceSettings
 from ..data.source import Source
@@ -49,10 +51,11 @@ class PrepareArguments(StageArguments, SequenceSettings):
             amazon_2014, amazon_2018, amazon_2023: reviews and metadata of that generation; movielens: the folder of
             MovieLens 1M or 100K; tabular: any two tables whose columns you name.
         source_dir (`str`, *optional*): sequences, movielens: the folder.
-        interactions (`str`, *optional*): amazon_*, tabular: the interactions: a file (.jsonl, .json, .csv, .tsv or
-            .parquet, .gz if gzipped), hf://datasets/owner/name/file for one on the Hub, or a folder or repository that
-            `datasets.load_dataset` loads, as owner/name:config@revision[split], of which all but the name may be left
-            out; amazon_2023: also McAuley-Lab/Amazon-Reviews-2023:raw_review_All_Beauty.
+        interactions (`str`, *optional*): amazon_*, tabular: the interactions: a file (.jsonl, .json, .csv, .tsv, .txt,
+            .parquet, or RecBole's .inter and .item; with .gz if gzipped, .zip if zipped), hf://datasets/owner/name/file
+            for one on the Hub, or a folder or repository that `datasets.load_dataset` loads, as
+            owner/name:config@revision[split], of which all but the name may be left out; amazon_2023: also
+            McAuley-Lab/Amazon-Reviews-2023:raw_review_All_Beauty.
         items (`str`, *optional*): amazon_*, tabular: the items, in the same forms; tabular may do without.
         source_name (`str`, *optional*): What the data are called on the card; by default as their folder or file.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used, for the card; not
@@ -61,22 +64,32 @@ class PrepareArguments(StageArguments, SequenceSettings):
         > Columns
 
         columns (`list[str]`, *optional*): tabular: columns of the interactions that have other names than ours, as
-            ours=theirs each, for example user_id=buyer. Ours are user_id, item_id, timestamp (a number, a timestamp or
-            ISO 8601; `timestamp=` if the rows are in the order of time) and rating, which is read only if you name it.
+            ours=theirs each, for example user_id=buyer; theirs are numbers, from 1, in a file without a header. Ours
+            are user_id, item_id, timestamp (a number, a timestamp or ISO 8601; `timestamp=` if the rows are in the
+            order of time) and rating, which is read only if you name it.
         item_fields (`list[str]`, *optional*): sequences, tabular: fields of the items that have other names than ours,
             in the same form. Ours are item_id (by default `item` in sequences, and named as in the interactions in
             tabular), image (a file, a URL or, in Parquet and `datasets`, the picture itself) and, in tabular, title,
             description, brand, categories (a list, or a string with |) and price.
         text_fields (`list[str]`, *optional*): Fields that make an item's text, in order; by default those present of
-            title, attributes, genres, brand, categories, description.
+            title, attributes, genres, brand, categories, features, description. amazon_*: also any other field of the
+            metadata, such as details, store or main_category; sequences, tabular: any other field of the items.
+
+        time_format (`str`, *optional*): tabular: how times are written that are neither numbers nor ISO 8601, in the
+            codes of strptime, for example %d/%m/%Y %H:%M.
+        on_bad_row (`str`, *optional*, defaults to `"error"`): What to do with a row that cannot be read, repeats an
+            item, or has a time far from all others: stop, or skip and count it, with the first examples. Not
+            synthetic.
 
         > Pictures
 
         image_dir (`str`, *optional*): Folder, zip or tar archive of pictures: those that items name, and, for items
             without a picture or with a URL that is not downloaded, those called after their ids (A7.jpg); by default
-            pictures are looked for beside the items. Not synthetic.
+            pictures are looked for beside the items, and nowhere else. Not synthetic.
         download_images (`bool`, *optional*, defaults to `False`): Download pictures that the items name by URL;
             otherwise they count as missing.
+        allow_private_addresses (`bool`, *optional*, defaults to `False`): Download from addresses of an inner network,
+            such as this machine, too.
         image_cache_dir (`str`, *optional*): Folder that keeps what is downloaded or unpacked.
         on_bad_image (`str`, *optional*, defaults to `"error"`): What to do with a picture that cannot be read: stop,
             or count it as missing.
@@ -97,8 +110,11 @@ class PrepareArguments(StageArguments, SequenceSettings):
     columns: list[str] | None = None
     item_fields: list[str] | None = None
     text_fields: list[str] | None = None
+    time_format: str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
     image_dir: str | None = None
     download_images: bool = False
+    allow_private_addresses: bool = False
     image_cache_dir: str | None = None
     on_bad_image: Literal["error", "missing"] = "error"
     num_items: int = 600
@@ -191,13 +207,18 @@ def main(argv: list[str] | None = None) -> None:
             source = read_source(arguments, locations, pictures)
             cache_dir = arguments.image_cache_dir if arguments.download_images else None
             counts = {f"image_dir_{reason}": count for reason, count in report.items()}
-            data = prepare_source(source, arguments, arguments.on_bad_image, cache_dir, counts)
+            data = prepare_source(
+                source, arguments, arguments.on_bad_image, cache_dir, arguments.allow_private_addresses, counts
+            )
             data.save(staging)
             # In the order in which they are applied.
             filters = ("min_rating", "duplicates", "repeats", "min_interactions")
             run.details.update(data=data.statistics, configs=CARD_CONFIGS)
             run.details["filters"] = {name: getattr(arguments, name) for name in filters}
             present(run)
+    if PartialState().is_main_process:
+        for line in summary(data.statistics):
+            print(f"  {printable(line)}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer = sasrec_trainer(data, SASRecConfig(**arguments.config), trainer_arguments(arguments, run))
         trainer.draft_record = run.draft_record
         fit(trainer)
-        run.metrics["validation"] = trainer.rank()
+        if data.has_targets:
+            run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
             run.details.update(parameters=trainer.model.num_parameters())

@@ -1,7 +1,9 @@
 """Pictures out of files, archives and a server that misbehaves in every way that real ones do."""
 
 import io
+import os
 import random
+import socket
 import struct
 import tarfile
 import threading
@@ -9,6 +11,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmesid.trainer.data import downloads
 from mmesid.trainer.data import images as images_module
 from mmesid.trainer.data.images import FORMATS, BadImageError, decode_image, fetch_images, list_images, read_image
 
@@ -105,6 +109,14 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "truncated" and not server.healed:
             self.send(200, JPEG[:100], {}, length=len(JPEG))
             self.close_connection = True
+        elif fault == "inner":
+            self.send(302, b"", {"Location": server.url("plain").replace("127.0.0.1", "localhost")})
+        elif fault == "slow_headers":
+            self.close_connection = True
+            for sign in b"HTTP/1.1 200 OK\r\nContent-Type: " + bytes(1000):
+                self.wfile.write(bytes([sign]))
+                self.wfile.flush()
+                time.sleep(0.05)
         elif fault in ("endless", "drip"):
             # Without Content-Length: only counting tells.
             self.send_response(200)
@@ -140,7 +152,9 @@ def server(monkeypatch):
 
 
 def fetch(sources, cache, **settings):
-    return fetch_images(sources, cache, **{"timeout": 5.0, "retries": 2, "disable_tqdm": True, **settings})
+    return fetch_images(
+        sources, cache, **{"timeout": 5.0, "retries": 2, "allow_private": True, "disable_tqdm": True, **settings}
+    )
 
 
 def test_urls_come_back_as_files_and_everything_else_as_it_is(server, tmp_path):
@@ -198,6 +212,78 @@ def test_a_server_that_drips_runs_out_of_time(server, tmp_path):
     images, report = fetch([server.url("drip"), server.url("plain")], tmp_path, timeout=0.3, retries=0)
     assert report == {"unreachable": 1, "fetched": 1} and images[0] is None
     assert time.monotonic() - start < 5
+
+
+def test_a_picture_has_one_deadline_from_the_first_header_to_the_last_attempt(server, tmp_path, monkeypatch):
+    start = time.monotonic()
+    images, report = fetch([server.url("slow_headers")], tmp_path, timeout=0.3, retries=1)
+    assert images == [None] and report == {"unreachable": 1} and time.monotonic() - start < 3
+    monkeypatch.setattr(images_module, "FIRST_WAIT", 30.0)
+    start = time.monotonic()
+    assert fetch([server.url("down")], tmp_path, retries=9, deadline=0.5)[1] == {"unreachable": 1}
+    assert server.requests["down"] == 1 and time.monotonic() - start < 3
+
+
+def test_inner_networks_are_reached_only_when_allowed(server, tmp_path, monkeypatch):
+    urls = [server.url("plain"), server.url("plain").replace("127.0.0.1", "localhost"), "http://10.0.0.1/a.jpg"]
+    assert fetch(urls, tmp_path, allow_private=False)[1] == {"private_address": 3}
+    assert not server.requests
+    # By a redirect, from a server that may be asked.
+    monkeypatch.setattr(downloads, "is_public", lambda address, host={"127.0.0.1"}: address in host)
+    monkeypatch.setattr(
+        downloads.socket, "getaddrinfo", resolved_to({"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.2"})
+    )
+    assert fetch([server.url("inner"), server.url("plain")], tmp_path, allow_private=False)[1] == {
+        "private_address": 1,
+        "fetched": 1,
+    }
+    assert server.requests == {"inner": 1, "plain": 1}
+
+
+def resolved_to(addresses: dict[str, str]):
+    """Stands in for `socket.getaddrinfo`, once a host is to be checked; what connects asks for a port."""
+    original = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *arguments, **settings):
+        return original(addresses[host] if port is None else host, port, *arguments, **settings)
+
+    return getaddrinfo
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
+        *((inner, False) for inner in (
+            "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+            "224.0.0.1", "::1", "::", "fe80::1%eth0", "fd00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1",
+            "2002:a00:1::",
+        )),
+    ],
+)  # fmt: skip
+def test_addresses_of_inner_networks_are_known(address, public):
+    assert downloads.is_public(address) is public
+
+
+def test_threads_decode_no_more_pixels_at_a_time_than_one_picture_may_have(monkeypatch):
+    lock, now, most = threading.Lock(), 0, 0
+
+    def to_rgb(picture):
+        nonlocal now, most
+        with lock:
+            now += picture.width * picture.height
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= picture.width * picture.height
+        return picture
+
+    monkeypatch.setattr(images_module, "_to_rgb", to_rgb)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 5000)
+    data = [encoded(picture(number, (50, height))) for number, height in enumerate((90, 30, 40, 20, 80, 20))]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(decode_image, data * 3))
+    assert 50 * 90 <= most <= 5000
 
 
 def test_pictures_are_fetched_in_parallel_but_no_more_than_asked_for(server, tmp_path):
@@ -283,6 +369,61 @@ def test_a_damaged_archive_is_refused(tmp_path):
     assert not list((tmp_path / "cache").iterdir()), "an archive that failed left something behind"
     with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
         list_images(tmp_path / "nowhere", tmp_path / "cache")
+
+
+def test_archives_that_unpack_to_more_than_pictures_do_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "MAX_UNPACKED", 2**17)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(9):
+            archive.writestr(f"{number}.png", bytes(2**16))
+    long_name = tarfile.TarInfo("x" * 2**16)
+    far = tarfile.TarInfo("far.bin")
+    far.size = 2**22
+    for name, members in {"name.tgz": [long_name], "far.tgz": [far, tarfile.TarInfo("a.png")]}.items():
+        with tarfile.open(tmp_path / name, "w:gz", format=tarfile.GNU_FORMAT) as archive:
+            for member in members:
+                archive.addfile(member, io.BytesIO(bytes(member.size)))
+    for name, message in {
+        "bomb.zip": "unpacks to more than .* bytes, which pictures do not; unpack it yourself",
+        "name.tgz": r"is no zip or tar archive .*\(one of its names or headers has 66,\d+ bytes\)",
+        "far.tgz": r"is no zip or tar archive .*\(it unpacks to more than \d+,\d+ bytes",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}' {message}"):
+            list_images(tmp_path / name, tmp_path / "cache", max_bytes=2**16 if name == "bomb.zip" else 1000)
+        assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(images_module, "MAX_MEMBERS", 1)
+    with pytest.raises(ValueError, match="holds more than 1 pictures; unpack it yourself"):
+        list_images(write_archive(tmp_path / "pictures.zip"), tmp_path / "cache")
+
+
+def test_only_regular_files_in_the_folders_allowed_are_read(tmp_path):
+    (tmp_path / "shop").mkdir()
+    os.mkfifo(tmp_path / "shop/pipe.png")
+    for image in (tmp_path / "shop/pipe.png", Path("/dev/zero")):
+        with pytest.raises(BadImageError, match="no regular file") as error:
+            read_image(image, "i7")
+        assert error.value.reason == "missing"
+    for name in ("private.png", "shop/own.png"):
+        (tmp_path / name).write_bytes(JPEG)
+    (tmp_path / "shop/link.png").symlink_to(tmp_path / "private.png")
+    roots = images_module.resolved([tmp_path / "shop"])
+    assert read_image(tmp_path / "shop/own.png", "i7", roots=roots) == JPEG
+    for name in ("shop/../private.png", "private.png", "shop/link.png"):
+        with pytest.raises(
+            BadImageError, match="outside of the items' folder; name its own folder as image_dir"
+        ) as error:
+            read_image(tmp_path / name, "i7", roots=roots)
+        assert error.value.reason == "outside"
+    files, report = list_images(tmp_path / "shop", tmp_path / "cache")
+    assert list(files) == ["own.png"] and report == {"outside": 1}
+    # As `huggingface_hub` keeps a repository.
+    blob = tmp_path / "datasets--me--shop/blobs/1234"
+    snapshot = tmp_path / "datasets--me--shop/snapshots/abc"
+    for folder in (blob.parent, snapshot):
+        folder.mkdir(parents=True)
+    blob.write_bytes(JPEG)
+    (snapshot / "a.png").symlink_to(blob)
+    assert list(list_images(snapshot, tmp_path / "cache")[0]) == ["a.png"]
 
 
 def test_a_folder_is_read_where_it_is(tmp_path):

@@ -97,11 +97,11 @@ def test_pictures_of_a_table_are_kept(tmp_path, kind):
         ({}, {"columns": {"user": "customer"}}, "columns has no 'user'; name columns for user_id, item_id, "),
         ({}, {"item_fields": {"rating": "x"}}, "item_fields has no 'rating'; name columns for item_id, title, desc"),
         ({}, {"item_fields": {"title": "name"}}, "'items' has no column 'name', only sku, .*; set title in item_fi"),
-        ({}, {"text_fields": ["colour"]}, "'items' has no column 'colour', only .*; set text_fields to one"),
+        ({}, {"text_fields": ["colour"]}, "'items' has no column 'colour', only .*; correct text_fields"),
         ({}, {"on_bad_image": "skip"}, "on_bad_image is 'skip'; choose one of error, missing"),
         ({}, {"min_interactions": 4}, "No user of 2 is left with min_interactions=4"),
         ({"at": [1, 2, "x", 3, 4, 5, 6]}, {}, r"interactions cannot be read as a table \(.*\); give every column"),
-        ({"sku": [7, None, 3, 5, 5, 7, 3]}, {}, "'interactions', rows 1 to 7, column 'sku' "),
+        ({"sku": [7, None, 3, 5, 5, 7, 3]}, {}, "'interactions', row 2 has sku=None; an id is"),
         ({"sku": np.arange(100, 107)}, {}, "'items' describes no item of the interactions, where ids look like '100'"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """What is written is what is read."""
 
 import io
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from PIL import Image
 from mmesid.trainer.data import prepared
 from mmesid.trainer.data.preparation import prepare_source
 from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.sequences import SequenceSettings
 from mmesid.trainer.data.source import Catalogue, Interactions, Source
 
 from .pictures import png
@@ -150,3 +152,65 @@ def test_a_file_that_is_damaged_or_lacks_a_column_is_named(tmp_path, source):
     refuse("items.parquet' has no column 'text', only row, item_id, title, frequency.*")
     items.write_bytes(items.read_bytes()[:50])
     refuse(r"items.parquet' cannot be read \(.+\)")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "says None of source, which is no str"),
+        ('{"source": "x"}', "says None of licence, which is no str"),
+        ("[" * 5000, r"is not JSON \(.+\)"),
+        ({"users": True}, "says True of users, which is no int"),
+        ({"items": 7}, "tells of 7 items where there are 4; write both again"),
+    ],
+)
+def test_statistics_that_are_not_of_the_dataset_are_named(tmp_path, source, content, message):
+    statistics = write(tmp_path / "prepared", source)
+    text = content if isinstance(content, str) else json.dumps(statistics | content)
+    (tmp_path / "prepared/statistics.json").write_text(text)
+    with pytest.raises(ValueError, match=f"statistics.json' {message}"):
+        PreparedDataset.load(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("item_id", [1, 2, 3, 4], "items.parquet' has int64 in the column 'item_id' where string is expected"),
+        ("item_id", ["a", "a", "b", "c"], "items.parquet' repeats an item_id"),
+        ("title", ["a", None, "b", "c"], "items.parquet' has nulls in 'title'"),
+        ("frequency", pa.array([1, 2, 3, None], pa.int32()), "items.parquet' has nulls in 'frequency'"),
+    ],
+)
+def test_items_of_other_types_are_named(tmp_path, source, name, values, message):
+    write(tmp_path / "prepared", source)
+    file = tmp_path / "prepared/items.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(values)), file)
+    with pytest.raises(ValueError, match=message):
+        PreparedDataset.load(tmp_path / "prepared")
+
+
+def test_sequences_with_gaps_are_named(tmp_path, source):
+    write(tmp_path / "prepared", source)
+    data = PreparedDataset.load(tmp_path / "prepared")
+    file = tmp_path / "prepared/sequences/train.parquet"
+    table = pq.read_table(file)
+    history = table["history"].to_pylist()
+    for gap in ([None], None):
+        histories = pa.array([gap, *history[1:]], table["history"].type)
+        pq.write_table(table.set_column(1, "history", histories), file)
+        with pytest.raises(ValueError, match="train.parquet' has nulls; write it again"):
+            data.sequences("train")
+    pq.write_table(table.set_column(0, "user_id", pa.array(range(len(table)))), file)
+    with pytest.raises(ValueError, match="train.parquet' has int64 in the column 'user_id' where string is expected"):
+        data.sequences("train")
+
+
+def test_without_a_split_everything_is_for_training(tmp_path, source):
+    statistics = write(tmp_path / "prepared", source, settings=SequenceSettings(split="none"))
+    data = PreparedDataset.load(tmp_path / "prepared")
+    assert statistics["split"] == "none" and not data.has_targets
+    assert len(data.sequences("validation")) == len(data.sequences("test")) == 0
+    train = data.sequences("train")
+    assert len(train.histories) + len(train) == statistics["interactions"] == statistics["training_interactions"]
+    assert int(data.frequencies.sum()) == statistics["interactions"]

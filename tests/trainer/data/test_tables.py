@@ -137,11 +137,11 @@ def test_import_honours_a_mask_over_zero_rows(tmp_path):
 
 
 def test_encoders_are_told_where_they_are_on_record(tmp_path):
-    fields = {field.name: None for field in dataclasses.fields(StageRecord)}
+    record = dataclasses.asdict(StageRecord(stage="embed", fingerprint="1", arguments={}, seconds=0.1))
     for modality, details in {
         "text": {"encoder": "me/bert", "revision": "a1"},
         "visual": {"encoder": "a table", "revision": None},
     }.items():
-        (tmp_path / f"{modality}.json").write_text(json.dumps(fields | {"details": details}))
+        (tmp_path / f"{modality}.json").write_text(json.dumps(record | {"details": details}))
     encoders = table_encoders(tmp_path, ["collaborative", "text", "visual"])
     assert encoders == {"text": "me/bert at a1", "visual": "a table"}

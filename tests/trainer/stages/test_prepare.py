@@ -13,6 +13,7 @@ import pytest
 from datasets import load_dataset
 from tqdm.auto import tqdm
 
+import mmesid
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.table_files import parse_location
 from mmesid.trainer.running.records import StageRecord
@@ -274,7 +275,10 @@ def test_pictures_behind_urls_are_downloaded_only_when_asked_for(shop):
     assert without.statistics["image_urls_not_downloaded"] == 2 and without.statistics["missing_image"] == 10
     with pytest.raises(ValueError, match="download_images needs image_cache_dir"):
         tabular(shop, "--download_images", "true")
-    data = tabular(shop, "--download_images", "true", "--image_cache_dir", str(shop / "cache"))
+    flags = ["--download_images", "true", "--image_cache_dir", str(shop / "cache")]
+    refused = tabular(shop, *flags)
+    assert refused.statistics["image_urls_private_address"] == 2 and refused.statistics["missing_image"] == 10
+    data = tabular(shop, *flags, "--allow_private_addresses", "true")
     server.shutdown()
     server.server_close()
     assert [row["item_id"] for row in data.items() if row["image"] is not None] == ["3"]
@@ -316,3 +320,54 @@ def test_what_was_read_decides_whether_prepare_runs_again(shop, capsys):
         (shop / "orders.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,{item},1\n" for item in range(4)))
     assert tabular(shop, "--interactions", str(shop / "parts")).statistics["users"] == 12
     assert tabular(shop, "--interactions", f"{shop / 'parts'}[test]").statistics["users"] == 1
+
+
+def test_what_was_kept_and_dropped_is_told_with_the_first_examples(shop, capsys):
+    orders = shop / "orders.csv"
+    orders.write_text(orders.read_text() + "\nlonely,1,3,5\n,2,3,5\nu0,3,soon,5")
+    write_products(shop, {3: "http://127.0.0.1:9/3.png"})
+    with pytest.raises(ValueError, match="orders.csv', row 110 has user_id=''; .*set on_bad_row to 'skip'"):
+        tabular(shop)
+    data = tabular(shop, "--on_bad_row", "skip", "--columns", "rating=stars", "--min_rating", "2")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    low = sum(line.endswith(",1") for line in orders.read_text().splitlines())
+    kept = data.statistics["interactions"]
+    gone = low + data.statistics["dropped_duplicates"] + data.statistics["dropped_repeats"] + 1
+    assert f"kept: 12 of 13 users, 10 of 10 items, {kept} of {kept + gone} interactions" in lines
+    assert "dropped users: 1 too short for the split" in lines
+    assert f"dropped interactions: {low} with low ratings" in " ".join(lines)
+    assert "items without: 10 picture" in lines and "pictures that are not there: 1 by URL: not downloaded" in lines
+    assert "skipped rows: 2 of interactions" in lines
+    assert any(line.startswith("for example 'orders.csv', row 111 has timestamp='soon'; a time is") for line in lines)
+    statistics = json.loads((shop / "prepared/statistics.json").read_text())
+    assert statistics["skipped_interactions"] == 2 and len(statistics["skipped_examples"]) == 2
+    card = (shop / "prepared/README.md").read_text()
+    assert "| skipped interactions | 2 |" in card and "soon" not in card and str(shop) not in card
+
+
+def test_a_picture_outside_the_folder_of_the_items_takes_its_own_folder_as_image_dir(shop):
+    pictures_folder(shop / "private", x="red")
+    (shop / "in").mkdir()
+    for name in ("orders.csv", "products.jsonl"):
+        (shop / name).rename(shop / "in" / name)
+    for place in ("../private/x.png", str(shop / "private/x.png")):
+        write_products(shop / "in", {3: place})
+        with pytest.raises(
+            ValueError, match="image of item '3' cannot be read .*outside of the items' folder; name its"
+        ):
+            tabular(shop / "in")
+        assert pictured(tabular(shop / "in", "--image_dir", str(shop / "private"))) == {"3": (255, 0, 0)}
+
+
+def test_all_data_are_for_training_where_nothing_is_to_be_measured(shop):
+    data = tabular(shop, "--split", "none")
+    assert "all for training" in (shop / "prepared/README.md").read_text()
+    flags = "--hidden_size 8 --num_train_epochs 1 --disable_tqdm true --use_cpu true".split()
+    train = ["--prepared_dir", str(shop / "prepared"), "--output_dir", str(shop / "sasrec"), *flags]
+    with pytest.raises(ValueError, match="The data hold nothing out .* set --eval_strategy no"):
+        sasrec.main(train)
+    sasrec.main([*train, "--eval_strategy", "no"])
+    record = StageRecord.load(shop / "sasrec")
+    assert "validation" not in record.metrics and record.details["data"]["split"] == "none"
+    with pytest.raises(ValueError, match="hold nothing out .* to measure on"):
+        mmesid.evaluate(data, {"sasrec": mmesid.SASRecForSequentialRecommendation.from_pretrained(shop / "sasrec")})

@@ -23,7 +23,7 @@ SOURCES = {
 }
 
 # The settings that the parameter `pictures` is made of.
-PICTURES = ("image_dir", "image_cache_dir", "download_images")
+PICTURES = ("image_dir", "image_cache_dir", "download_images", "allow_private_addresses")
 
 
 def reader_of(source: str) -> Callable:

@@ -7,11 +7,12 @@ Reader of MovieLens as GroupLens publishes it:
 Later releases are CSV files: [`~mmesid.trainer.data.sources.tabular.read_tabular`] reads them.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import read_lines
+from ..files import BadRows, read_lines, shown
 from ..source import CatalogueBuilder, InteractionCollector, Source, join
 
 
@@ -28,6 +29,7 @@ def read_movielens(
     source_dir: str | os.PathLike,
     *,
     text_fields: list[str] | None = None,
+    on_bad_row: str = "error",
     pictures: dict[str, Path] | None = None,
     source_name: str | None = None,
     licence: str = "unknown",
@@ -42,32 +44,48 @@ def read_movielens(
             "(MovieLens 100K); name the folder of an unpacked archive."
         )
     release, ratings, films, separator, parse_film = there[0]
+    bad_rows = BadRows(on_bad_row)
     collector = InteractionCollector()
-    collector.extend_rows(_ratings(directory / ratings, separator))
+    collector.extend_rows(_ratings(directory / ratings, separator, bad_rows))
     collector.finish()
-    builder = CatalogueBuilder(text_fields, pictures)
+    builder = CatalogueBuilder(text_fields, pictures, directory)
     for where, line in read_lines(directory / films, _ENCODING):
-        film, title, genres = parse_film(line, where)
-        builder.append(film, {"title": title, "categories": genres}, None, where)
-    return join(source_name or release, licence, collector, builder, str(directory / films))
+        try:
+            film, title, genres = parse_film(line, where)
+            builder.append(film, {"title": title, "categories": genres}, None, where)
+        except ValueError as error:
+            bad_rows.refuse("items", error)
+    return join(source_name or release, licence, collector, builder, str(directory / films), bad_rows)
 
 
-def _ratings(path: Path, separator: str) -> Iterator[tuple[str, str, int, float]]:
+def _ratings(path: Path, separator: str, bad_rows: BadRows) -> Iterator[tuple[str, str, int, float]]:
     for where, line in read_lines(path, _ENCODING):
         try:
-            user, film, rating, time = line.split(separator)
-            yield user, film, int(time), float(rating)
+            interaction = _rating(line, separator, where)
         except ValueError as error:
-            raise ValueError(
-                f"{where} is {line!r}, not user, film, rating and time separated by {separator!r}; "
-                "unpack the archive again."
-            ) from error
+            bad_rows.refuse("interactions", error)
+        else:
+            yield interaction
+
+
+def _rating(line: str, separator: str, where: str) -> tuple[str, str, int, float]:
+    try:
+        user, film, rating, time = line.split(separator)
+        interaction = user, film, int(time), float(rating)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} is {shown(line)}, not user, film, rating and time separated by {separator!r}; "
+            "unpack the archive again."
+        ) from error
+    if not (user and film and abs(interaction[2]) < 2**63 and math.isfinite(interaction[3])):
+        raise ValueError(f"{where} is {shown(line)}, with an empty id or a number that is none; correct it.")
+    return interaction
 
 
 def _film_1m(line: str, where: str) -> tuple[str, str, list[str]]:
     fields = line.split("::")
     if len(fields) != 3:
-        raise ValueError(f"{where} is {line!r}, not film::title::genres; unpack the archive again.")
+        raise ValueError(f"{where} is {shown(line)}, not film::title::genres; unpack the archive again.")
     film, title, genres = fields
     return film, title, genres.split("|")
 
@@ -77,8 +95,8 @@ def _film_100k(line: str, where: str) -> tuple[str, str, list[str]]:
     flags = fields[-len(_GENRES) :]
     if len(fields) != 4 + len(_GENRES) or not set(flags) <= {"0", "1"}:
         raise ValueError(
-            f"{where} is {line!r}, not film|title|released|on video|URL and {len(_GENRES)} flags; unpack the archive "
-            "again."
+            f"{where} is {shown(line)}, not film|title|released|on video|URL and {len(_GENRES)} flags; unpack the "
+            "archive again."
         )
     genres = [genre for genre, flag in zip(_GENRES, flags) if flag == "1" and genre != "unknown"]
     return film, fields[0], genres

@@ -131,9 +131,11 @@ def test_every_generation_yields_the_same_items_and_interactions(year, picture, 
         "brand": ["OPI", None, None],
         "categories": [["Beauty", "Makeup", "Nails", "Tools"], ["Beauty"], None],
         "price": [9.99, None, None],
+        **({} if year == 2014 else {"features": ["Lasts long", None, None]}),
     }
     assert catalogue.texts() == [
-        "Nail 'Lacquer' & more. OPI. Beauty, Makeup, Nails, Tools. Shiny. Red.",
+        "Nail 'Lacquer' & more. OPI. Beauty, Makeup, Nails, Tools. "
+        f"{'' if year == 2014 else 'Lasts long. '}Shiny. Red.",
         'Beauty. It\'s "new"',
         "",
     ]
@@ -187,7 +189,7 @@ def test_what_datasets_reads_is_what_the_files_say(files_2023, tmp_path):
         (
             0,
             b'{"user_id": null, "parent_asin": "B01", "timestamp": 1}',
-            r"rows 1 to 4, column 'user_id' is empty in nu",
+            r"All_Beauty.jsonl', row 4 has user_id=None; an id is",
         ),
         (1, b'{"title": "no id"}', r"meta_All_Beauty.jsonl', line 3 has no field 'parent_asin', only title"),
         (1, b'{"parent_asin": "B03"', r"meta_All_Beauty.jsonl', line 3 is not JSON"),
@@ -244,7 +246,7 @@ def test_the_configurations_of_the_hubs_dataset_are_read_whatever_its_loading_sc
     for name in ("reviews", "ratings", "pinned"):
         data = PreparedDataset.load(output / name)
         assert data.item_ids == ["", "B01", "B02", "0007"]
-        assert data.texts[1] == "Nail 'Lacquer' & more. OPI. Beauty, Makeup, Nails, Tools. Shiny. Red."
+        assert data.texts[1] == "Nail 'Lacquer' & more. OPI. Beauty, Makeup, Nails, Tools. Lasts long. Shiny. Red."
         assert [example["target"] for example in data.sequences("test")] == [3, 3]
         assert data.statistics["source"] == "Amazon 2023, All_Beauty"
     no_name, of_items, mistyped = (line for line in result.stdout.splitlines() if line.startswith("refused: "))
@@ -267,8 +269,52 @@ def test_the_configurations_of_the_hubs_dataset_are_read_whatever_its_loading_sc
 def test_text_fields_may_be_those_of_the_metadata(files_2018):
     source = read(2018, *files_2018, text_fields=["brand", "feature"])
     assert source.catalogue.texts() == ["OPI. Lasts long", "", ""]
-    with pytest.raises(ValueError, match="No item has the field 'features' that text_fields names; the items have ti"):
-        read(2018, *files_2018, text_fields=["features"])
+    with pytest.raises(ValueError, match="No item has the field 'colour' that text_fields names; the items have titl"):
+        read(2018, *files_2018, text_fields=["colour"])
+
+
+def test_details_are_text_where_they_are_asked_for(files_2023):
+    source = read(2023, *files_2023, text_fields=["details", "features"])
+    assert source.catalogue.texts()[0] == "Brand: OPI. Lasts long"
+
+
+# Each with what damages it, which the item then lacks; the line goes without a title but keeps what is sound.
+DAMAGED = {
+    2014: [{"categories": [None, "x", 5]}, {"categories": 5}, {"imUrl": 5}, {"imUrl": {"large": HIGH}}],
+    2018: [{"category": [None]}, {"category": 5}, {"imageURL": [5]}, {"imageURLHighRes": {"a": 1}}, {"feature": 5}],
+    2023: [
+        {"categories": [None]}, {"categories": {"a": [1]}}, {"details": [1]}, {"details": "[" * 9999},
+        {"images": ["u"]}, {"images": 5}, {"images": {"large": 5}}, {"images": [{"large": 7}]},
+        {"store": ["x"]}, {"features": {"a": [1]}},
+        {"title": ["x"]}, {"description": {"a": None}}, {"price": 10**400}, {"price": "9" * 400}, {"title": "\ud83d"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("year", DAMAGED)
+def test_fields_of_another_type_count_as_missing(year, request):
+    reviews, items = request.getfixturevalue(f"files_{year}")
+    name = "parent_asin" if year == 2023 else "asin"
+    for damage in DAMAGED[year]:
+        line = {name: "B03", "brand": "Sound"} | damage
+        write_lines(items, [repr(line) if year == 2014 else json.dumps(line)])
+        catalogue = read(year, reviews, items).catalogue
+        assert catalogue.item_ids == ["B03", "B01", "B02"], damage
+        image = None if catalogue.images is None else catalogue.images[0]
+        assert image is None and catalogue.fields.column("title").to_pylist()[0] in (None, "x", "?"), damage
+
+
+def test_metadata_as_a_table_of_text_are_refused_with_what_to_write_instead(files_2023, tmp_path):
+    datasets.Dataset.from_list([{"parent_asin": "B01", "features": ["Lasts long"]}]).to_csv(tmp_path / "meta.csv")
+    with pytest.raises(ValueError, match=r"meta.csv' is a table of text, .* with Dataset.to_json or Dataset.to_parq"):
+        read(2023, files_2023[0], tmp_path / "meta.csv")
+
+
+def test_a_time_beyond_all_counting_is_named(files_2023):
+    with open(files_2023[0], "a") as file:
+        file.write(json.dumps(review_2023("ann", "B01", 10**30, 5.0)) + "\n")
+    with pytest.raises(ValueError, match=r"All_Beauty.jsonl', line 4 has timestamp='1000.*000'; a time fits into 64"):
+        read(2023, *files_2023)
 
 
 def test_metadata_may_say_that_a_field_is_no_number(files_2018):

@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import os
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mmesid.trainer.data.files import local_file
 from mmesid.trainer.data.source import InteractionCollector
 from mmesid.trainer.data.sources.tabular import (
     InteractionColumns,
@@ -232,11 +235,11 @@ def test_times_of_any_kind_become_integers_in_their_order(tmp_path):
     days = np.array(times_of(tmp_path, "days.jsonl", given), "datetime64[us]")
     assert days.astype("datetime64[D]").astype(str).tolist() == given
     assert times_of(tmp_path, "floats.csv", [1.5, 0.25, 1.500001]) == [1_500_000, 250_000, 1_500_001]
-    with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp': .*yesterday.*; correct the value"):
+    with pytest.raises(ValueError, match=r"words.jsonl', line 2 has timestamp='yesterday'; a time is a number or in"):
         times_of(tmp_path, "words.jsonl", ["2024-01-01", "yesterday"])
-    with pytest.raises(ValueError, match=r"column 'timestamp' has a time that is no finite number"):
+    with pytest.raises(ValueError, match=r"row 2 has timestamp=nan; a time with a fraction is a finite number"):
         times_of(tmp_path, "infinite.parquet", [1.5, float("nan")])
-    with pytest.raises(ValueError, match=r"rows 1 to 2, column 'timestamp' is empty in number 2 of them"):
+    with pytest.raises(ValueError, match=r"row 2 has timestamp=None; fill in the time, or remove"):
         times_of(tmp_path, "gaps.parquet", [5, None])
 
 
@@ -259,7 +262,7 @@ def test_integers_and_seconds_in_one_column_are_refused(tmp_path, monkeypatch):
     rows = [{"user_id": "a", "item_id": 1, "timestamp": time} for time in (1, 2, 3.5, 4.5)]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = InteractionColumns("user_id", "item_id", "timestamp")
-    with pytest.raises(ValueError, match=r"rows 3 to 4, column 'timestamp' is double, and int64 before; choose one"):
+    with pytest.raises(ValueError, match=r"line 3 has timestamp=3.5; that is a number with a fraction, of seconds"):
         read_interactions(TableLocation(str(tmp_path / "mixed.jsonl")), columns, InteractionCollector())
 
 
@@ -277,8 +280,8 @@ def test_without_times_the_order_of_the_rows_counts_across_parts(tmp_path, monke
     [
         ("o.csv", "customer,sku,at\nann,1,5\n", r"o.csv' has no column 'stars', only customer, sku, at; set ra"),
         ("o.csv", "customer,sku,at,stars\nann,1,5,2\nbob,2\n", r"o.csv' cannot be read \(.*Expected 4 columns, got 2"),
-        ("o.csv", "customer,sku,at,stars\nann,1,5,bad\n", r"o.csv' cannot be read \(.*'bad'.*\); correct the file"),
-        ("o.csv", "", r"o.csv' cannot be read \(Empty CSV file\)"),
+        ("o.csv", "customer,sku,at,stars\nann,1,5,bad\n", r"o.csv', row 1 has stars='bad'; a rating is a number"),
+        ("o.csv", "", r"o.csv' is empty; write the names"),
         ("o.jsonl", '{"customer": "a", "sku": 1, "at": 1}\n{"sku": 1}\n', r"o.jsonl', line 2 has no field 'customer'"),
         ("o.jsonl", '{"customer": "a", "sku": 1.5, "at": 1}\n', r"o.jsonl', line 1 has sku=1.5; an id is"),
         ("o.jsonl", '{"customer": "a"\n', r"o.jsonl', line 1 is not JSON"),
@@ -347,7 +350,7 @@ def test_ids_that_look_like_a_gap_are_ids(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_an_empty_id_is_refused_in_every_format(tmp_path, suffix):
     orders = write_table(tmp_path / f"orders.{suffix}", INTERACTIONS | {"sku": ["007", "010", "", "099"]})
-    with pytest.raises(ValueError, match=r"column 'sku' is empty in number 3 of them|line 3 has sku=''; an id is"):
+    with pytest.raises(ValueError, match=r"(row|line) 3 has sku=''; an id is"):
         read(orders)
 
 
@@ -367,3 +370,171 @@ def test_bad_items_are_named(tmp_path, name, columns, settings, message):
         read(orders, write_table(tmp_path / name, columns), **settings)
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv' does not exist"):
         read(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize("separator", [";", " ", "|", "\t", ","])
+@pytest.mark.parametrize("suffix", [".csv", ".txt", ".csv.gz", ".tsv.ZIP"])
+def test_what_separates_columns_is_found(tmp_path, separator, suffix):
+    rows = [("user_id", "extra", "item_id", "timestamp"), ("a", "x,y;z", "007", 5), ("b", "x", "7", 6)]
+    if separator in ",;":
+        rows[1] = ("a", "x", "007", 5)
+    path = packed(tmp_path / f"o{suffix}", "\ufeff" + "".join(separator.join(map(str, row)) + "\n" for row in rows))
+    source = read_tabular(TableLocation(str(path)))
+    assert source.catalogue.item_ids == ["007", "7"] and list(source.interactions.user_ids) == ["a", "b"]
+    assert source.interactions.times.tolist() == [5, 6]
+
+
+def packed(path, text: str) -> Path:
+    """Writes a file, gzipped or zipped if its name says so."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(path.stem, text)
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_without_a_header_is_read_by_the_numbers_of_its_columns(tmp_path):
+    path = packed(tmp_path / "ratings.txt.gz", "a\t007\t4.5\t5\nb\t010\t3.0\t6\na\t010\t\t7\n")
+    source = read_tabular(
+        TableLocation(str(path)), columns={"user_id": "1", "item_id": "2", "timestamp": "4", "rating": "3"}
+    )
+    assert source.catalogue.item_ids == ["007", "010"] and source.interactions.users.tolist() == [0, 1, 0]
+    assert source.interactions.ratings.tolist()[:2] == [4.5, 3.0] and np.isnan(source.interactions.ratings[2])
+    message = (
+        r"txt.gz' has no column 'user_id', only a, 007, 4.5, 5; set user_id in columns .* \(by its number, from 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_tabular(TableLocation(str(path)))
+    path = packed(tmp_path / "odd.csv", "user_id^item_id^timestamp\na^b^1\n")
+    with pytest.raises(
+        ValueError, match=r"only user_id\^item_id\^timestamp; .*separate columns by a comma, tab, semi"
+    ):
+        read_tabular(TableLocation(str(path)))
+    twice = tmp_path / "two.csv.zip"
+    with zipfile.ZipFile(twice, "w") as archive:
+        for name in ("a.csv", "b.csv"):
+            archive.writestr(name, "user_id,item_id,timestamp\n")
+    with pytest.raises(ValueError, match=r"two.csv.zip' holds 2 files where one table is read; unpack it"):
+        read_tabular(TableLocation(str(twice)))
+
+
+def test_atomic_files_are_read_by_their_own_names(tmp_path):
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    orders = packed(tmp_path / "shop.inter", header + "1\t007\t4\t1425600000\n2\t008\t5\t1425600001\n")
+    titles = 'item_id:token\ttitle:token_seq\n007\tA 7" record\n008\tSecond\n'
+    source = read_tabular(
+        TableLocation(str(orders)),
+        TableLocation(str(packed(tmp_path / "shop.item", titles))),
+        columns={"rating": "rating"},
+    )
+    assert source.catalogue.titles() == ['A 7" record', "Second"] and source.interactions.ratings.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("times", "row", "value"),
+    [
+        (["2020-09-15T05:59:00", "2020-09-15T06:59:00", "2020-09-15T05:59:00+02:00"], 3, "2020-09-15T05:59:00.02:00"),
+        (["2020-09-15T05:59:00Z", "15/09/2020 05:59"], 2, "15/09/2020 05:59"),
+        (["2020-09-15", "1600149540", "2020-09-16"], 2, "1600149540"),
+        (["1600149540", "1600149541.5", "yesterday"], 3, "yesterday"),
+        (["1e300", "5"], 1, "1e300"),
+        (["5", "1" + "0" * 30], 2, "1000"),
+        (["5", ""], 2, ""),
+    ],
+)
+def test_times_of_two_kinds_are_named_by_row_and_value(tmp_path, suffix, times, row, value):
+    unit = "line" if suffix == "jsonl" else "row"
+    with pytest.raises(ValueError, match=rf"times.{suffix}', {unit} {row} has timestamp='{value}.*; .*on_bad_row"):
+        times_of(tmp_path, f"times.{suffix}", times)
+
+
+def test_times_are_read_in_a_format_that_is_named(tmp_path):
+    table = {"user_id": ["a"] * 3, "item_id": [1, 2, 3], "timestamp": ["15/09/2020 05:59", "16/09/2020 05:59", "x"]}
+    path = write_table(tmp_path / "o.csv", table)
+    with pytest.raises(ValueError, match="row 3 has timestamp='x'; it is not written as time_format '%d/%m/%Y %H:%M'"):
+        read_tabular(TableLocation(str(path)), time_format="%d/%m/%Y %H:%M")
+    source = read_tabular(TableLocation(str(path)), time_format="%d/%m/%Y %H:%M", on_bad_row="skip")
+    expected = np.array(["2020-09-15T05:59", "2020-09-16T05:59"], "datetime64[us]").astype(np.int64)
+    assert source.interactions.times.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="time_format is '%Q'"):
+        read_tabular(TableLocation(str(path)), time_format="%Q")
+
+
+def test_a_time_far_from_all_others_is_refused_or_left_out(tmp_path):
+    times = [1_600_000_000 + number for number in range(20)]
+    for odd, shown in ((0, "0"), (1_600_000_000_000, "1600000000000")):
+        table = {"user_id": ["a"] * 21, "item_id": list(range(21)), "timestamp": [*times[:7], odd, *times[7:]]}
+        path = write_table(tmp_path / "o.csv", table)
+        with pytest.raises(
+            ValueError, match=f"o.csv', interaction 8, has the time {shown} where others are like 1600"
+        ):
+            read_tabular(TableLocation(str(path)))
+        source = read_tabular(TableLocation(str(path)), on_bad_row="skip")
+        assert source.interactions.times.tolist() == times and source.bad_rows.counts == {"interactions": 1}
+    dates = ["2020-09-15T05:59:00"] * 9 + ["1970-01-01T00:00:00"]
+    with pytest.raises(ValueError, match="has the time 1970-01-01T00:00:00.000000 where others are like 2020-09-15"):
+        times_of(tmp_path, "dates.jsonl", dates)
+    # Numbers that count days, and times that are spread over the years, are as they are.
+    assert times_of(tmp_path, "days.csv", [1, 2, 60, 3000])
+    spread = [10**9 * number for number in range(1, 40)]
+    assert times_of(tmp_path, "spread.csv", spread) == spread
+
+
+def test_ids_that_a_gap_made_floats_are_integers_again(tmp_path):
+    orders = pa.table({"user_id": [1.0, 2.0], "item_id": [49.0, 50.0], "timestamp": [1, 2]})
+    pq.write_table(orders, tmp_path / "o.parquet")
+    (tmp_path / "i.jsonl").write_text('{"item_id": 49.0, "title": "x"}\n{"item_id": 50, "title": "y"}\n')
+    source = read_tabular(*(TableLocation(str(tmp_path / name)) for name in ("o.parquet", "i.jsonl")))
+    assert source.catalogue.item_ids == ["49", "50"] and list(source.interactions.user_ids) == ["1", "2"]
+    write_table(tmp_path / "floats.csv", {"item_id": ["49.0", "50.0"], "title": ["x", "y"]})
+    message = (
+        r"describes no item .* '49' and there like '49.0'; the ids of the items were written as floats: write the"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_tabular(*(TableLocation(str(tmp_path / name)) for name in ("o.parquet", "floats.csv")))
+    pq.write_table(orders.set_column(1, "item_id", pa.array([49.5, 50.0])), tmp_path / "o.parquet")
+    with pytest.raises(ValueError, match=r"o.parquet', row 1 has item_id=49.5; an id is an integer or a string"):
+        read_tabular(TableLocation(str(tmp_path / "o.parquet")))
+
+
+def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path):
+    lines = ["user_id,item_id,timestamp,stars", "a,1,5,4", ",1,6,4", "a,2,7,many", "a,3", "b,2,now,4", "b,3,8,5"]
+    (tmp_path / "o.csv").write_text("\n".join(lines))
+    (tmp_path / "i.jsonl").write_text('{"item_id": 1}\n{"item_id": 1}\n{"item_id"\n{"item_id": 2, "title": "Two"}\n')
+    source = read_tabular(
+        *(TableLocation(str(tmp_path / name)) for name in ("o.csv", "i.jsonl")),
+        columns={"rating": "stars"},
+        on_bad_row="skip",
+    )
+    assert source.interactions.times.tolist() == [5, 8] and source.interactions.ratings.tolist() == [4, 5]
+    assert source.bad_rows.counts == {"interactions": 4, "items": 2}
+    assert source.catalogue.item_ids == ["1", "2", "3"] and source.catalogue.titles() == ["", "Two", ""]
+    examples = "\n".join(source.bad_rows.examples)
+    assert len(source.bad_rows.examples) == 5 and str(tmp_path) not in examples
+    assert "'o.csv' has a row of 2 columns where 4 are expected" in examples and "has stars='many'" in examples
+    with pytest.raises(ValueError, match="on_bad_row is 'ignore'; choose one of error, skip"):
+        read_tabular(TableLocation(str(tmp_path / "o.csv")), on_bad_row="ignore")
+
+
+def test_a_table_without_times_is_told_which_flag_says_so(tmp_path):
+    path = write_table(tmp_path / "o.csv", {"user_id": ["a"], "item_id": [1]})
+    with pytest.raises(
+        ValueError, match=r"no column 'timestamp', only user_id, item_id; .* give --columns timestamp= "
+    ):
+        read_tabular(TableLocation(str(path)))
+
+
+def test_lines_and_archives_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmesid.trainer.data.files.MAX_LINE", 2**16)
+    bomb = gzip.compress(b'{"user_id": "' + b"x" * 2**24)
+    (tmp_path / "o.jsonl.gz").write_bytes(bomb)
+    with pytest.raises(ValueError, match=r"o.jsonl.gz', line 1 is longer than 65,536 bytes; write one row per line"):
+        read_tabular(TableLocation(str(tmp_path / "o.jsonl.gz")))
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("pipe.csv", "/dev/zero"):
+        with pytest.raises(FileNotFoundError, match="is no regular file; write what comes from a pipe or a device"):
+            local_file(tmp_path / name)
