@@ -1,7 +1,8 @@
 # make quickstart   environment, dependencies, then the whole path on the bundled synthetic catalogue
 # make test         environment, dependencies, then lint and tests
 # make lint         ruff and the type checker alone
-# make fuzz         the property tests alone, on new random examples
+# make fuzz         the property tests on new random examples, and every reader on damaged files (an hour)
+# make faults       kills, full disks and the like for every stage, at every change of a file (two hours)
 # PYTHON=python3.12 make test   picks the interpreter that .venv is made from
 # WORKERS=4 make test           runs the tests in four processes of one thread each, instead of two
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TYPED := $(VENV)/typed
 
-.PHONY: quickstart test lint fuzz clean
+.PHONY: quickstart test lint fuzz faults clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/mmesid run examples/recipes/quickstart.yaml
@@ -28,6 +29,10 @@ lint: $(INSTALLED) $(TYPED)
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m hypothesis
+	$(BIN)/python tests/harness/fuzz.py
+
+faults: $(INSTALLED)
+	$(BIN)/python tests/harness/faults.py
 
 # The folders under the names that they are installed by, for the type checker does not follow editable installs.
 $(TYPED): Makefile | $(INSTALLED)

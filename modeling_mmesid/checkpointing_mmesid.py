@@ -13,8 +13,16 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .checkpoints import HUB_ARGUMENTS, require_fit, require_public_base_model, told_of_damage, weight_files
+from .checkpoints import (
+    HUB_ARGUMENTS,
+    require_fit,
+    require_public_base_model,
+    require_room,
+    told_of_damage,
+    weight_files,
+)
 from .configuration_mmesid import MMESIDConfig
+from .items_mmesid import MMESIDItems
 from .pipeline_mmesid import SequentialRecommendationPipeline
 
 
@@ -111,6 +119,7 @@ class BaseModelMixin:
             ) from error
         if any(parameter.is_meta for parameter in backbone.parameters()):
             raise ValueError(f"A part of '{config.base_model_name_or_path}' is offloaded; give a device_map without.")
+        require_room(pretrained_model_name_or_path, lambda: MMESIDItems(config), files, part="items.")
         model = cls(config, backbone=backbone)
         with told_of_damage(f"The checkpoint '{pretrained_model_name_or_path}'"):
             weights = {name: weight for path in files for name, weight in load_file(path).items()}

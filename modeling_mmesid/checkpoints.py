@@ -3,6 +3,7 @@ the files that belong to these weights."""
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +12,11 @@ from logging import ERROR, getLogger
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
@@ -71,6 +74,11 @@ class CheckpointConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}; upgrade mmesid."
             )
         require_sizes(config_dict)
+        dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
+        if not isinstance(getattr(torch, str(dtype or "float32").removeprefix("torch."), None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r:.100}, which is none of torch's; get the checkpoint again.")
+        if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"This is the configuration of a {model_type!r:.100}, not of a {cls.model_type}.")
         with told_of_damage(f"This configuration of a {cls.model_type}"):
             return super().from_dict(config_dict, **kwargs)
 
@@ -171,6 +179,22 @@ def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
     return [cached_file(name_or_path, shard, **hub_arguments) for shard in shards]
 
 
+def require_room(name_or_path: str | os.PathLike, build: Callable[[], nn.Module], files: list[str], part: str) -> None:
+    """Refuses a checkpoint whose configuration asks for far more numbers than its weights hold (which may be packed or
+    tied), before they fill the memory: `build` makes the model, and `part` is in the names of its weights."""
+    held = 0
+    for path in files:
+        with told_of_damage(f"The file of weights '{path}'"), safe_open(path, "pt") as weights:
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys() if part in name)
+    with told_of_damage(f"The configuration of '{name_or_path}'"), torch.device("meta"):
+        asked = sum(tensor.numel() for tensor in build().state_dict().values())
+    if asked > 16 * held + 2**20:
+        raise ValueError(
+            f"The configuration of '{name_or_path}' asks for {asked:,} numbers and its weights hold {held:,}; "
+            "download or save it again."
+        )
+
+
 def require_inside(listing: str | os.PathLike, names: Iterable[str]) -> None:
     """Refuses a list of files of which one does not lie in the folder of the list."""
     for name in names:
@@ -245,9 +269,10 @@ class SafetensorsMixin:
         in safetensors, and a `ValueError` if it lacks a weight or holds one that the model does not have."""
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         files = weight_files(pretrained_model_name_or_path, **hub_arguments)
-        if kwargs.get("config") is None:
-            # What is wrong with it is told before the library builds anything.
-            cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub_arguments)
+        require_room(pretrained_model_name_or_path, lambda: cls(config), files, part="")
         with_loading_info = kwargs.pop("output_loading_info", False)
         try:
             with bar_if_slow(files):

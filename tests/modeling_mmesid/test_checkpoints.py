@@ -118,6 +118,7 @@ CLASSES = {
         ({"format_version": None}, "format_version of this checkpoint is None"),
         ({"initializer_range": "wide"}, "initializer_range.*damaged or|damaged or .*initializer_range"),
         ({"initializer_range": 1e300}, r"initializer_range is 1e\+300"),
+        ({"dtype": {"x": 1}}, "dtype is .*, which is none of torch's"),
         ({"id2label": 5}, "damaged or of another model"),
         (
             {"num_hidden_layers": 10**8, "num_quantizers": 10**8, "num_items": -1},
@@ -142,11 +143,14 @@ def test_weights_that_are_damaged_or_of_other_sizes_are_told_in_a_sentence(tmp_p
     (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config | {"num_items": NUM_ITEMS + 1}))
     with pytest.raises(ValueError, match="have other shapes than its configuration says .*item_embeddings"):
         SASRecForSequentialRecommendation.from_pretrained(tmp_path / "sasrec")
+    (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config | {"num_items": 10**9}))
+    with pytest.raises(ValueError, match=r"asks for 16,0\d\d,\d\d\d,\d\d\d numbers and its weights hold \d+,\d\d\d;"):
+        SASRecForSequentialRecommendation.from_pretrained(tmp_path / "sasrec")
     (tmp_path / "sasrec" / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "sasrec" / "model.safetensors").read_bytes()
     for damaged in (whole[:-100], whole[:100], b""):
         (tmp_path / "sasrec" / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="The weights of '.*sasrec' are damaged"):
+        with pytest.raises(ValueError, match="weights .*sasrec.* damaged"):
             SASRecForSequentialRecommendation.from_pretrained(tmp_path / "sasrec")
 
 

@@ -107,7 +107,10 @@ def is_disk_full(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         # Libraries that are not written in Python tell it in words: safetensors, and the writer of torch.
-        words = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+        words = (
+            "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed",
+            "unexpected pos",
+        )  # fmt: skip
         if any(word in str(error) for word in words):
             return True
         error = error.__cause__ or error.__context__

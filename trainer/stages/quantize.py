@@ -18,6 +18,7 @@ from ..data.tables import load_table, table_encoders, table_path
 from ..publishing.repository import present
 from ..quantizer.trainer import MMRQVAETrainingArguments
 from ..quantizer.training import quantizer_trainer
+from ..quantizer.verdict import summary
 from ..running.arguments import ReaderArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             run.details.update(details, parameters=trainer.model.num_parameters())
             present(run, trainer.hub_links)
     trainer.publish(arguments.output_dir)
+    if PartialState().is_main_process:
+        print("\n" + summary(run.metrics, arguments.modalities), flush=True)
 
 
 if __name__ == "__main__":

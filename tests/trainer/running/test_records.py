@@ -184,6 +184,7 @@ class Unwritable(Exception):
             RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file"),
             "No room is",
         ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8512 vs 8406"), "No room is left"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), r"'/x/y' is not open to you \(Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "/x/y"), r"'/x/y' is not open to you \(Read-only file system"),
     ],

@@ -31,6 +31,8 @@ def quantize(tiny_run, output, *flags):
 def test_quantize_writes_checkpoint_codes_card_and_record_and_skips_when_current(tiny_run, tmp_path, capsys, flags):
     output = tmp_path / "quantizer"
     quantize(tiny_run, output, *flags)
+    printed = capsys.readouterr().out
+    assert "items that share their ID" in printed and "np.float64" not in printed
     model = MMRQVAEModel.from_pretrained(output)
     assert model.config.modalities == ["collaborative", "text"]
     table = pq.read_table(output / "semantic_ids.parquet")
