@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration, Trainer, set_seed
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, set_seed
+from transformers.modeling_outputs import BaseModelOutput
 
 from mmesid.trainer.data.prepared import PreparedDataset, Sequences
 from mmesid.trainer.quantizer.semantic_ids import SEMANTIC_IDS_NAME, read_semantic_ids
@@ -49,8 +50,6 @@ from modeling_mmesid.recommendation import evaluating, pad_histories
 
 
 PAD = 0  # Pads inputs, and starts what the decoder writes.
-# Of a beam without any continuation; `generate` marks with -1e9 what it has not begun.
-IMPOSSIBLE = -1e8
 BOOTSTRAP_RESAMPLES = 1000
 
 
@@ -74,7 +73,7 @@ class TigerArguments(ReaderArguments):
     --modalities (text): whose codes an ID has, one after the other.
     --max_history (20): latest items of a history that are read.
     --hidden_size (128), --num_layers (2, of encoder and decoder each), --num_heads (4): the T5's sizes.
-    --num_beams (50), --beam_batch_size (32): how wide the search is, and users at a time.
+    --num_beams (50), --beam_batch_size (16): how wide the search is, and users at a time.
     --num_train_epochs (30), --learning_rate (0.001), --seed ...: all flags of transformers.TrainingArguments.
     --force true: run even if the output directory is up to date.
     """
@@ -88,7 +87,7 @@ class TigerArguments(ReaderArguments):
     num_layers: int = 2
     num_heads: int = 4
     num_beams: int = 50
-    beam_batch_size: int = 32
+    beam_batch_size: int = 16
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,59 +154,89 @@ def collate(examples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": labels}
 
 
-class ItemTrie(LogitsProcessor):
+class ItemTrie:
     """
-    Lets a beam search write nothing but IDs of items: the trie of all IDs as compressed rows, for all beams at once
-    (`prefix_allowed_tokens_fn` is asked beam by beam, in Python).
+    The IDs of all items, as compressed rows: which tokens continue a beginning of an ID, for many of them at once.
+    Beginnings are nodes; 0 is the empty one, and -1 stands for what begins no ID.
 
     Args:
         tokens (`np.ndarray`): What [`item_tokens`] returns.
-        vocab_size (`int`): Tokens of the T5.
     """
 
-    def __init__(self, tokens: np.ndarray, vocab_size: int):
-        self.vocab_size = vocab_size
-        ids, depth = tokens[1:], tokens.shape[1]
-        parents, edges, nodes = np.zeros(len(ids), dtype=np.int64), [], 1
-        for level in range(depth):
-            keys, children = np.unique(parents * vocab_size + ids[:, level], return_inverse=True)
-            # Parents of a level come behind all earlier ones, and so do their edges: the keys stay in order.
+    def __init__(self, tokens: np.ndarray):
+        self.depth, self.vocab_size = tokens.shape[1], int(tokens.max()) + 1
+        parents, edges, nodes = np.zeros(len(tokens) - 1, dtype=np.int64), [], 1
+        for level in range(self.depth):
+            keys, children = np.unique(parents * self.vocab_size + tokens[1:, level], return_inverse=True)
+            # Nodes of a level come behind all earlier ones, and so do their edges: the keys stay in order.
             edges.append(keys)
             parents = nodes + children
             nodes += len(keys)
-        # The edge to node n is the one before place n.
+        # The edge to node n stands at place n - 1.
         self.edges = torch.from_numpy(np.concatenate(edges))
-        self.first_edge = torch.searchsorted(self.edges, torch.arange(nodes + 1) * vocab_size)
-        self.item_of_node = torch.zeros(nodes, dtype=torch.long)
-        self.item_of_node[parents] = torch.arange(1, len(ids) + 1)
+        self.first_edge = torch.searchsorted(self.edges, torch.arange(nodes + 1) * self.vocab_size)
+        # The item whose ID ends at a node, 0 elsewhere; -1 is the last of them, which no item must have.
+        self.item_of_node = torch.zeros(nodes + 1, dtype=torch.long)
+        self.item_of_node[parents] = torch.arange(1, len(tokens))
 
-    def nodes(self, written: torch.Tensor) -> torch.Tensor:
-        """The node `(beams,)` that tokens `(beams, length)` lead to; -1 where they lead out of the trie."""
-        node = torch.zeros(len(written), dtype=torch.long)
-        for token in written.cpu().unbind(1):
-            key = node * self.vocab_size + token
-            edge = torch.searchsorted(self.edges, key).clamp_(max=len(self.edges) - 1)
-            node = torch.where((node >= 0) & (self.edges[edge] == key), edge + 1, -1)
-        return node
+    def children(self, nodes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The nodes that `tokens` lead to from `nodes`, `(beams,)` each."""
+        keys = nodes * self.vocab_size + tokens
+        places = torch.searchsorted(self.edges, keys).clamp_(max=len(self.edges) - 1)
+        return torch.where((nodes >= 0) & (self.edges[places] == keys), places + 1, -1)
 
-    def items(self, written: torch.Tensor) -> torch.Tensor:
-        """The row `(beams,)` of the item whose whole ID was written, `(beams, depth)`; 0 where there is none."""
-        node = self.nodes(written)
-        return torch.where(node >= 0, self.item_of_node[node], 0)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        node = self.nodes(input_ids[:, 1:])
-        first = self.first_edge[node]
-        counts = torch.where(node >= 0, self.first_edge[node + 1] - first, 0)
-        rows = torch.arange(len(node)).repeat_interleave(counts)
-        ends = counts.cumsum(0)
-        edges = torch.arange(len(rows)) + (first - ends + counts)[rows]
-        forbidden = torch.ones(scores.shape, dtype=torch.bool)
-        forbidden[rows, self.edges[edges] % self.vocab_size] = False
-        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+    def restrict(self, nodes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `(beams, tokens)` with minus infinity where a token does not continue the node `(beams,)`."""
+        first = self.first_edge[nodes]
+        counts = torch.where(nodes >= 0, self.first_edge[nodes + 1] - first, 0)
+        rows = torch.arange(len(nodes)).repeat_interleave(counts)
+        edges = torch.arange(len(rows)) + (first - counts.cumsum(0) + counts)[rows]
+        allowed = torch.zeros(scores.shape, dtype=torch.bool)
+        allowed[rows, self.edges[edges] % self.vocab_size] = True
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
 
 
 @torch.no_grad()
+def beam_search(
+    model: T5ForConditionalGeneration,
+    trie: ItemTrie,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_beams: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Items `(batch, beams)`, best first, and the logarithm of their likelihood; 0 and minus infinity where there are
+    fewer items than beams. Does what `generate` does with `prefix_allowed_tokens_fn`, but what the decoder reads of
+    the encoder is computed once for a user and not for every beam, nor moved when beams are.
+    """
+    batch, beams, device = len(input_ids), 1, input_ids.device
+    states = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    nodes, scores, cache = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, 1), None
+    last = torch.full((batch, 1), PAD, device=device)
+    for _ in range(trie.depth):
+        output = model(
+            encoder_outputs=BaseModelOutput(states),
+            attention_mask=attention_mask,
+            decoder_input_ids=last,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        continued = trie.restrict(nodes, output.logits[:, -1].float().log_softmax(-1).cpu())
+        candidates = (scores.view(-1, 1) + continued).view(batch, -1)
+        scores, best = candidates.topk(min(num_beams, candidates.shape[1]))
+        tokens = best % trie.vocab_size
+        rows = (torch.arange(batch)[:, None] * beams + best // trie.vocab_size).flatten()
+        nodes = trie.children(nodes[rows], tokens.flatten())
+        cache = output.past_key_values
+        cache.self_attention_cache.reorder_cache(rows)
+        if best.shape[1] != beams:
+            cache.cross_attention_cache.reorder_cache(rows)
+            states, attention_mask = states[rows.to(device)], attention_mask[rows.to(device)]
+            beams = best.shape[1]
+        last = tokens.view(-1, 1).to(device)
+    return trie.item_of_node[nodes].view(batch, beams), scores
+
+
 def beam_ranks(
     model: T5ForConditionalGeneration,
     trie: ItemTrie,
@@ -222,31 +251,17 @@ def beam_ranks(
     number of items where the beam does not hold it.
     """
     prefixes = Prefixes(sequences, tokens, max_history, every=False)
-    num_items, depth = len(tokens) - 1, tokens.shape[1]
-    num_beams = min(num_beams, num_items)
-    ranks = np.full(len(sequences), num_items, dtype=np.int64)
+    ranks = np.full(len(sequences), len(tokens) - 1, dtype=np.int64)
     # Histories of like length share a batch.
     order = np.argsort(np.diff(sequences.offsets), kind="stable")
     with evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Beam search", leave=False, delay=2):
             users = order[start : start + batch_size]
             batch = collate([prefixes[user] for user in users])
-            written = model.generate(
-                batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
-                do_sample=False,
-                num_beams=num_beams,
-                num_return_sequences=num_beams,
-                max_new_tokens=depth,
-                length_penalty=0.0,
-                logits_processor=LogitsProcessorList([trie]),
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-            scores = written.sequences_scores.cpu().view(len(users), num_beams)
-            items = trie.items(written.sequences[:, 1:]).view(len(users), num_beams)
+            read = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+            items, scores = beam_search(model, trie, *read, num_beams)
             seen = pad_histories([sequences[user]["history"] for user in users])
-            counts = (scores > IMPOSSIBLE) & (items > 0) & ~(items[:, :, None] == seen[:, None, :]).any(-1)
+            counts = (items > 0) & ~(items[:, :, None] == seen[:, None, :]).any(-1)
             hit = counts & (items == torch.from_numpy(sequences.targets[users].astype(np.int64))[:, None])
             target_score = scores.masked_fill(~hit, torch.inf).amin(1, keepdim=True)
             found = hit.any(1).numpy()
@@ -283,12 +298,12 @@ def main(argv: list[str] | None = None) -> None:
     codebook_size = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).codebook_size
     codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, arguments.modalities)
     tokens = item_tokens(codes, codebook_size)
-    vocab_size = int(tokens.max()) + 1
+    trie = ItemTrie(tokens)
     name = Path(arguments.output_dir).absolute().name
     with run as staging:
         training = trainer_arguments(arguments, run)
         set_seed(training.seed)
-        model = new_t5(vocab_size, arguments)
+        model = new_t5(trie.vocab_size, arguments)
         trainer = Trainer(
             model,
             training,
@@ -298,12 +313,11 @@ def main(argv: list[str] | None = None) -> None:
             callbacks=early_stopping(training),
         )
         fit(trainer)
-        trie = ItemTrie(tokens, vocab_size)
         searched = arguments.max_history, arguments.num_beams, arguments.beam_batch_size
         ranks = {split: beam_ranks(model, trie, data.sequences(split), tokens, *searched) for split in SPLITS}
         result = summarize(ranks, data, 0, BOOTSTRAP_RESAMPLES)
         run.metrics.update(result)
-        run.details.update(data=data.statistics, parameters=model.num_parameters(), tokens=vocab_size)
+        run.details.update(data=data.statistics, parameters=model.num_parameters(), tokens=trie.vocab_size)
         model.save_pretrained(staging)
         write_ranks(staging, name, ranks, data)
         marked = {name: {"synthetic": data.statistics["synthetic"]} | result}

@@ -39,12 +39,16 @@ def test_ids_have_tokens_of_their_own_at_each_level_and_a_last_one_that_tells_it
 
 
 def test_the_trie_allows_what_an_item_continues_with(tiger):
-    trie = tiger.ItemTrie(tiger.item_tokens(CODES, 3), 19)
-    written = torch.tensor([[0, 3], [0, 1], [0, 2]])
-    allowed = torch.isfinite(trie(written, torch.zeros(3, 19)))
-    assert [row.nonzero()[:, 0].tolist() for row in allowed] == [[5, 6], [6], []]
-    assert torch.isfinite(trie(written[:, :1], torch.zeros(3, 19)))[0].nonzero()[:, 0].tolist() == [1, 3]
-    assert trie.items(torch.tensor([*TOKENS, [3, 6, 9, 15, 16]])).tolist() == [1, 2, 3, 4, 0]
+    trie = tiger.ItemTrie(tiger.item_tokens(CODES, 3))
+    root = torch.zeros(3, dtype=torch.long)
+    begun = trie.children(root, torch.tensor([3, 1, 2]))
+    allowed = torch.isfinite(trie.restrict(torch.cat([begun, root[:1]]), torch.zeros(4, trie.vocab_size)))
+    assert [row.nonzero()[:, 0].tolist() for row in allowed] == [[5, 6], [6], [], [1, 3]]
+    written = torch.tensor([*TOKENS, [3, 6, 9, 15, 16]])
+    nodes = torch.zeros(5, dtype=torch.long)
+    for tokens in written.unbind(1):
+        nodes = trie.children(nodes, tokens)
+    assert trie.item_of_node[nodes].tolist() == [1, 2, 3, 4, 0]
 
 
 def test_every_prefix_is_an_example_and_only_the_latest_items_are_read(tiger):
@@ -112,8 +116,9 @@ def test_a_target_beyond_the_beam_is_the_last_of_the_catalogue(tiger, output_dir
     codes = tiger.read_semantic_ids(run_dir / "quantizer" / "semantic_ids.parquet", data.item_ids, ["text"])
     tokens = tiger.item_tokens(codes, 8)
     model = T5ForConditionalGeneration.from_pretrained(output_dir)
-    trie = tiger.ItemTrie(tokens, model.config.vocab_size)
-    ranks = tiger.beam_ranks(model, trie, data.sequences("test"), tokens, 5, num_beams=4, batch_size=7)
+    ranks = tiger.beam_ranks(
+        model, tiger.ItemTrie(tokens), data.sequences("test"), tokens, 5, num_beams=4, batch_size=7
+    )
     assert set(ranks) <= {1, 2, 3, 4, data.num_items} and (ranks == data.num_items).any()
 
 
