@@ -13,15 +13,16 @@ the user, and the optimizer is that of `transformers`.
 
 Ranks follow the protocol of `mmesid evaluate`: whole catalogue, history masked, ties against the target. Nothing is
 known beyond the beam, and a target there counts as the last of the catalogue: metrics at a k that the beam, less the
-history's items in it, reaches are those of this search; the MRR is a lower bound. Written to the output directory are
-the T5, the record, `results.json`, `results.md`, and the ranks of all users in `ranks/<split>.parquet`, in the form of
-`mmesid evaluate`. An interrupted training resumes, and a run that is up to date is skipped.
+history's items in it, reaches are those of this search; the MRR is a lower bound. The T5 goes to the output directory,
+its ranks and results to `evaluation/` in it, as `mmesid evaluate` writes them. An interrupted training resumes, and
+what is up to date is skipped.
 """
 
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -43,7 +44,7 @@ from mmesid.trainer.running.arguments import (
 )
 from mmesid.trainer.running.errors import one_sentence
 from mmesid.trainer.running.help import HELP_FLAGS
-from mmesid.trainer.running.records import StageRun
+from mmesid.trainer.running.records import StageRecord, StageRun
 from mmesid.trainer.running.training import early_stopping, fit, trainer_arguments
 from modeling_mmesid import MMRQVAEConfig
 from modeling_mmesid.recommendation import evaluating, pad_histories
@@ -51,6 +52,8 @@ from modeling_mmesid.recommendation import evaluating, pad_histories
 
 PAD = 0  # Pads inputs, and starts what the decoder writes.
 BOOTSTRAP_RESAMPLES = 1000
+# Settings of the search, which the training does not depend on.
+SEARCH_ARGUMENTS = ("num_beams", "beam_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -287,23 +290,37 @@ def new_t5(vocab_size: int, arguments: TigerArguments) -> T5ForConditionalGenera
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(TigerArguments, argv)
-    run = StageRun(
-        "tiger",
-        arguments,
-        inputs={"prepared_dir": arguments.prepared_dir, "quantizer_dir": arguments.quantizer_dir},
+    inputs = {"prepared_dir": arguments.prepared_dir, "quantizer_dir": arguments.quantizer_dir}
+    changed = {name: value for name, value in arguments.changed.items() if name not in SEARCH_ARGUMENTS}
+    directory, force = Path(arguments.output_dir), arguments.force
+    training = StageRun("tiger", SimpleNamespace(output_dir=directory, force=force, changed=changed), inputs)
+    if not training.is_up_to_date():
+        train(arguments, training)
+    searched = {name: value for name, value in arguments.changed.items() if name == "num_beams"}
+    evaluation = StageRun(
+        "evaluate",
+        SimpleNamespace(output_dir=directory / "evaluation", force=force, changed=searched),
+        inputs | {"model_dir": directory},
     )
-    if run.is_up_to_date():
-        return
-    data = PreparedDataset.load(arguments.prepared_dir)
+    if not evaluation.is_up_to_date():
+        evaluate(arguments, evaluation)
+
+
+def read_tokens(arguments: TigerArguments, data: PreparedDataset) -> np.ndarray:
+    """What [`item_tokens`] returns for the quantizer's IDs."""
     codebook_size = MMRQVAEConfig.from_pretrained(arguments.quantizer_dir).codebook_size
-    codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, arguments.modalities)
-    tokens = item_tokens(codes, codebook_size)
-    trie = ItemTrie(tokens)
-    name = Path(arguments.output_dir).absolute().name
+    path = Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME
+    return item_tokens(read_semantic_ids(path, data.item_ids, arguments.modalities), codebook_size)
+
+
+def train(arguments: TigerArguments, run: StageRun) -> None:
+    """Trains the T5 and writes the epoch that has the least loss on validation."""
+    data = PreparedDataset.load(arguments.prepared_dir)
+    tokens = read_tokens(arguments, data)
     with run as staging:
         training = trainer_arguments(arguments, run)
         set_seed(training.seed)
-        model = new_t5(trie.vocab_size, arguments)
+        model = new_t5(int(tokens.max()) + 1, arguments)
         trainer = Trainer(
             model,
             training,
@@ -313,27 +330,43 @@ def main(argv: list[str] | None = None) -> None:
             callbacks=early_stopping(training),
         )
         fit(trainer)
-        searched = arguments.max_history, arguments.num_beams, arguments.beam_batch_size
-        ranks = {split: beam_ranks(model, trie, data.sequences(split), tokens, *searched) for split in SPLITS}
-        result = summarize(ranks, data, 0, BOOTSTRAP_RESAMPLES)
-        run.metrics.update(result)
-        run.details.update(data=data.statistics, parameters=model.num_parameters(), tokens=trie.vocab_size)
+        run.metrics["validation"] = {"loss": trainer.evaluate()["eval_loss"]}
+        run.details.update(data=data.statistics, modalities=arguments.modalities, parameters=model.num_parameters())
         model.save_pretrained(staging)
-        write_ranks(staging, name, ranks, data)
-        marked = {name: {"synthetic": data.statistics["synthetic"]} | result}
-        (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(arguments: TigerArguments, run: StageRun) -> None:
+    """Ranks by beam search and writes what `mmesid evaluate` writes."""
+    data = PreparedDataset.load(arguments.prepared_dir)
+    tokens, directory = read_tokens(arguments, data), Path(arguments.output_dir)
+    name, record = directory.absolute().name, StageRecord.load(directory)
+    trie, model = ItemTrie(tokens), T5ForConditionalGeneration.from_pretrained(directory)
+    model.to(arguments.training.device)
+    settings = arguments.max_history, arguments.num_beams, arguments.beam_batch_size
+    with run as staging:
+        ranks = {split: beam_ranks(model, trie, data.sequences(split), tokens, *settings) for split in SPLITS}
+        result = summarize(ranks, data, 0, BOOTSTRAP_RESAMPLES)
+        run.metrics[name] = result
+        run.details.update(data=data.statistics)
+        trained = {
+            "stage": record.stage,
+            "seed": arguments.training.seed,
+            "modalities": arguments.modalities,
+            "parameters": record.details["parameters"],
+            "seconds": record.seconds,
+            "peak_memory_bytes": record.peak_memory_bytes,
+            "hardware": record.hardware,
+        }
+        marked = {"synthetic": data.statistics["synthetic"], "trainings": [trained]} | result
+        (staging / "results.json").write_text(json.dumps({name: marked}, indent=2) + "\n", encoding="utf-8")
         page = results_page({name: result}, data.statistics)
         (staging / "results.md").write_text(page, encoding="utf-8")
+        (staging / "ranks").mkdir()
+        for split, values in ranks.items():
+            sequences = data.sequences(split)
+            columns = {"user_id": sequences.user_ids, "target": sequences.targets, name: values.astype(np.int32)}
+            pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
     print(page)
-
-
-def write_ranks(directory: Path, name: str, ranks: dict[str, np.ndarray], data: PreparedDataset) -> None:
-    """Writes `ranks/<split>.parquet` as `mmesid evaluate` does, with one model."""
-    (directory / "ranks").mkdir()
-    for split, values in ranks.items():
-        sequences = data.sequences(split)
-        columns = {"user_id": sequences.user_ids, "target": sequences.targets, name: values.astype(np.int32)}
-        pq.write_table(pa.table(columns), directory / "ranks" / f"{split}.parquet")
 
 
 if __name__ == "__main__":

@@ -101,14 +101,15 @@ def test_a_beam_that_holds_all_items_ranks_them_by_their_likelihood(tiger, outpu
         scores = logits.log_softmax(-1).gather(2, tokens[1:, :, None]).sum((1, 2))
         scores[history - 1] = -torch.inf
         expected.append(int((scores >= scores[example["target"] - 1]).sum()))
-    ranks = pq.read_table(output_dir / "ranks" / "test.parquet")
+    ranks = pq.read_table(output_dir / "evaluation" / "ranks" / "test.parquet")
     assert ranks["user_id"].to_pylist() == sequences.user_ids
     assert ranks["target"].to_pylist() == sequences.targets.tolist()
     # Rounding may turn neighbours round.
     found = ranks["small"].to_numpy()
     assert np.abs(found - expected).max() <= 1 and (found == expected).mean() > 0.9
-    results = json.loads((output_dir / "results.json").read_text())["small"]
+    results = json.loads((output_dir / "evaluation" / "results.json").read_text())["small"]
     assert results["test"] == pytest.approx(metrics(found)) and results["synthetic"]
+    assert results["trainings"][0]["parameters"] == model.num_parameters()
 
 
 def test_a_target_beyond_the_beam_is_the_last_of_the_catalogue(tiger, output_dir, run_dir):
@@ -122,10 +123,13 @@ def test_a_target_beyond_the_beam_is_the_last_of_the_catalogue(tiger, output_dir
     assert set(ranks) <= {1, 2, 3, 4, data.num_items} and (ranks == data.num_items).any()
 
 
-def test_a_run_that_is_up_to_date_is_skipped(tiger, output_dir, flags, capsys):
-    written = (output_dir / "model.safetensors").stat().st_mtime_ns
+def test_what_is_up_to_date_is_skipped_and_another_search_needs_no_training(tiger, output_dir, flags, capsys):
     tiger.main(flags)
-    assert "is up to date, skipped" in capsys.readouterr().out
-    assert (output_dir / "model.safetensors").stat().st_mtime_ns == written
+    assert capsys.readouterr().out.count("is up to date, skipped") == 2
+    tiger.main([*flags, "--num_beams", "3"])
+    said = capsys.readouterr().out
+    assert said.count("is up to date, skipped") == 1 and "evaluate: wrote" in said
+    ranks = pq.read_table(output_dir / "evaluation" / "ranks" / "test.parquet")["small"].to_numpy()
+    assert set(ranks) <= {1, 2, 3, ranks.max()}
     with pytest.raises(ValueError, match="--hidden_size 16 is no multiple of --num_heads 3"):
         tiger.main([*flags, "--num_heads", "3"])
