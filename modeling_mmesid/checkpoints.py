@@ -75,7 +75,7 @@ class CheckpointConfig(PreTrainedConfig):
             )
         require_sizes(config_dict)
         dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
-        if not isinstance(getattr(torch, str(dtype or "float32").removeprefix("torch."), None), torch.dtype):
+        if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
             raise ValueError(f"dtype is {dtype!r:.100}, which is none of torch's; get the checkpoint again.")
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"This is the configuration of a {model_type!r:.100}, not of a {cls.model_type}.")
@@ -235,8 +235,7 @@ def add_companions(directory: str | os.PathLike, source: str, repo_id: str) -> N
     listing = Path(source, COMPANIONS_NAME)
     if not source or not listing.is_file():
         return
-    companions = json.loads(listing.read_text(encoding="utf-8"))
-    require_inside(listing, companions["files"])
+    companions = read_companions(listing)
     if {path.name: file_digest(path) for path in Path(directory).glob("*.safetensors")} != companions["weights"]:
         logger.warning(
             f"The weights are no longer those of '{source}', so the files that belong to these are not published "
@@ -249,6 +248,19 @@ def add_companions(directory: str | os.PathLike, source: str, repo_id: str) -> N
             content = (listing.parent / name).read_bytes()
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content.replace(placeholder.encode(), repo_id.encode()) if placeholder else content)
+
+
+def read_companions(listing: Path) -> dict[str, dict]:
+    """What `companions.json` holds, see [`add_companions`]; raises a `ValueError` if it is damaged, or names files
+    outside its folder."""
+    with told_of_damage(f"The list '{listing}'"):
+        companions = json.loads(listing.read_text(encoding="utf-8"))
+        files = {str(name): placeholder for name, placeholder in companions["files"].items()}
+        weights = {str(name): str(digest) for name, digest in companions["weights"].items()}
+        if not all(placeholder is None or isinstance(placeholder, str) for placeholder in files.values()):
+            raise ValueError("placeholders are texts or null")
+    require_inside(listing, [*files, *weights])
+    return {"weights": weights, "files": files}
 
 
 def file_digest(path: str | os.PathLike) -> str:

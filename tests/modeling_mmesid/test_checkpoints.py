@@ -118,7 +118,7 @@ CLASSES = {
         ({"format_version": None}, "format_version of this checkpoint is None"),
         ({"initializer_range": "wide"}, "initializer_range.*damaged or|damaged or .*initializer_range"),
         ({"initializer_range": 1e300}, r"initializer_range is 1e\+300"),
-        ({"dtype": {"x": 1}}, "dtype is .*, which is none of torch's"),
+        ({"dtype": False}, "dtype is .*, which is none of torch's"),
         ({"id2label": 5}, "damaged or of another model"),
         (
             {"num_hidden_layers": 10**8, "num_quantizers": 10**8, "num_items": -1},

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from mmesid.hub_cards import CARD_NAME, REPOSITORY, render_card, save_card, subject_of
-from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, require_public_base_model
+from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, read_companions, require_public_base_model
 
 from ..running.locks import DirectoryLock
 from ..running.records import (
@@ -97,7 +97,7 @@ def publication(
     subject = subject_of(record.stage)
     for name in [*record.outputs, COMPANIONS_NAME]:
         require_exists(directory / name)
-    listed = json.loads((directory / COMPANIONS_NAME).read_text(encoding="utf-8"))
+    listed = read_companions(directory / COMPANIONS_NAME)
     files: dict[str, Path | bytes] = {name: directory / name for name in [*listed["weights"], *listed["files"]]}
     card = (directory / CARD_NAME).read_text(encoding="utf-8")
     if links:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 # Settings are written by hand; records and configurations hold numbers of a training at most.
 MOST_YAML_BYTES = 2**20
 MOST_YAML_VALUES = 100_000
+MOST_YAML_BRACKETS = 100
 MOST_JSON_BYTES = 2**26
 
 
@@ -24,7 +26,9 @@ def read_yaml(path: Path, what: str):
         raise FileNotFoundError(f"There is no {what} '{path}'; correct the path, relative to '{Path.cwd()}'.")
     require_size(path, MOST_YAML_BYTES)
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _require_flat(text)
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if _num_values(node, {}) > MOST_YAML_VALUES:
             raise ValueError(f"'{path}' has more than {MOST_YAML_VALUES:,} values, aliases counted; write it shorter.")
@@ -33,6 +37,15 @@ def read_yaml(path: Path, what: str):
         raise ValueError(f"'{path}' is nested too deeply to be read; write it flatter.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}.") from error
+
+
+def _require_flat(text: str) -> None:
+    """Raises `RecursionError` for brackets so deep that the scanner of YAML would take minutes for them."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MOST_YAML_BRACKETS:
+            raise RecursionError
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, float]) -> float:

@@ -123,6 +123,8 @@ class StageRecord:
         texts = [self.inputs, self.outputs, self.versions]
         if not all(isinstance(value, str) for one in texts for value in one.values()):
             raise ValueError("its inputs, outputs and versions are not texts")
+        if not all(isinstance(stamp, list) and len(stamp) == 2 for stamp in self.stamps.values()):
+            raise ValueError("its stamps are not pairs of numbers")
         require_inside(path, self.outputs)
 
     def stamp(self, directory: Path) -> None:
