@@ -122,7 +122,7 @@ def is_disk_full(error: BaseException | None) -> bool:
         # Libraries that are not written in Python tell it in words: safetensors, and the writer of torch.
         words = (
             "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed",
-            "unexpected pos",
+            "unexpected pos", "iostream error",
         )  # fmt: skip
         if any(word in str(error) for word in words):
             return True

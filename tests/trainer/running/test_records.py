@@ -90,7 +90,8 @@ def a_record(**values) -> bytes:
     "content",
     [
         b"{", b"[1, 2]", b'{"stage": "toy"}', b"\xff", b'{"a":' * 3000, b"[" * 100_000, a_record(outputs=["a"]),
-        a_record(outputs={"a": 5}), a_record(outputs={"../a": ""}), a_record(seconds="long"), a_record(stamps={"a": 5}), a_record(stage=None),
+        a_record(outputs={"a": 5}), a_record(outputs={"../a": ""}), a_record(seconds="long"), a_record(stage=None),
+        a_record(stamps={"a": 5}),
     ],
 )  # fmt: skip
 def test_a_broken_record_is_named_before_the_work_starts(toy, content):
