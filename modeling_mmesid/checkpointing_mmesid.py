@@ -20,6 +20,7 @@ from .checkpoints import (
     require_room,
     told_of_damage,
     weight_files,
+    weights_digest,
 )
 from .configuration_mmesid import MMESIDConfig
 from .items_mmesid import MMESIDItems
@@ -71,6 +72,7 @@ class BaseModelMixin:
             name_or_path = os.fspath(pretrained_backbone_name_or_path)
             config_kwargs["base_model_name_or_path"] = os.path.abspath(name_or_path) if is_folder else name_or_path
             config_kwargs["base_model_revision"] = backbone_kwargs["revision"]
+            config_kwargs["base_model_digest"] = weights_digest(name_or_path) if is_folder else None
         # A copy: nested, a live configuration loses its attention implementation, and with it the causal mask.
         backbone_config = deepcopy(backbone.config)
         # Often a path of this machine, which a published checkpoint must not reveal.
@@ -117,6 +119,12 @@ class BaseModelMixin:
                 f"'{pretrained_model_name_or_path}' needs its base model '{config.base_model_name_or_path}', which "
                 f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
             ) from error
+        folder, digest = config.base_model_name_or_path, config.base_model_digest
+        if digest is not None and os.path.isdir(folder) and weights_digest(folder) != digest:
+            raise ValueError(
+                f"The base model in '{folder}' is another than '{pretrained_model_name_or_path}' was trained on; put "
+                "that one back, or give its folder as base_model_name_or_path."
+            )
         if any(parameter.is_meta for parameter in backbone.parameters()):
             raise ValueError(f"A part of '{config.base_model_name_or_path}' is offloaded; give a device_map without.")
         require_room(pretrained_model_name_or_path, lambda: MMESIDItems(config), files, part="items.")
@@ -228,7 +236,8 @@ class BaseModelMixin:
                 "without quantization_config and save that with merge_backbone=True."
             )
         config = deepcopy(self.config)
-        config.lora = config.base_model_name_or_path = config.base_model_revision = None
+        config.lora = config.base_model_name_or_path = None
+        config.base_model_revision = config.base_model_digest = None
         with torch.device("meta"):
             model = type(self)(config)
         model.load_state_dict(weights, assign=True)

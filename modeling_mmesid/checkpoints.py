@@ -152,7 +152,7 @@ def told_of_damage(what: str) -> Iterator[None]:
     try:
         yield
     except (
-        StrictDataclassError, AttributeError, KeyError, IndexError, OverflowError, RecursionError, SafetensorError,
+        StrictDataclassError, AttributeError, KeyError, IndexError, OverflowError, RuntimeError, SafetensorError,
         TypeError, ValueError,
     ) as error:  # fmt: skip
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
@@ -177,6 +177,11 @@ def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     require_inside(index, shards)
     return [cached_file(name_or_path, shard, **hub_arguments) for shard in shards]
+
+
+def weights_digest(name_or_path: str | os.PathLike) -> str:
+    """SHA-256 of the weights of a checkpoint, over the digests of their files."""
+    return hashlib.sha256("".join(map(file_digest, weight_files(name_or_path))).encode()).hexdigest()
 
 
 def require_room(name_or_path: str | os.PathLike, build: Callable[[], nn.Module], files: list[str], part: str) -> None:

@@ -51,7 +51,7 @@ class SASRecConfig(CheckpointConfig):
     def validate_architecture(self):
         """Raises a `ValueError` that names the setting if the sizes cannot form a model."""
         sizes = "num_items", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_history"
-        self.require(lambda value: value >= 1, "at least 1", *sizes)
+        self.require(lambda value: value >= 1, "at least 1", *sizes, "intermediate_size")
         dropouts = "embedding_dropout", "hidden_dropout", "attention_dropout"
         self.require(lambda value: 0 <= value < 1, "at least 0 and below 1", *dropouts)
         if self.hidden_size % self.num_attention_heads:

@@ -118,6 +118,7 @@ CLASSES = {
         ({"format_version": None}, "format_version of this checkpoint is None"),
         ({"initializer_range": "wide"}, "initializer_range.*damaged or|damaged or .*initializer_range"),
         ({"initializer_range": 1e300}, r"initializer_range is 1e\+300"),
+        ({"hidden_size": 10**9, "codebook_dim": 2 * 10**9, "num_items": 2 * 10**9}, "damaged or|asks for .* numbers"),
         ({"dtype": False}, "dtype is .*, which is none of torch's"),
         ({"id2label": 5}, "damaged or of another model"),
         (
@@ -192,6 +193,11 @@ def test_a_base_model_in_a_folder_is_found_from_everywhere_or_named(tmp_path, sa
         AutoModel.from_pretrained(tmp_path / "frozen")
     moved = AutoModel.from_pretrained(tmp_path / "frozen", base_model_name_or_path=str(tmp_path / "moved"))
     assert moved.config.base_model_name_or_path == str(tmp_path / "moved")
+    # Another decoder of the same shape.
+    torch.nn.init.normal_(next(model.model.backbone.parameters()))
+    model.model.backbone.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="The base model in '.*decoder' is another than '.*frozen' was trained on"):
+        AutoModel.from_pretrained(tmp_path / "frozen")
 
 
 def test_code_of_a_base_model_is_refused_and_nobody_is_asked(tmp_path, saved, monkeypatch):
