@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from .trainer.quantizer.trainer import MMRQVAETrainingArguments as MMRQVAETrainingArguments
     from .trainer.quantizer.training import quantize as quantize
     from .trainer.recommender.evaluation import evaluate as evaluate
+    from .trainer.recommender.mmesid_trainer import MMESIDTrainer as MMESIDTrainer
     from .trainer.recommender.mmesid_trainer import MMESIDTrainingArguments as MMESIDTrainingArguments
+    from .trainer.recommender.sasrec_trainer import SASRecTrainer as SASRecTrainer
     from .trainer.recommender.sasrec_trainer import SASRecTrainingArguments as SASRecTrainingArguments
     from .trainer.recommender.training import build_recommender as build_recommender
     from .trainer.recommender.training import finetune as finetune
@@ -53,8 +55,8 @@ _NAMES = {
     ".trainer.quantizer.trainer": ("MMRQVAETrainingArguments",),
     ".trainer.quantizer.training": ("quantize",),
     ".trainer.recommender.evaluation": ("evaluate",),
-    ".trainer.recommender.mmesid_trainer": ("MMESIDTrainingArguments",),
-    ".trainer.recommender.sasrec_trainer": ("SASRecTrainingArguments",),
+    ".trainer.recommender.mmesid_trainer": ("MMESIDTrainer", "MMESIDTrainingArguments"),
+    ".trainer.recommender.sasrec_trainer": ("SASRecTrainer", "SASRecTrainingArguments"),
     ".trainer.recommender.training": ("build_recommender", "finetune", "train_sasrec"),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -53,45 +53,51 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
     trainer = MMESIDTrainer(
         model,
         args,
-        train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
-        eval_dataset=EvaluationHistories(data.sequences("validation")),
+        train_dataset=data.sequences("train"),
+        eval_dataset=data.sequences("validation"),
     )
     ```
 
     Args:
-        model ([`MMESIDForSequentialRecommendation`]): The recommender, its items initialised.
-        args (`TrainingArguments`): Settings of the training.
+        model ([`MMESIDForSequentialRecommendation`], *optional*): The recommender, its items initialised.
+        args (`TrainingArguments`, *optional*): Settings of the training.
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, drawn by
             smoothed popularity; 0 takes the whole catalogue.
         flex_attention (`bool`, *optional*, defaults to `True`): Let FlexAttention read packed sequences in training
             where the backbone is on CUDA and has SDPA, if a trial finds that it gives the same states and gradients;
             otherwise SDPA stays, with a warning.
-        **kwargs: Further arguments of [`~transformers.Trainer`].
+        **kwargs: Further arguments of [`SequentialRecommendationTrainer`].
     """
 
     stage = "finetune"
 
     def __init__(
         self,
-        model: MMESIDForSequentialRecommendation,
-        args: TrainingArguments,
+        model: MMESIDForSequentialRecommendation | None = None,
+        args: TrainingArguments | None = None,
         num_candidates: int = 0,
         flex_attention: bool = True,
         **kwargs,
     ):
-        config = model.config
-        collator = HistoryCollator(
-            config.max_history,
-            config.prompt_suffix_ids,
-            num_candidates=num_candidates,
-            sampling_weights=smoothed_popularity(model.model.items.fusion.frequencies) if num_candidates else None,
-        )
-        super().__init__(model, args, data_collator=collator, **kwargs)
-        self.train_attention = model.model.backbone.config._attn_implementation
-        if config.prompt_suffix_ids and self.train_dataset is not None:
+        self.num_candidates = num_candidates
+        super().__init__(model, args, **kwargs)
+        self.train_attention = self.model.model.backbone.config._attn_implementation
+        packs = isinstance(self.data_collator, HistoryCollator) and self.model.config.prompt_suffix_ids
+        if packs and self.train_dataset is not None:
             # Only now: on the device, and in the precision, that training will have.
             with self.accelerator.autocast():
                 self._try_packing(flex_attention)
+
+    def collator_of(self, model: MMESIDForSequentialRecommendation) -> HistoryCollator:
+        earlier = getattr(self, "data_collator", None)
+        weights = smoothed_popularity(model.model.items.fusion.frequencies) if self.num_candidates else None
+        return HistoryCollator(
+            model.config.max_history,
+            model.config.prompt_suffix_ids,
+            packed=earlier.packed if isinstance(earlier, HistoryCollator) else True,
+            num_candidates=self.num_candidates,
+            sampling_weights=weights,
+        )
 
     def _try_packing(self, flex_attention: bool) -> None:
         model = self.model.model

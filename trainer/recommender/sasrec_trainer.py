@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from transformers import TrainingArguments
-
 from modeling_mmesid import SASRecForSequentialRecommendation
 
 from ..running.arguments import BestEpochTrainingArguments
@@ -23,16 +21,16 @@ class SASRecTrainingArguments(BestEpochTrainingArguments):
 
 class SASRecTrainer(SequentialRecommendationTrainer):
     """
-    Trains [`SASRecForSequentialRecommendation`] to predict every next item of
-    [`~mmesid.trainer.data.windows.TrainingWindows`].
+    Trains [`SASRecForSequentialRecommendation`] to predict every next item; arguments as in
+    [`SequentialRecommendationTrainer`].
 
     ```python
-    trainer = SASRecTrainer(model, args, train_dataset=TrainingWindows(data.sequences("train"), 50),
-                            eval_dataset=EvaluationHistories(data.sequences("validation")))
+    trainer = SASRecTrainer(model, args, train_dataset=data.sequences("train"),
+                            eval_dataset=data.sequences("validation"))
     ```
     """
 
     stage = "sasrec"
 
-    def __init__(self, model: SASRecForSequentialRecommendation, args: TrainingArguments, **kwargs):
-        super().__init__(model, args, data_collator=ItemCollator(model.config.max_history), **kwargs)
+    def collator_of(self, model: SASRecForSequentialRecommendation) -> ItemCollator:
+        return ItemCollator(model.config.max_history)

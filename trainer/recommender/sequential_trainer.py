@@ -2,13 +2,18 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 
+import datasets
+import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
 
+from ..data.prepared import Sequences
+from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.training import FiniteLossMixin
@@ -42,22 +47,131 @@ class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer)
 
     Only the ranks leave the device. Evaluation batches are those of [`HistoryCollator`]; the model
     offers `item_table()` and returns `user_embeddings`.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): The recommender; or leave it out and give `model_init`, which makes a
+            new one for each training, as [`~transformers.Trainer.hyperparameter_search`] needs.
+        args (`TrainingArguments`, *optional*): Settings of the training.
+        data_collator (`Callable`, *optional*): What makes batches of examples, by default the model's own. Evaluation
+            batches have `seen` and `target` besides the model's inputs.
+        train_dataset, eval_dataset (*optional*): A split of a prepared dataset (`data.sequences("train")`); a
+            `datasets.Dataset` with the columns `history`, rows or, with a processor as `processing_class`, raw item
+            ids, oldest first, and `target`, the one that follows; or [`TrainingWindows`] and [`EvaluationHistories`].
+            `evaluate` and `predict` take the same.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Further metrics of an evaluation, from the
+            ranks of the targets, `(users,)` from 1, as `predictions`, and the targets as `label_ids`.
+        **kwargs: Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If a dataset has no such columns or holds what is no item, its length is not known, or an argument
+            has no meaning here.
     """
 
-    def __init__(self, model, args: TrainingArguments, **kwargs):
-        held_out = kwargs.get("eval_dataset")
-        if held_out is not None and len(held_out) == 0 and args.eval_strategy != "no":
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs,
+    ):
+        for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} has no meaning here: the model computes the loss, and only ranks leave the device; "
+                    "override compute_loss or give compute_metrics."
+                )
+        args = TrainingArguments(use_cpu=not torch.accelerator.is_available()) if args is None else copy.copy(args)
+        if eval_dataset is not None and len(eval_dataset) == 0 and args.eval_strategy != "no":
             raise ValueError(
                 "The data hold nothing out (split none), so that no epoch can be chosen; set --eval_strategy no and "
                 "the --num_train_epochs that were best on a split."
             )
-        args = copy.copy(args)
         args.batch_eval_metrics = True
         args.remove_unused_columns = False
         # Without an accelerator torch would warn that it has no use for it.
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
-        super().__init__(model, args, compute_metrics=self._ranking_metrics, **kwargs)
+        self._own_collator, self._own_metrics = data_collator, compute_metrics
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._ranking_metrics,
+            **kwargs,
+        )
+        if data_collator is None:
+            self.data_collator = self.collator_of(self.model)
+        self.train_dataset = self._windows(train_dataset)
+        if isinstance(eval_dataset, dict) and not isinstance(eval_dataset, datasets.DatasetDict):
+            self.eval_dataset = {name: self._held_out(one) for name, one in eval_dataset.items()}
+        else:
+            self.eval_dataset = self._held_out(eval_dataset)
         self._item_table: torch.Tensor | None = None
+
+    def collator_of(self, model: PreTrainedModel) -> Callable:
+        """What makes batches for a model unless the caller brings a collator."""
+        raise NotImplementedError
+
+    def call_model_init(self, trial=None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        # Not the first, which `__init__` asks for: later ones may have another prompt, or items of other frequencies.
+        if getattr(self, "model", None) is not None and self._own_collator is None:
+            if model.config.max_history != self.model.config.max_history:
+                raise ValueError(
+                    f"model_init makes models with max_history {self.model.config.max_history} and "
+                    f"{model.config.max_history}, and the training data are cut for one; keep it."
+                )
+            self.data_collator = self.collator_of(model)
+        return model
+
+    def hyperparameter_search(
+        self, hp_space=None, compute_objective=None, n_trials: int = 20, direction: str | None = None, **kwargs
+    ):
+        """As [`~transformers.Trainer.hyperparameter_search`], which takes `model_init`; by default for the largest
+        `metric_for_best_model`, or nDCG@10, of the last evaluation rather than for the sum of all metrics."""
+        metric = "eval_" + (self.args.metric_for_best_model or "ndcg@10").removeprefix("eval_")
+        objective = compute_objective or itemgetter(metric)
+        return super().hyperparameter_search(hp_space, objective, n_trials, direction or "maximize", **kwargs)
+
+    def _windows(self, dataset):
+        if isinstance(dataset, datasets.Dataset | Sequences):
+            return TrainingWindows(self._sequences(dataset, "train_dataset"), self.model.config.max_history)
+        if dataset is not None and getattr(dataset, "lengths", None) is None:
+            raise ValueError(
+                f"train_dataset is a {type(dataset).__name__}, which does not tell the lengths of its examples; give "
+                "a datasets.Dataset with the columns history and target, or the training split of a prepared dataset."
+            )
+        return dataset
+
+    def _held_out(self, dataset):
+        if isinstance(dataset, datasets.Dataset | Sequences):
+            return EvaluationHistories(self._sequences(dataset, "The dataset to evaluate"))
+        if isinstance(dataset, datasets.IterableDataset | datasets.DatasetDict):
+            raise ValueError(
+                f"The dataset to evaluate is a {type(dataset).__name__}; give one split as a datasets.Dataset."
+            )
+        return dataset
+
+    def _sequences(self, dataset: datasets.Dataset | Sequences, name: str) -> Sequences:
+        rows_of = None if self.processing_class is None else self.processing_class.convert_item_ids_to_rows
+        sequences = dataset if isinstance(dataset, Sequences) else as_sequences(dataset, name, rows_of)
+        largest = max((int(rows.max()) for rows in (sequences.histories, sequences.targets) if len(rows)), default=1)
+        if largest > self.model.config.num_items:
+            raise ValueError(
+                f"{name} holds row {largest}, and the model knows {self.model.config.num_items} items; give the data "
+                "that the model was made for."
+            )
+        return sequences
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(self._held_out(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._held_out(test_dataset))
 
     def _get_train_sampler(self, train_dataset=None) -> ResumableLengthGroupedSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -74,6 +188,7 @@ class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer)
     def evaluation_loop(self, *args, **kwargs):
         # A new one: an evaluation that was interrupted must not leave its ranks to the next.
         self._ranking = Ranking(keep_in_memory=True)
+        self._ranked: list[tuple[np.ndarray, np.ndarray]] = []
         # The table is the same for all batches: built once per evaluation.
         self.model.eval()
         with torch.no_grad():
@@ -84,13 +199,26 @@ class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer)
             self._item_table = None
 
     def _ranking_metrics(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Collects ranks; HR, nDCG and MRR after the last batch."""
+        """Collects ranks; HR, nDCG and MRR, and the caller's own metrics, after the last batch."""
         self._ranking.add_batch(ranks=prediction.predictions.cpu().numpy())
-        return self._ranking.compute() if compute_result else {}
+        if self._own_metrics is not None:
+            self._ranked.append((prediction.predictions.cpu().numpy(), prediction.label_ids.cpu().numpy()))
+        if not compute_result:
+            return {}
+        metrics = self._ranking.compute()
+        if self._own_metrics is not None:
+            ranks, targets = map(np.concatenate, zip(*self._ranked))
+            metrics |= self._own_metrics(EvalPrediction(ranks, targets))
+        return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns no loss, the ranks of the targets (`(batch,)`) and the targets."""
         inputs = self._prepare_inputs(inputs)
+        if missing := {"seen", "target"} - inputs.keys():
+            raise ValueError(
+                f"The data collator makes evaluation batches without {' and '.join(sorted(missing))}; it must add "
+                "them, as HistoryCollator does: the rows of the whole history, and the row of the target."
+            )
         seen, target = inputs.pop("seen"), inputs.pop("target")
         with torch.no_grad():
             with self.compute_loss_context_manager():

@@ -1,9 +1,15 @@
 """What the trainers of both recommenders promise, on a world where the next item is known."""
 
+import sys
+from types import SimpleNamespace
+
+import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, MistralConfig, TrainingArguments, set_seed
+from transformers.trainer_utils import HPSearchBackend
 
 from mmesid.trainer.data.prepared import Sequences
 from mmesid.trainer.data.windows import EvaluationHistories, TrainingWindows
@@ -42,7 +48,8 @@ def arguments(tmp_path, **settings) -> TrainingArguments:
 
 
 def sasrec_trainer(args):
-    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_history=10, hidden_dropout=0.0)
+    dropouts = dict.fromkeys(("embedding_dropout", "hidden_dropout", "attention_dropout"), 0.0)
+    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=32, max_history=10, **dropouts)
     return SASRecTrainer(
         SASRecForSequentialRecommendation(config),
         args,
@@ -222,3 +229,142 @@ def test_ranks_alone_come_back_from_a_batch_and_nothing_keeps_gradients(make, tm
         for tensor in tensors:
             assert tensor.ndim == 1 and tensor.dtype == torch.long
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a part that keeps the whole alive"
+
+
+def as_dataset(sequences: Sequences, ids: bool = False) -> datasets.Dataset:
+    item = str if ids else int
+    rows = [sequences[index] for index in range(len(sequences))]
+    histories = [list(map(item, row["history"])) for row in rows]
+    return datasets.Dataset.from_dict({"history": histories, "target": [item(row["target"]) for row in rows]})
+
+
+class Processor:
+    """Raw ids are the rows as text."""
+
+    def convert_item_ids_to_rows(self, item_ids):
+        return [int(item_id) for item_id in item_ids]
+
+    def save_pretrained(self, directory):
+        pass
+
+
+@pytest.mark.parametrize("trainer_class", [SASRecTrainer, MMESIDTrainer])
+def test_datasets_of_one_s_own_and_model_init_train_as_windows_and_a_model_do(trainer_class, tmp_path):
+    make = sasrec_trainer if trainer_class is SASRecTrainer else mmesid_trainer
+    set_seed(0)
+    usual = make(arguments(tmp_path))
+    start = {name: value.clone() for name, value in usual.model.state_dict().items()}
+    model_class, config = type(usual.model), usual.model.config
+
+    def model_init():
+        model = model_class(config)
+        model.load_state_dict(start)
+        return model
+
+    given = [
+        (as_dataset(cyclic(200, 0)), None),
+        (as_dataset(cyclic(200, 0), ids=True), Processor()),
+        (cyclic(200, 0), None),
+    ]
+    usual.train()
+    expected = usual.rank()
+    for dataset, processor in given:
+        trainer = trainer_class(
+            model_init=model_init,
+            args=arguments(tmp_path),
+            train_dataset=dataset,
+            eval_dataset={"held_out": cyclic(61, 1)},
+            processing_class=processor,
+            compute_metrics=lambda prediction: {
+                "worst": int(prediction.predictions.max()),
+                "users": len(prediction.label_ids),
+            },
+        )
+        trainer.train()
+        for name, value in usual.model.state_dict().items():
+            torch.testing.assert_close(trainer.model.state_dict()[name], value, msg=name)
+        metrics = trainer.evaluate(as_dataset(cyclic(61, 1)))
+        assert {name: metrics[f"eval_{name}"] for name in expected} == expected
+        assert 1 < metrics["eval_worst"] <= NUM_ITEMS and metrics["eval_users"] == 61
+
+
+def test_a_search_is_for_the_ranking_metric(tmp_path, monkeypatch):
+    """With the interface of a search backend, of which none is installed here."""
+
+    class Backend:
+        name = "wandb"
+
+        def ensure_available(self):
+            pass
+
+        def default_hp_space(self, trial):
+            return {}
+
+        def run(self, trainer, n_trials, direction, **kwargs):
+            found = {}
+            for rate in [1e-6, 1e-2][:n_trials]:
+                trainer.train(trial={"learning_rate": rate})
+                found[rate] = trainer.compute_objective(trainer.evaluate())
+                assert found[rate] == trainer._latest_evaluation()["ndcg@10"]
+            return (max if direction == "maximize" else min)(found, key=found.get)
+
+    monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Backend)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="run")))
+    usual = sasrec_trainer(arguments(tmp_path))
+    trainer = SASRecTrainer(
+        model_init=lambda trial: SASRecForSequentialRecommendation(usual.model.config),
+        args=arguments(tmp_path, max_steps=30, per_device_train_batch_size=64),
+        train_dataset=cyclic(200, 0),
+        eval_dataset=cyclic(61, 1),
+    )
+    assert trainer.hyperparameter_search(n_trials=2, backend="wandb") == 1e-2
+
+
+def test_an_own_collator_makes_the_batches(tmp_path):
+    seen = []
+
+    def collate(examples):
+        seen.append(len(examples))
+        batch = ItemCollator(10)(examples)
+        return {name: tensor for name, tensor in batch.items() if keep_target or name != "target"}
+
+    keep_target = True
+    usual = sasrec_trainer(arguments(tmp_path))
+    trainer = SASRecTrainer(
+        usual.model, arguments(tmp_path), collate, train_dataset=cyclic(20, 0), eval_dataset=cyclic(20, 1)
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 3 and seen[-3:] == [8, 8, 4]
+    keep_target = False
+    with pytest.raises(ValueError, match="makes evaluation batches without target; it must add"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train_dataset": datasets.Dataset.from_dict({"items": [[1]]})}, "train_dataset has the columns items; give"),
+        ({"train_dataset": datasets.Dataset.from_dict({"history": [[0]], "target": [1]})}, "neither rows from 1 nor"),
+        (
+            {"train_dataset": datasets.Dataset.from_dict({"history": [["a"]], "target": ["b"]})},
+            "give the processor as",
+        ),
+        (
+            {"train_dataset": datasets.Dataset.from_dict({"history": [[1], None], "target": [2, 3]})},
+            "no list, or no t",
+        ),
+        (
+            {"train_dataset": datasets.Dataset.from_dict({"history": [[99]], "target": [1]})},
+            "holds row 99, and the mo",
+        ),
+        ({"train_dataset": [{"history": [1], "targets": [2]}]}, "is a list, which does not tell the lengths"),
+        ({"eval_dataset": datasets.DatasetDict()}, "is a DatasetDict; give one split"),
+        ({"compute_loss_func": len}, "compute_loss_func has no meaning here"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_in_a_sentence(tmp_path, given, words):
+    model = SASRecForSequentialRecommendation(SASRecConfig(num_items=NUM_ITEMS, hidden_size=16))
+    with pytest.raises(ValueError, match=words):
+        SASRecTrainer(model, arguments(tmp_path), **given)
