@@ -11,7 +11,8 @@ pictures `collapse`, `fine_tuning` and `forgetting` as PNG and SVG. The decoder 
 decides what items can be. What an item was before fine-tuning is drawn anew from the recommender's settings.
 
 The recommenders must have been trained on the run's embeddings and quantizer, in one width. They are given by the name
-of their directory in the run, or as name=directory.
+of their directory in the run, or as name=directory; one that was saved in Python, without a record, counts as started
+from trained code vectors.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 import drawing
 import mmesid
@@ -98,17 +99,21 @@ class Catalogue:
 
 @dataclass
 class Recommender:
-    """The items of a checkpoint, and from which code vectors its training started."""
+    """The items of a checkpoint, and from which code vectors its training started: trained ones, as by default, where
+    `mmesid finetune` left no record of it."""
 
     items: MMESIDItems
     code_initialization: Literal["trained", "random"]
 
     @classmethod
     def load(cls, directory: Path, catalogue: Catalogue) -> "Recommender":
-        require_exists(directory / RECORD_NAME)
-        record = StageRecord.load(directory)
-        if record.stage != "finetune":
-            raise ValueError(f"'{directory}' was written by the stage '{record.stage}'; name recommenders.")
+        require_exists(directory / CONFIG_NAME)
+        initialization = "trained"
+        if (directory / RECORD_NAME).is_file():
+            record = StageRecord.load(directory)
+            if record.stage != "finetune":
+                raise ValueError(f"'{directory}' was written by the stage '{record.stage}'; name recommenders.")
+            initialization = record.arguments.get("code_initialization", "trained")
         config = MMESIDConfig.from_pretrained(directory)
         items = MMESIDItems(config).eval()
         weights = {}
@@ -118,7 +123,7 @@ class Recommender:
                 weights |= {name.removeprefix(ITEMS_PREFIX): file.get_tensor(name) for name in names}
         keys = items.load_state_dict(weights, strict=False)
         require_fit(directory, keys.missing_keys, keys.unexpected_keys)
-        recommender = cls(items, record.arguments.get("code_initialization", "trained"))
+        recommender = cls(items, initialization)
         recommender._check(directory, catalogue)
         return recommender
 

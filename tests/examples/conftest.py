@@ -58,7 +58,7 @@ def run_dir(tmp_path_factory) -> Path:
             **form,
         )
         model.save_pretrained(root / name)
-        changed = {} if initialization == "trained" else {"code_initialization": initialization}
-        record = {"stage": "finetune", "fingerprint": "", "arguments": changed, "seconds": 1.0}
-        write_text_atomic(root / name / RECORD_NAME, json.dumps(record))
+    # The other one was saved in Python.
+    record = {"stage": "finetune", "fingerprint": "", "arguments": {"code_initialization": "random"}, "seconds": 1.0}
+    write_text_atomic(root / "text_random" / RECORD_NAME, json.dumps(record))
     return root

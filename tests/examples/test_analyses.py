@@ -133,7 +133,7 @@ def test_a_width_alone_shows_what_holds_before_fine_tuning(script, run_dir, tmp_
     [
         ([], "Neither --recommenders nor --hidden_size is given"),
         (["--recommenders", "tuned", "tuned=elsewhere"], "Two recommenders are called 'tuned'"),
-        (["--recommenders", "quantizer"], "quantizer/record.json' does not exist"),
+        (["--recommenders", "prepared"], "prepared/config.json' does not exist"),
         (["--recommenders", "tuned", "--hidden_size", "64"], "Widths differ"),
     ],
 )
@@ -141,6 +141,14 @@ def test_what_cannot_be_analysed_is_one_sentence(script, run_dir, capsys, flags,
     with pytest.raises(SystemExit):
         run(script, "--run_dir", run_dir, *flags)
     assert message in capsys.readouterr().err
+
+
+def test_what_another_stage_wrote_is_refused(script, run_dir, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    record = json.loads((run_dir / "text_random" / "record.json").read_text()) | {"stage": "sasrec"}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was written by the stage 'sasrec'; name recommenders"):
+        script.Recommender.load(tmp_path, None)
 
 
 def test_a_recommender_of_another_quantizer_is_refused(script, run_dir):
