@@ -1,6 +1,7 @@
 """What an item is to the recommender: embeddings and semantic IDs of its modalities, a free ID vector, and how the
 score weighs them."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +19,9 @@ ITEMS_PER_BLOCK = 2**15
 # unrelated quantizer it is one in `codebook_size`.
 QUANTIZER_PROBES = 64
 MINIMUM_AGREEMENT = 0.3
+
+# The share of the seen items that stand for those which training never saw.
+RAREST_SHARE = 0.05
 
 # One tensor for each modality.
 Tables = dict[str, torch.Tensor] | None
@@ -120,6 +124,8 @@ class MMESIDFusion(nn.Module):
         sources)` in bool."""
         low, high = torch.log1p(self.frequency_range.float())
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
+        # Items that are added later count as the rarest.
+        normalised = normalised.clamp(min=0)
         hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
         logits = self.output(hidden) / self.temperature
         return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)
@@ -140,7 +146,6 @@ class MMESIDItems(nn.Module):
         self.modalities = nn.ModuleDict({name: MMESIDModality(config, width) for name, width in widths})
         self.has_id_source = config.use_item_ids or not config.share_item_table
         self.id_embeddings = nn.Embedding(rows, hidden_size, padding_idx=0) if self.has_id_source else None
-        self.register_buffer("has_id", torch.ones(rows, dtype=torch.bool))
         self.register_buffer("removed", torch.zeros(rows, dtype=torch.bool))
         self.source_names = ["id"] * self.has_id_source + list(config.modalities)
         self.fusion = MMESIDFusion(config, self.has_id_source + len(self.modalities))
@@ -233,7 +238,6 @@ class MMESIDItems(nn.Module):
             modality.embeddings = torch.cat([modality.embeddings, table.to(modality.embeddings)])
             modality.present = torch.cat([modality.present, has.to(modality.present)])
         self.fusion.frequencies = nn.functional.pad(self.fusion.frequencies, (0, count))
-        self.has_id = nn.functional.pad(self.has_id, (0, count))
         self.removed = nn.functional.pad(self.removed, (0, count))
         for name, table in list(self.named_children()):
             if isinstance(table, nn.Embedding):
@@ -281,18 +285,22 @@ class MMESIDItems(nn.Module):
                     f"({agreement:.0%} agree); give the one that the model was trained with."
                 )
 
+    def rows(self) -> torch.Tensor:
+        """All rows, 0 for padding and 1 to the number of items."""
+        return torch.arange(len(self.removed), device=self.removed.device)
+
     def sources(self, items: torch.Tensor) -> torch.Tensor:
         """What the fused table is made of, `(items, sources, hidden)`: ID vector (or score head), then modalities."""
-        sources = [self.id_embeddings(items)] if self.has_id_source else []
+        sources = [self._learnt(self.id_embeddings, items)] if self.has_id_source else []
         return torch.stack(sources + [modality.source(items) for modality in self.modalities.values()], dim=1)
 
     def weights(self, items: torch.Tensor) -> torch.Tensor:
         """
         Fusion weights `(items, sources)`, the ID vector (or score head) first, scaled to sum to the number of sources:
-        a factor that no ranking sees, without which every source would learn more slowly the more there are. What an
-        item lacks (a modality; the ID vector if it was added after training) has weight 0.
+        a factor that no ranking sees, without which every source would learn more slowly the more there are. A
+        modality that an item lacks has weight 0.
         """
-        present = [self.has_id[items]] if self.has_id_source else []
+        present = [torch.ones_like(items, dtype=torch.bool)] if self.has_id_source else []
         present += [modality.present[items] for modality in self.modalities.values()]
         present = torch.stack(present, dim=1) & (items != 0)[:, None]
         # An item with no source at all (padding) would make the softmax undefined; its vector is zero.
@@ -310,12 +318,34 @@ class MMESIDItems(nn.Module):
     def vectors(self, items: torch.Tensor) -> torch.Tensor:
         """Rows of the fused table, `(items, hidden)`: the weighted sum of the sources."""
         id_weight, content = self._id_weight_and_content(items)
-        return torch.addcmul(content, id_weight, self.id_embeddings(items)) if self.has_id_source else content
+        if not self.has_id_source:
+            return content
+        return torch.addcmul(content, id_weight, self._learnt(self.id_embeddings, items))
+
+    def _learnt(self, embeddings: nn.Embedding, items: torch.Tensor) -> torch.Tensor:
+        """Vectors that are learnt for each item, `(items, hidden)`, after training with those of unseen items filled
+        in."""
+        return embeddings(items) if self.training else self.fill_unseen(embeddings(items), items, embeddings.weight)
+
+    def fill_unseen(self, vectors: torch.Tensor, items: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """
+        `vectors` of `items`, `(items, width)`, where those that training never saw, and those added after it, have the
+        mean of the rarest items' vectors in `table`. Training only tells an unseen item that nobody chose it, and
+        without a vector it would outrank all others, whose vectors lower their scores.
+        """
+        frequencies = self.fusion.frequencies
+        unseen = (frequencies[items] == 0) & (items != 0)
+        seen = frequencies[frequencies > 0]
+        if not unseen.any() or not len(seen):
+            return vectors
+        limit = seen.kthvalue(math.ceil(RAREST_SHARE * len(seen))).values
+        rarest = table[((frequencies > 0) & (frequencies <= limit)).nonzero()[:, 0]]
+        return torch.where(unseen[:, None], rarest.mean(0), vectors)
 
     def table(self) -> torch.Tensor:
         """The whole fused table, `(items + 1, hidden)`. Of a large catalogue, what the modalities compute on the way,
         many times the table, is held for one block at a time, and computed again in the backward pass."""
-        rows = torch.arange(len(self.has_id), device=self.has_id.device)
+        rows = self.rows()
         if len(rows) <= ITEMS_PER_BLOCK:
             id_weight, content = self._id_weight_and_content(rows)
         else:
@@ -324,7 +354,11 @@ class MMESIDItems(nn.Module):
                 for block in rows.split(ITEMS_PER_BLOCK)
             ]
             id_weight, content = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        return torch.addcmul(content, id_weight, self.id_embeddings.weight) if self.has_id_source else content
+        if not self.has_id_source:
+            return content
+        # Not looked up in training, which would copy a large table.
+        ids = self.id_embeddings.weight if self.training else self._learnt(self.id_embeddings, rows)
+        return torch.addcmul(content, id_weight, ids)
 
     def tokens(self, items: torch.Tensor) -> torch.Tensor:
         """Soft tokens of the given rows, `(items, hidden)`."""
@@ -336,7 +370,7 @@ class MMESIDItems(nn.Module):
             if self.config.num_quantizers:
                 parts.append(modality.embed_codes(items))
         if self.token_id_embeddings is not None:
-            parts.append(self.token_id_embeddings(items) * self.has_id[items, None])
+            parts.append(self._learnt(self.token_id_embeddings, items))
         return nn.functional.gelu(self.token_mlp(torch.cat(parts, dim=-1)))
 
 

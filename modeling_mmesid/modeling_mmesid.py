@@ -58,7 +58,6 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
             init.normal_(module.hidden.weight, std=1.0)
             init.zeros_(module.output.weight)
         elif isinstance(module, MMESIDItems):
-            init.ones_(module.has_id)
             init.zeros_(module.removed)
 
     def kept_until_changed(self, compute: Callable, modules: Sequence[nn.Module], *settings):
@@ -261,8 +260,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         quantizer: MMRQVAEModel | None = None,
     ) -> list[int]:
         """
-        Adds items after training: codes from the quantizer, and a score from the modalities that they have. They have
-        no ID vector, whose weight goes to the modalities. What the model gives for the other items stays as it is.
+        Adds items after training: codes from the quantizer, and a score from the modalities that they have. In place
+        of ID vectors they have the mean of those of the rarest items, as items of the catalogue that training never
+        saw. What the model gives for the other items stays as it is.
 
         Args:
             embeddings (`dict[str, torch.Tensor]`, each of shape `(new_items, embedding_dim)`): Embeddings for each

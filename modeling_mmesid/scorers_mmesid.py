@@ -100,14 +100,16 @@ class MMESIDScorers(nn.Module):
             similarity.initialize(items.modalities[name])
 
     def tables(self, items: MMESIDItems) -> list[torch.Tensor]:
-        """What each source holds of the items, `(items + 1, width)`. An item that SASRec does not know has the mean of
-        those it knows, and so the mean of their scores."""
+        """What each source holds of the items, `(items + 1, width)`; of those that training never saw, or SASRec does
+        not know, as [`MMESIDItems.fill_unseen`] says."""
         tables = []
         for source in self.widths():
             if source == "sasrec":
                 known = self.sasrec.item_embeddings.weight
-                new = known[1:].mean(0).expand(len(items.has_id) - len(known), -1)
-                tables.append(torch.cat([known, new]))
+                rows = items.rows()
+                tables.append(
+                    items.fill_unseen(nn.functional.pad(known, (0, 0, 0, len(rows) - len(known))), rows, known)
+                )
             else:
                 name = source.removesuffix(SIMILARITY)
                 tables.append(self.similarities[name].vectors(items.modalities[name]))

@@ -6,7 +6,7 @@ from transformers import LlamaTokenizerFast, set_seed
 
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEConfig, MMRQVAEModel
 
-from .conftest import HISTORIES, NUM_ITEMS, new_model
+from .conftest import HISTORIES, NUM_ITEMS, item_tables, new_model
 
 
 NEW = [NUM_ITEMS + 1, NUM_ITEMS + 2, NUM_ITEMS + 3]
@@ -63,17 +63,14 @@ def test_new_items_score_by_what_they_have_and_change_nothing_else(kwargs, quant
 
     best = model.recommend(HISTORIES, top_k=2, allowed_items=[NEW[0], NEW[1]], return_contributions=True)
     assert best.items.sort().values.tolist() == [NEW[:2]] * 3
-    if "id" in best.contributions:
-        assert (best.contributions["id"] == 0).all()
     assert (best.contributions["text"][best.items == NEW[1]] == 0).all()
 
-    # By hand: frequency 0, the softmax over what the item has, times the number of sources.
+    # By hand: weighed as the rarest, and with the mean ID vector of the rarest twentieth, which are items 1 and 2.
     items, index = model.model.items, 0
-    low, high = torch.log1p(torch.tensor([1.0, NUM_ITEMS]))
-    logits = items.fusion.output(torch.nn.functional.gelu(items.fusion.hidden(((0 - low) / (high - low))[None])))
-    weights = torch.softmax(logits[-2:], dim=-1) * (2 + items.has_id_source)
-    vector = 0
-    for weight, (name, modality) in zip(weights, items.modalities.items(), strict=True):
+    logits = items.fusion.output(torch.nn.functional.gelu(items.fusion.hidden(torch.zeros(1))))
+    weights = torch.softmax(logits, dim=-1) * len(logits)
+    vector = weights[0] * items.id_embeddings.weight[1:3].mean(0) if items.has_id_source else 0
+    for weight, (name, modality) in zip(weights[-2:], items.modalities.items(), strict=True):
         x = (embeddings[name][index] - modality.center) * modality.scale
         source = modality.projection(x)
         if model.config.share_item_table and model.config.num_quantizers:
@@ -96,6 +93,22 @@ def test_new_items_are_part_of_the_checkpoint_and_of_training(tmp_path, quantize
     loaded.item_table().sum().backward()
     gradient = loaded.model.items.id_embeddings.weight.grad
     assert (gradient[NEW] == 0).all() and (gradient[1:NUM_ITEMS] != 0).any()
+
+
+def test_an_item_that_nobody_chose_is_no_better_off_for_what_training_did_to_it():
+    tables = item_tables()
+    tables["frequencies"][[7, 9]] = 0
+    model = new_model()
+    model.initialize_items(**tables)
+    vectors = model.item_table()
+    # Pushed down by every step, for it is never a target.
+    model.model.items.id_embeddings.weight.data[7] -= 5
+    torch.testing.assert_close(model.item_table(), vectors)
+    # In training it is a vector like others.
+    assert not torch.equal(model.train().item_table()[7], vectors[7])
+    # Nor is there anybody to stand for it where nothing was seen.
+    model.eval().model.items.fusion.frequencies.zero_()
+    assert torch.isfinite(model.item_table()).all()
 
 
 def test_removed_items_are_read_but_never_recommended():
