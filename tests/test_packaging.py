@@ -98,7 +98,12 @@ def test_stages_stand_alone_below_the_command_line():
 
 
 def test_every_module_has_its_folder():
-    assert {path.name for path in (ROOT / "trainer").glob("*.py")} <= {"__init__.py", "cli.py", "recipes.py"}
+    assert {path.name for path in (ROOT / "trainer").glob("*.py")} <= {
+        "__init__.py",
+        "cli.py",
+        "grid.py",
+        "recipes.py",
+    }
     folders = {path.name for path in (ROOT / "trainer").iterdir() if (path / "__init__.py").exists()}
     assert folders == {*ARROWS, "stages"}
 

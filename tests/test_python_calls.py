@@ -67,7 +67,7 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
 
-    assert list(results) == ["popularity", "sasrec", "mme-sid"]
+    assert list(results) == ["popularity", "co_occurrence", "sasrec", "mme-sid"]
     assert all(0 <= result["test"]["ndcg@10"] <= 1 for result in results.values())
     loaded = mmesid.MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "saved")
     history = processor([data.item_ids[1:4]])

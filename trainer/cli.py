@@ -1,17 +1,20 @@
 """
-The command `mmesid`: one stage, or all stages of a recipe.
+The command `mmesid`: one stage, all stages of a recipe, or those for several seeds.
 
     mmesid sasrec --prepared_dir runs/mine/prepared --output_dir runs/mine/sasrec
     mmesid run quickstart --set finetune.num_train_epochs=2
+    mmesid reproduce quickstart --seeds 1 2 3
 """
 
 import argparse
 import importlib
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
+from .grid import execute, plan_grid, share_tables
 from .recipes import Stage, check_paths, find_recipe, packaged_recipes, plan, read_recipe
-from .running.errors import TRACEBACK_FLAG, one_sentence, quiet_end, run_stage
+from .running.errors import TRACEBACK_FLAG, UsageError, one_sentence, quiet_end, run_stage
 from .running.files import to_flags
 
 
@@ -24,6 +27,7 @@ STAGES = {
     "quantize": Stage("tables of embeddings -> MM-RQ-VAE checkpoint, semantic IDs", "quantizer", "quantizer_dir"),
     "finetune": Stage("all of these -> recommender checkpoint", "recommender", "model_dir"),
     "evaluate": Stage("recommender and baselines -> full-ranking metrics", "evaluation"),
+    "compare": Stage("evaluations -> means over seeds, tests, tables and plots", "comparison"),
     "recommend": Stage("recommender and histories -> recommendations"),
     "demo": Stage("recommender -> page to try it in a browser"),
     "index": Stage("recommender -> FAISS index of its items, for retrieval", "index"),
@@ -45,22 +49,25 @@ def _main(argv: list[str]) -> None:
         description="Sequential recommendation with a language model, multimodal embeddings and semantic IDs.",
         epilog="commands:\n"
         + "".join(f"  {name:<10} {stage.help}\n" for name, stage in STAGES.items())
-        + "  run        all stages of a recipe, skipping what is up to date\n\n"
+        + "  run        all stages of a recipe, skipping what is up to date\n"
+        + "  reproduce  the same for several seeds, side by side, and their comparison\n\n"
         + "`mmesid <command> --help` explains its flags. Exit status: 0 done, 1 an error, told in one\n"
         + "sentence, 2 flags that make no command.",
     )
     parser.add_argument("--version", action="version", version=f"mmesid {version('mmesid')}")
     parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show where an error comes from")
-    parser.add_argument("command", choices=[*STAGES, "run"], metavar="command", help="one of the commands below")
+    parser.add_argument(
+        "command", choices=[*STAGES, *RECIPE_COMMANDS], metavar="command", help="one of the commands below"
+    )
     traceback = [TRACEBACK_FLAG] * (TRACEBACK_FLAG in argv)
     argv = [argument for argument in argv if argument != TRACEBACK_FLAG]
     if not argv:
         parser.print_help()
         return
     command = parser.parse_args(argv[:1]).command
-    if command == "run":
+    if command in RECIPE_COMMANDS:
         with one_sentence(command, traceback):
-            _run(argv[1:], traceback)
+            RECIPE_COMMANDS[command](argv[1:], traceback)
     else:
         _run_stage(command, argv[1:] + traceback)
 
@@ -69,21 +76,25 @@ def _run_stage(stage: str, argv: list[str]) -> None:
     run_stage(stage, lambda flags: importlib.import_module(f".stages.{stage}", __package__).main(flags), argv)
 
 
-def _run(argv: list[str], traceback: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="mmesid run", description="Run the stages of a recipe in its order.")
+def _recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"mmesid {command}", description=description)
     parser.add_argument(
         "recipe",
         help=f"a recipe that comes with mmesid ({', '.join(packaged_recipes())}), or a YAML file: `output_dir`, and "
         "one section per stage; paths in it are relative to the directory you are in",
     )
-    several: dict = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument("--only", metavar="STAGE", help="run only these sections of the recipe", **several)
     parser.add_argument(
         "--set",
         metavar="STAGE.KEY=VALUE",
         help="override a setting of the recipe, in every run of the stage; `output_dir=VALUE` moves the whole recipe",
-        **several,
+        **SEVERAL,
     )
+    return parser
+
+
+def _run(argv: list[str], traceback: list[str]) -> None:
+    parser = _recipe_parser("run", "Run the stages of a recipe in its order.")
+    parser.add_argument("--only", metavar="STAGE", help="run only these sections of the recipe", **SEVERAL)
     arguments = parser.parse_args(argv)
     path = find_recipe(arguments.recipe)
     recipe = read_recipe(path, STAGES, arguments.set)
@@ -97,6 +108,41 @@ def _run(argv: list[str], traceback: list[str]) -> None:
         if is_main_process:
             print(f"[{number}/{len(runs)}] {stage}", flush=True)
         _run_stage(stage, to_flags(settings) + traceback)
+
+
+def _reproduce(argv: list[str], traceback: list[str]) -> None:
+    parser = _recipe_parser(
+        "reproduce",
+        "Run a recipe for several seeds, each run in a process of its own, and compare its models. What is up to date "
+        "is skipped and an interrupted training resumed.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of everything that is trained")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1 or min(arguments.seeds) < 0:
+        raise UsageError("--jobs must be 1 or more, and no seed negative.")
+    path = find_recipe(arguments.recipe)
+    recipe = read_recipe(path, STAGES, arguments.set)
+    grid = plan_grid(path, recipe, STAGES, arguments.seeds)
+    check_paths(path, recipe)
+    for what in grid.left_out:
+        print(f"left out: {what}", flush=True)
+    share_tables(grid.links)
+    logs = Path(grid.comparison.writes).parent / "logs"
+    failed = execute(grid.runs, arguments.jobs, logs, _run_stage)
+    finished = [directory for directory in grid.comparison.settings["evaluation_dirs"] if directory not in failed]
+    if finished:
+        _run_stage("compare", to_flags(grid.comparison.settings | {"evaluation_dirs": finished}) + traceback)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(grid.runs)} runs did not finish; the logs in '{logs}' say why. Start the command "
+            "again when that is put right: it goes on from here."
+        )
+
+
+# Several words, also when the flag is repeated.
+SEVERAL: dict = {"nargs": "+", "action": "extend", "default": []}
+RECIPE_COMMANDS = {"run": _run, "reproduce": _reproduce}
 
 
 if __name__ == "__main__":

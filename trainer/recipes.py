@@ -14,6 +14,8 @@ from .running.files import check_names, read_yaml
 # The encoders whose model a recipe's own stage writes, and those that are the usual ones of a modality.
 TRAINED_ENCODERS = {"sasrec": "sasrec", "dual_encoder": "encoder"}
 USUAL_ENCODERS = {"collaborative": "sasrec", "visual": "dual_encoder"}
+# The stages whose models rank the catalogue.
+RANKING_STAGES = ("sasrec", "finetune")
 
 
 class Stage(NamedTuple):
@@ -115,6 +117,28 @@ def check_paths(path: Path, recipe: dict) -> None:
                     )
 
 
+def name_of(stage: str, settings: Mapping, stages: Mapping[str, Stage]) -> str:
+    """What a run of a stage is called: the last part of the directory that it writes to."""
+    return Path(settings.get("output_dir") or stages[stage].writes or stage).name
+
+
+def parts_of(text: str) -> tuple[str, list[str]]:
+    """Name and parts of a sum, name=part+part."""
+    name, _, parts = text.partition("=")
+    return name, parts.split("+")
+
+
+def is_of_two_seeds(text: str) -> bool:
+    """Whether a sum, name=part+part, has a part twice, which stands for the run of the next seed."""
+    parts = parts_of(text)[1]
+    return len(set(parts)) < len(parts)
+
+
+def _resolved(text: str, directories: Mapping[str, str]) -> str:
+    name, parts = parts_of(text)
+    return f"{name}={'+'.join(directories.get(part, part) for part in parts)}"
+
+
 def plan(
     path: Path, recipe: dict, stages: Mapping[str, Stage], only: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict]]:
@@ -123,8 +147,9 @@ def plan(
     where the recipe leaves them out.
 
     A stage writes to its directory below the recipe's `output_dir` (a relative `output_dir` of its own is below it
-    too) and reads from those of the other stages; `evaluate` compares all models of the recipe, and `embed` reads the
-    encoders that the recipe trains. A setting that is null is not passed on.
+    too) and reads from those of the other stages; a setting that names the `output_dir` of another run of the recipe
+    means that directory. `evaluate` compares all models of the recipe, and `embed` reads the encoders that the recipe
+    trains. A setting that is null is not passed on.
 
     Raises:
         ValueError: If a wanted stage has no section, or a section sets what its stage does not have.
@@ -134,6 +159,19 @@ def plan(
     def output_dir(stage: str, settings: dict) -> str:
         return str(root / (settings.get("output_dir") or stages[stage].writes or stage))
 
+    written = {
+        settings["output_dir"]: output_dir(stage, settings)
+        for stage, runs in recipe.items()
+        if stage != "output_dir"
+        for settings in runs
+        if settings.get("output_dir")
+    }
+    ranking = {
+        name_of(stage, settings, stages): output_dir(stage, settings)
+        for stage in RANKING_STAGES
+        for settings in recipe.get(stage, ())
+    }
+    directories = {one.read_as for one in stages.values() if one.read_as is not None} | {"model_name_or_path"}
     for stage in only:
         check_section(recipe, path, stage, "--only")
     for stage, runs in recipe.items():
@@ -152,14 +190,19 @@ def plan(
                 # Users are asked for already, and those of the dataset would be others.
                 del filled["prepared_dir"]
             if stage == "evaluate":
-                ranking = [(one, model) for one in ("sasrec", "finetune") for model in recipe.get(one, ())]
-                filled["model_dirs"] = [output_dir(*model) for model in ranking]
+                filled["model_dirs"] = list(ranking.values())
+            if stage == "compare" and "evaluate" in recipe:
+                filled["evaluation_dirs"] = [output_dir("evaluate", one) for one in recipe["evaluate"]]
             if stage == "embed" and settings.get("from_file") is None:
                 encoder = settings.get("encoder") or USUAL_ENCODERS.get(settings.get("modality"))
                 trained = TRAINED_ENCODERS.get(str(encoder), "")
                 if trained in recipe:
                     filled["model_name_or_path"] = output_dir(trained, recipe[trained][0])
             filled |= settings
+            for name in directories.intersection(settings):
+                filled[name] = written.get(settings[name], settings[name])
+            if stage == "evaluate" and "sums" in settings:
+                filled["sums"] = [_resolved(one, ranking) for one in settings["sums"] if not is_of_two_seeds(one)]
             if stages[stage].writes is not None:
                 filled["output_dir"] = output_dir(stage, settings)
             yield stage, {key: value for key, value in filled.items() if value is not None}

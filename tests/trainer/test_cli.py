@@ -90,9 +90,9 @@ def test_help_names_every_command_and_none_of_it_waits_for_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     *lines, imported = process.stdout.splitlines()
     assert imported == "[]", process.stderr
-    assert lines.count("  --prepared_dir STR  (required)") == 6
+    assert lines.count("  --prepared_dir STR  (required)") == 7
     assert "  --model_dir STR  (required)" in lines
-    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*STAGES, "run", "--objective"}
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*STAGES, "run", "reproduce", "--objective"}
 
 
 def test_a_stage_gets_its_flags_untouched(calls):
@@ -200,8 +200,8 @@ def test_directories_are_filled_in(recipe):
     quantizer_dir: runs/toy/quantizer, output_dir: runs/toy/recommender, seed: 1}]
 - [finetune, {prepared_dir: runs/toy/prepared, sasrec_dir: runs/toy/sasrec, embeddings_dir: runs/toy/embeddings,
     quantizer_dir: runs/toy/quantizer, output_dir: runs/toy/id_only, modalities: []}]
-- [evaluate, {prepared_dir: runs/toy/prepared, output_dir: runs/toy/evaluation,
-    model_dirs: [runs/toy/sasrec, runs/toy/recommender, runs/toy/id_only]}]
+- [evaluate, {prepared_dir: runs/toy/prepared, embeddings_dir: runs/toy/embeddings,
+    output_dir: runs/toy/evaluation, model_dirs: [runs/toy/sasrec, runs/toy/recommender, runs/toy/id_only]}]
 """
     assert [list(run) for run in planned(recipe)] == yaml.safe_load(expected)
 

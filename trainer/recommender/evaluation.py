@@ -1,96 +1,128 @@
-"""Full-ranking evaluation: every held-out target among the whole catalogue, for several models side by side."""
+"""Full-ranking evaluation: every held-out target among the whole catalogue, for models, sums of models and baselines
+side by side."""
 
-import tempfile
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
-from modeling_mmesid import SASRecForSequentialRecommendation
-from modeling_mmesid.recommendation import mask_histories, pad_histories, target_ranks
+from modeling_mmesid.recommendation import evaluating, mask_histories, pad_histories, score_items, target_ranks
 
 from ..data.prepared import PreparedDataset
+from ..data.tables import EmbeddingTable
 from ..data.windows import EvaluationHistories
 from ..metrics.ranking import analysis
-from .mmesid_trainer import MMESIDTrainer
-from .sasrec_trainer import SASRecTrainer
+from .baselines import Scorer, co_occurrence, popularity, text_neighbours, transitions
 
 
 SPLITS = ("validation", "test")
 COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
-POPULARITY = "popularity"
+# In the order of the tables; the last two take embeddings of texts.
+TEXT_BASELINES = ("text_neighbours", "transitions")
+BASELINES = ("popularity", "co_occurrence", *TEXT_BASELINES)
 
 
 def evaluate(
     data: PreparedDataset,
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel | Sequence[PreTrainedModel]],
     *,
+    text: EmbeddingTable | None = None,
     batch_size: int = 256,
     bootstrap_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:
     """
-    Ranks the whole catalogue for each held-out user, by popularity and by each model.
+    Ranks the whole catalogue for each held-out user, by baselines that are not trained and by each model.
 
     Args:
         data ([`PreparedDataset`]): The data that the models were trained on.
-        models (`Mapping[str, PreTrainedModel]`): SASRec and recommenders by the name that they have in the results.
+        models (`Mapping[str, PreTrainedModel | Sequence[PreTrainedModel]]`): SASRec and recommenders by the name that
+            they have in the results; the scores of several models under one name are added.
+        text ([`EmbeddingTable`], *optional*): Embeddings of the items' texts, for the baselines that read them.
         batch_size (`int`, *optional*, defaults to 256): Users ranked at a time.
         bootstrap_resamples (`int`, *optional*, defaults to 1000): Draws of all users that the 95% intervals come from.
         seed (`int`, *optional*, defaults to 0): Seed of these draws.
 
     Returns:
-        `dict[str, dict]`: For each model what [`summarize`] returns; `"popularity"` first.
+        `dict[str, dict]`: For each baseline, `"popularity"` first, and each model what [`summarize`] returns.
 
     Raises:
-        ValueError: If a model was trained on another catalogue, or is called "popularity".
+        ValueError: If a model was trained on another catalogue, or is called as a baseline is.
     """
-    if POPULARITY in models:
-        raise ValueError(f"A model is called '{POPULARITY}', as the baseline is; give it another name.")
-    with tempfile.TemporaryDirectory() as unused:
-        args = TrainingArguments(unused, per_device_eval_batch_size=batch_size, report_to="none")
-        ranks = {POPULARITY: {split: popularity_ranks(data, split) for split in SPLITS}}
-        for name, model in models.items():
-            ranks[name] = {split: model_ranks(model, data, split, args) for split in SPLITS}
+    for name in models:
+        require_own_name(name)
+    ranks = {name: baseline_ranks(name, data, text) for name in BASELINES if text or name not in TEXT_BASELINES}
+    for name, model in models.items():
+        parts = [model] if isinstance(model, PreTrainedModel) else list(model)
+        ranks[name] = {split: model_ranks(parts, data, split, batch_size) for split in SPLITS}
     return {name: summarize(by_split, data, seed, bootstrap_resamples) for name, by_split in ranks.items()}
 
 
-def model_ranks(model: PreTrainedModel, data: PreparedDataset, split: str, args: TrainingArguments) -> np.ndarray:
-    """Rank of each user's target in a split, `(users,)` in the order of the prepared users; `args` set batch size and
-    device."""
-    if model.config.num_items != data.num_items:
-        raise ValueError(
-            f"The model '{model.name_or_path}' knows {model.config.num_items} items, but the data have "
-            f"{data.num_items}; evaluate it on the data it was trained on."
-        )
+def require_own_name(name: str) -> None:
+    """Raises `ValueError` if a model is called as a baseline is."""
+    if name in BASELINES:
+        raise ValueError(f"A model is called '{name}', as the baseline is; give it another name.")
+
+
+def baseline_ranks(name: str, data: PreparedDataset, text: EmbeddingTable | None = None) -> dict[str, np.ndarray]:
+    """Rank of each user's target by split, `(users,)`, by a baseline, one of `BASELINES`; `text` has the embeddings of
+    the texts for those that read them."""
+    if name == "popularity":
+        scorer = popularity(data.frequencies)
+    elif name == "co_occurrence":
+        scorer = co_occurrence(data.sequences("train"), data.num_items)
+    elif name == "text_neighbours":
+        scorer = text_neighbours(text)
+    else:
+        scorer = transitions(data.sequences("train"), text)
+    return {split: target_ranks_of(scorer, data, split) for split in SPLITS}
+
+
+def model_ranks(
+    models: Sequence[PreTrainedModel], data: PreparedDataset, split: str, batch_size: int = 256
+) -> np.ndarray:
+    """Rank of each user's target in a split, `(users,)`, by the sum of the scores of one model or more, which stand on
+    one device."""
+    for model in models:
+        if model.config.num_items != data.num_items:
+            raise ValueError(
+                f"The model '{model.name_or_path}' knows {model.config.num_items} items, but the data have "
+                f"{data.num_items}; evaluate it on the data it was trained on."
+            )
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        tables = [model.item_table() for model in models]
+
+        def score(histories: Sequence[np.ndarray]) -> torch.Tensor:
+            return sum(score_items(model.encode_histories(histories), table) for model, table in zip(models, tables))
+
+        return target_ranks_of(score, data, split, batch_size)
+
+
+def target_ranks_of(scorer: Scorer, data: PreparedDataset, split: str, batch_size: int = 256) -> np.ndarray:
+    """Rank of each user's target in a split, `(users,)` in the order of the prepared users, among all items but those
+    of the history. Processes share the users, and each returns all ranks."""
     data.require_targets()
-    trainer_class = SASRecTrainer if isinstance(model, SASRecForSequentialRecommendation) else MMESIDTrainer
     histories = EvaluationHistories(data.sequences(split))
-    predicted = trainer_class(model, args).predict(histories)
-    # Each user once and in order, however many processes shared the work.
-    if not np.array_equal(predicted.label_ids, histories.sequences.targets[histories.order]):
-        raise AssertionError(f"The ranks on {split} do not belong to the users one by one.")
-    ranks = np.empty_like(predicted.predictions)
-    ranks[histories.order] = predicted.predictions
-    return ranks
-
-
-def popularity_ranks(data: PreparedDataset, split: str, batch_size: int = 1024) -> np.ndarray:
-    """Rank of each user's target, `(users,)`, by the number of training interactions, under the same masking and tie
-    rule as the models."""
-    data.require_targets()
-    sequences = data.sequences(split)
-    popularity = data.frequencies.float()
-    popularity[0] = -torch.inf
-    ranks = []
-    for start in tqdm(range(0, len(sequences), batch_size), desc=f"Popularity on {split}", leave=False, delay=2):
-        users = [sequences[index] for index in range(start, min(start + batch_size, len(sequences)))]
-        scores = popularity.repeat(len(users), 1)
-        mask_histories(scores, pad_histories([user["history"] for user in users]))
-        ranks.append(target_ranks(scores, torch.tensor([user["target"] for user in users])).numpy())
-    return np.concatenate(ranks)
+    state = PartialState()
+    ranks = torch.zeros(len(histories), dtype=torch.long)
+    starts = range(state.process_index * batch_size, len(histories), state.num_processes * batch_size)
+    hidden = not state.is_local_main_process
+    for start in tqdm(starts, desc=f"Ranking on {split}", unit="batch", leave=False, delay=2, disable=hidden):
+        users = histories.order[start : start + batch_size]
+        examples = [histories.sequences[int(user)] for user in users]
+        scores = scorer([example["history"] for example in examples])
+        scores[:, 0] = -torch.inf
+        mask_histories(scores, pad_histories([example["history"] for example in examples], scores.device))
+        targets = torch.tensor([example["target"] for example in examples], device=scores.device)
+        ranks[torch.from_numpy(users)] = target_ranks(scores, targets).cpu()
+    return reduce(ranks.to(state.device), "sum").cpu().numpy()
 
 
 def summarize(ranks: Mapping[str, np.ndarray], data: PreparedDataset, seed: int, resamples: int) -> dict[str, dict]:

@@ -1,27 +1,38 @@
 """
-Ranks the whole catalogue for every held-out user and writes one table: popularity, SASRec, the recommenders.
+Ranks the whole catalogue for every held-out user and writes one table: baselines, SASRec, the recommenders.
 
     mmesid evaluate --prepared_dir runs/quickstart/prepared --output_dir runs/quickstart/evaluation \
-        --model_dirs runs/quickstart/sasrec runs/quickstart/recommender
+        --embeddings_dir runs/quickstart/embeddings \
+        --model_dirs runs/quickstart/sasrec runs/quickstart/recommender \
+        --sums both=runs/quickstart/sasrec+runs/quickstart/recommender
 """
 
 import json
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
-from transformers import AutoModel, TrainingArguments
+from transformers import AutoModel, PreTrainedModel
 
 from modeling_mmesid import MMESIDConfig, SASRecConfig
 from modeling_mmesid.checkpoints import read_config
 
 from ..data.prepared import PreparedDataset
+from ..data.tables import load_table, table_path
 from ..publishing.repository import add_metrics
-from ..recommender.evaluation import POPULARITY, SPLITS, model_ranks, popularity_ranks, results_page, summarize
+from ..recommender.evaluation import (
+    BASELINES,
+    SPLITS,
+    TEXT_BASELINES,
+    baseline_ranks,
+    model_ranks,
+    require_own_name,
+    results_page,
+    summarize,
+)
 from ..running.arguments import DeviceArguments, ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
@@ -29,17 +40,25 @@ from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
 
 RANKING_STAGES = ("sasrec", "finetune")
 RANKING_MODELS = (SASRecConfig.model_type, MMESIDConfig.model_type)
+TEXT = "text"
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ReaderArguments, DeviceArguments):
     """
-    Rank the whole catalogue for every held-out user, with popularity, SASRec and the recommenders side by side.
+    Rank the whole catalogue for every held-out user, with baselines, SASRec and the recommenders side by side.
 
     Args:
         > Data
 
-        model_dirs (`list[str]`): Directories written by `mmesid sasrec` and `mmesid finetune`.
+        model_dirs (`list[str]`, *optional*): Directories written by `mmesid sasrec` and `mmesid finetune`.
+        sums (`list[str]`, *optional*): Models whose scores are added, each name=directory+directory; in a recipe the
+            names of its runs stand for their directories, and one that is repeated for that of the next seed, which
+            `mmesid reproduce` has.
+        baselines (`list[str]`, *optional*): Which of popularity, co_occurrence (the users of an item and of the
+            history's), text_neighbours and transitions (successors in training, ordered by their texts) to rank by; by
+            default all, the last two if --embeddings_dir has the table text, which they read.
+        embeddings_dir (`str`, *optional*): Directory of the tables written by `mmesid embed`.
 
         > Computation
 
@@ -49,37 +68,62 @@ class EvaluateArguments(ReaderArguments, DeviceArguments):
         seed (`int`, *optional*, defaults to `0`): Seed of these draws.
     """
 
-    model_dirs: list[str]
+    model_dirs: list[str] = field(default_factory=list)
+    sums: list[str] = field(default_factory=list)
+    baselines: list[str] | None = None
+    embeddings_dir: str | None = None
     per_device_eval_batch_size: int = 256
     bootstrap_resamples: int = 1000
     seed: int = 0
 
     def __post_init__(self):
+        if self.baselines is None:
+            has_text = self.embeddings_dir is not None and table_path(self.embeddings_dir, TEXT).is_file()
+            self.baselines = [name for name in BASELINES if has_text or name not in TEXT_BASELINES]
         super().__post_init__()
         check_ranges(self, positive=("per_device_eval_batch_size", "bootstrap_resamples"), not_negative=("seed",))
-        names = [POPULARITY, *(Path(path).name for path in self.model_dirs)]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise ValueError(
-                f"Two models are called '{repeated}'; evaluate them apart, or rename one of --model_dirs."
-            )
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ValueError(f"--baselines names '{name}'; choose of {', '.join(BASELINES)}.")
+        if self.reads_text and self.embeddings_dir is None:
+            raise ValueError(f"--baselines {' '.join(TEXT_BASELINES)} read texts; give --embeddings_dir too.")
+        self.models = {Path(path).name: [path] for path in self.model_dirs} | dict(map(parse_sum, self.sums))
+        names = [*(Path(path).name for path in self.model_dirs), *(parse_sum(one)[0] for one in self.sums)]
+        for name in names:
+            require_own_name(name)
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"Two models are called '{name}'; evaluate them apart, or rename one of --model_dirs or --sums."
+                )
+        if not names and not self.baselines:
+            raise ValueError("Nothing is to be ranked; give --model_dirs, --sums or --baselines.")
+
+    @property
+    def reads_text(self) -> bool:
+        return not set(TEXT_BASELINES).isdisjoint(self.baselines)
+
+
+def parse_sum(text: str) -> tuple[str, list[str]]:
+    """Name and directories of a sum, name=directory+directory; raises `ValueError` for another form."""
+    name, separator, directories = text.partition("=")
+    parts = directories.split("+")
+    if not separator or not name or len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"--sums {text} does not have the form name=directory+directory, of different models.")
+    return name, parts
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(EvaluateArguments, argv)
-    inputs = {"prepared_dir": arguments.prepared_dir} | {f"model_dirs[{path}]": path for path in arguments.model_dirs}
-    with tempfile.TemporaryDirectory() as unused:
-        # Before anything asks which process this is: these find the device, and the other processes with it.
-        training_arguments = TrainingArguments(
-            unused,
-            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
-            use_cpu=arguments.use_cpu,
-            report_to="none",
-        )
-        check_model_dirs([Path(path) for path in arguments.model_dirs])
-        run = StageRun("evaluate", arguments, inputs=inputs)
-        if not run.is_up_to_date():
-            evaluate_models(arguments, training_arguments, run)
+    # Before anything asks which process this is.
+    PartialState(cpu=arguments.use_cpu)
+    directories = list(dict.fromkeys(path for paths in arguments.models.values() for path in paths))
+    check_model_dirs([Path(path) for path in directories])
+    inputs = {"prepared_dir": arguments.prepared_dir} | {f"model_dirs[{path}]": path for path in directories}
+    if arguments.reads_text:
+        inputs["embeddings_dir"] = str(table_path(arguments.embeddings_dir, TEXT))
+    run = StageRun("evaluate", arguments, inputs=inputs)
+    if not run.is_up_to_date():
+        evaluate_models(arguments, run)
     if PartialState().is_main_process:
         complete_cards(arguments)
         print("\n" + (Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"), flush=True)
@@ -98,23 +142,20 @@ def check_model_dirs(directories: list[Path]) -> None:
             )
 
 
-def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingArguments, run: StageRun) -> None:
-    """Writes `results.json` (what [`summarize`] returns and whether the data are synthetic, by model) and
-    `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
-    directories = [Path(path) for path in arguments.model_dirs]
+def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
+    """Writes `results.json` (what [`summarize`] returns, whether the data are synthetic and what training took, by
+    model) and `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
-        ranks = {POPULARITY: {split: popularity_ranks(data, split) for split in SPLITS}}
-        for directory in directories:
-            # The settings that its file has, before anything of it is believed.
-            kind = read_config(directory).get("model_type")
-            if kind not in RANKING_MODELS:
-                raise ValueError(
-                    f"'{directory}' holds a model of the type '{kind}', and those that rank are "
-                    f"{' and '.join(RANKING_MODELS)}; correct --model_dirs."
-                )
-            model = AutoModel.from_pretrained(directory, trust_remote_code=False)
-            ranks[directory.name] = {split: model_ranks(model, data, split, training_arguments) for split in SPLITS}
+        text = None
+        if arguments.reads_text:
+            text = load_table(table_path(arguments.embeddings_dir, TEXT), TEXT, data.num_items)
+        ranks = {name: baseline_ranks(name, data, text) for name in arguments.baselines}
+        for name, paths in arguments.models.items():
+            models = [load_model(Path(path)) for path in paths]
+            ranks[name] = {
+                split: model_ranks(models, data, split, arguments.per_device_eval_batch_size) for split in SPLITS
+            }
         if not PartialState().is_main_process:
             return
         results = {
@@ -130,9 +171,42 @@ def evaluate_models(arguments: EvaluateArguments, training_arguments: TrainingAr
             columns |= {name: by_split[split].astype(np.int32) for name, by_split in ranks.items()}
             pq.write_table(pa.table(columns), staging / "ranks" / f"{split}.parquet")
         # With every model, because users may take the figures of one alone.
-        marked = {name: {"synthetic": data.statistics["synthetic"]} | result for name, result in results.items()}
+        marked = {
+            name: {
+                "synthetic": data.statistics["synthetic"],
+                "trainings": [training_of(Path(path)) for path in arguments.models.get(name, [])],
+            }
+            | result
+            for name, result in results.items()
+        }
         (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
+
+
+def load_model(directory: Path) -> PreTrainedModel:
+    """A model that ranks, on this process's device; raises `ValueError` if the directory holds another one."""
+    # The settings that its file has, before anything of it is believed.
+    kind = read_config(directory).get("model_type")
+    if kind not in RANKING_MODELS:
+        raise ValueError(
+            f"'{directory}' holds a model of the type '{kind}', and those that rank are "
+            f"{' and '.join(RANKING_MODELS)}; correct --model_dirs."
+        )
+    return AutoModel.from_pretrained(directory, trust_remote_code=False).to(PartialState().device)
+
+
+def training_of(directory: Path) -> dict:
+    """What the record of a model says of its training, so that nobody needs the model to compare it."""
+    record = StageRecord.load(directory)
+    return {
+        "stage": record.stage,
+        "seed": record.arguments.get("seed", 42),
+        "modalities": record.details.get("modalities", []),
+        "parameters": record.details.get("parameters"),
+        "seconds": record.seconds,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "hardware": record.hardware,
+    }
 
 
 def complete_cards(arguments: EvaluateArguments) -> None:

@@ -52,7 +52,7 @@ def test_a_stage_that_did_not_finish_is_named_before_anything_is_ranked(
 ):
     before = contents(checkpoint)
     shutil.copytree(tiny_run / "sasrec", tmp_path / "stopped", ignore=shutil.ignore_patterns(RECORD_NAME))
-    monkeypatch.setattr(evaluate, "popularity_ranks", refuse)
+    monkeypatch.setattr(evaluate, "baseline_ranks", refuse)
     monkeypatch.setattr(evaluate, "model_ranks", refuse)
     with pytest.raises(FileNotFoundError, match=r"stopped/record\.json' does not exist; run the stage"):
         evaluated("sasrec", "stopped")
@@ -102,7 +102,7 @@ def test_the_results_say_whether_the_data_are_synthetic(tiny_run, tmp_path, chec
     evaluated("sasrec", prepared=tmp_path / "prepared")
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert {name: result["synthetic"] for name, result in results.items()} == dict.fromkeys(
-        ("popularity", "sasrec"), synthetic
+        ("popularity", "co_occurrence", "sasrec"), synthetic
     )
     # The card has it from the data; there it is no figure.
     assert "synthetic" not in StageRecord.load(checkpoint).metrics

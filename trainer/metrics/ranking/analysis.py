@@ -10,6 +10,8 @@ from .ranking import metrics, user_values
 HEAD_SHARE = 0.2
 # First and last length of every group of histories.
 HISTORY_LENGTHS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, None))
+# First and last number of training interactions of every group of items.
+OCCURRENCES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 
 # Counts of resampled ranks held at a time: 64 MiB.
 COUNTS_PER_BLOCK = 2**23
@@ -51,13 +53,22 @@ def metrics_by_frequency(ranks: np.ndarray, targets: np.ndarray, frequencies: np
     return _grouped(ranks, {name: groups == name for name in ("cold", "tail", "head")})
 
 
+def metrics_by_occurrences(ranks: np.ndarray, occurrences: np.ndarray) -> dict[str, dict]:
+    """The same by the training interactions of each target, `occurrences` `(users,)`."""
+    return _grouped(ranks, _ranges(OCCURRENCES, occurrences))
+
+
 def metrics_by_history_length(ranks: np.ndarray, lengths: np.ndarray) -> dict[str, dict]:
     """The same by the number of items in each history, `lengths` `(users,)`."""
-    inside = {
-        f"{first}+" if last is None else f"{first}-{last}": (lengths >= first) & (lengths <= (last or np.inf))
-        for first, last in HISTORY_LENGTHS
+    return _grouped(ranks, _ranges(HISTORY_LENGTHS, lengths))
+
+
+def _ranges(ranges: tuple, values: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        str(first) if first == last else f"{first}+" if last is None else f"{first}-{last}": (values >= first)
+        & (values <= (np.inf if last is None else last))
+        for first, last in ranges
     }
-    return _grouped(ranks, inside)
 
 
 def _grouped(ranks: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, dict]:
