@@ -1,18 +1,30 @@
 """Embedding tables: one safetensors file per modality, one row per item, and a mask of the items that have it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from ..running.records import StageRecord
+from .columns import read_ids
+from .files import listed, one_line, require_regular, shown
+from .table_files import parquet_batches, readable
 
+
+logger = logging.get_logger(__name__)
 
 PRESENT_KEY = "present"
+ITEM_ID = "item_id"
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npz")
 ROWS_PER_BLOCK = 2**14
 
 
@@ -58,13 +70,42 @@ def load_table(path: str | os.PathLike, modality: str, num_items: int) -> Embedd
     return check_table(EmbeddingTable(tensors[modality], tensors[PRESENT_KEY]), modality, num_items, f"'{path}'")
 
 
-def import_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:
+def import_table(
+    path: str | os.PathLike, modality: str, num_items: int, item_ids: Sequence[str] | None = None
+) -> EmbeddingTable:
     """
-    A table that came from elsewhere: `(num_items + 1, width)` in any floating-point type, under the modality's name or
-    under the file's only key besides `present`. Where the file has no `present` mask, an all-zero row counts as an
-    item without the modality. The padding row 0 is set to zero.
+    A table that came from elsewhere, in any floating-point type.
+
+    Args:
+        path (`str` or `os.PathLike`): A Parquet file with the raw ids of items in `item_id` and their vectors in a
+            column of lists, in any order; or, without ids and in the order of the rows, a safetensors file of shape
+            `(num_items + 1, width)`, whose row 0 is padding and set to zero, or an .npy file of that shape or of
+            `(num_items, width)`.
+        modality (`str`): Key of the safetensors table, or column of the vectors; any where there is one alone.
+        num_items (`int`): Items of the catalogue.
+        item_ids (`Sequence[str]`, *optional*): Their `num_items + 1` raw ids, of which the first is that of no item;
+            a Parquet table is joined by these.
+
+    Returns:
+        [`EmbeddingTable`]: Without a mask `present` in the file, items of all-zero rows, and items that are not in
+        the file, lack the modality.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or of another kind, its rows are not those of the catalogue, or its ids repeat or
+            name no item.
     """
-    tensors = _read(Path(path))
+    path = Path(path)
+    require_regular(path)
+    suffix = path.suffix.lower()
+    if suffix in _PICKLES:
+        raise ValueError(
+            f"'{path}' may hold a pickle, which can run code and is not read; convert it with safetensors.torch."
+            f"save_file({{'{modality}': torch.load('{path.name}', weights_only=True)}}, '{path.stem}.safetensors')."
+        )
+    if suffix == ".parquet":
+        return _joined(path, modality, item_ids or [str(row) for row in range(num_items + 1)])
+    tensors = {modality: _read_numpy(path, num_items)} if suffix == ".npy" else _read(path)
     present = tensors.pop(PRESENT_KEY, None)
     if modality not in tensors and len(tensors) != 1:
         raise ValueError(
@@ -78,6 +119,95 @@ def import_table(path: str | os.PathLike, modality: str, num_items: int) -> Embe
     present[0] = False
     embeddings[~present] = 0
     return EmbeddingTable(embeddings, present)
+
+
+def _read_numpy(path: Path, num_items: int) -> torch.Tensor:
+    """The array of a file, with the row of the padding."""
+    try:
+        # Mapped: what the header states is checked against the size of the file before memory is taken.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Whatever the header makes NumPy stumble over.
+    except Exception as error:
+        raise ValueError(f"'{path}' is no array of numbers ({one_line(error)}); write it again.") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or array.itemsize > 8:
+        raise ValueError(
+            f"'{path}' is not an array of floating-point numbers, of shape (items, width); write it again."
+        )
+    embeddings = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
+    if len(embeddings) != num_items:
+        return embeddings
+    return torch.cat([embeddings.new_zeros(1, embeddings.shape[1]), embeddings])
+
+
+def _joined(path: Path, modality: str, item_ids: Sequence[str]) -> EmbeddingTable:
+    """The vectors of a Parquet file in the order of the items, which are found by their ids."""
+    rows = {item_id: row for row, item_id in enumerate(item_ids) if row}
+    present = torch.zeros(len(item_ids), dtype=torch.bool)
+    embeddings, unknown, example = None, 0, ""
+    column = _vector_column(path, modality)
+    for batch in parquet_batches(path, ROWS_PER_BLOCK, [ITEM_ID, column]):
+        ids, bad = read_ids(batch[ITEM_ID], ITEM_ID, f"'{path}',")
+        if bad:
+            raise ValueError(
+                f"'{path}' has {ITEM_ID}={shown(batch[ITEM_ID][next(iter(bad))].as_py())}; {bad.popitem()[1]}."
+            )
+        places = torch.tensor([rows.get(item_id, 0) for item_id in ids.to_pylist()])
+        known = (places > 0) & torch.from_numpy(batch[column].is_valid().to_numpy(zero_copy_only=False))
+        unknown += int((places == 0).sum())
+        example = example or next((item_id for item_id in ids.to_pylist() if item_id not in rows), "")
+        counts = torch.bincount(places[known], minlength=len(item_ids)) + present
+        if (counts > 1).any():
+            raise ValueError(
+                f"'{path}' repeats item {shown(item_ids[_first(counts > 1)])}; keep one row of each item."
+            )
+        vectors = _vectors(batch[column].filter(pa.array(known.numpy())), path, column)
+        if embeddings is None:
+            embeddings = torch.zeros(len(item_ids), vectors.shape[1])
+        if len(vectors) and vectors.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"'{path}' has vectors of {embeddings.shape[1]} and of {vectors.shape[1]} numbers in '{column}'; give "
+                "all items as many."
+            )
+        if len(vectors):
+            embeddings[places[known]] = vectors
+            present[places[known]] = True
+    if embeddings is None or not present.any():
+        there = f" and there like {shown(example)}" if example else ""
+        raise ValueError(
+            f"'{path}' has a vector for no item of the catalogue, where ids look like {shown(item_ids[-1])}{there}; "
+            "name the ids as the catalogue does."
+        )
+    if unknown:
+        logger.warning(f"{unknown} rows of '{path}' are of no item of the catalogue, for example {shown(example)}.")
+    return check_table(EmbeddingTable(embeddings, present), modality, len(item_ids) - 1, f"'{path}'")
+
+
+def _vector_column(path: Path, modality: str) -> str:
+    with readable(path):
+        schema = pq.read_schema(path)
+    lists = [one.name for one in schema if _is_list(one.type)]
+    if ITEM_ID not in schema.names or (modality not in lists and len(lists) != 1):
+        raise ValueError(
+            f"'{path}' has the columns {listed(schema.names)}, where '{ITEM_ID}' and one of lists of numbers, or "
+            f"'{modality}', are expected; rename them."
+        )
+    return modality if modality in lists else lists[0]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_floating(kind.value_type)
+
+
+def _vectors(column: pa.Array, path: Path, name: str) -> torch.Tensor:
+    """Lists `(rows,)` as `(rows, width)` in float32."""
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            f"'{path}' has vectors of {listed(map(str, sorted(lengths)))} numbers in '{name}'; give all as many."
+        )
+    numbers = pc.fill_null(column.flatten().cast(pa.float32()), float("nan")).to_numpy(zero_copy_only=False)
+    return torch.from_numpy(numbers.copy()).view(len(column), lengths[0] if lengths else 0)
 
 
 def save_table(path: str | os.PathLike, modality: str, embeddings: torch.Tensor, present: torch.Tensor) -> None:
@@ -115,8 +245,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a safetensors file ({error}); write it again.") from error
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"'{path}' is not a safetensors file ({one_line(error)}); write it again.") from error
 
 
 def _check_embeddings(embeddings: torch.Tensor, modality: str, num_items: int, where: str) -> torch.Tensor:

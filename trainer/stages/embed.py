@@ -11,7 +11,7 @@ Writes the embedding table of one modality: computed by an encoder, or imported 
         --encoder llm2clip --model_name_or_path microsoft/LLM2CLIP-Openai-L-14-336 --trust_remote_code true \
         --revision <full commit hash> --text_model_name_or_path microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned
     mmesid embed --prepared_dir runs/mine/prepared --output_dir runs/mine/embeddings --modality text \
-        --from_file table.safetensors
+        --from_file table.parquet
 
 `accelerate launch -m mmesid.trainer.stages.embed ...` encodes on several devices. A run that was
 interrupted goes on where it stood when the same command is started again.
@@ -54,8 +54,10 @@ class EmbedArguments(ReaderArguments, DeviceArguments):
         > Data
 
         modality (`str`): Name of the table: collaborative, text, visual, or another one of your choice.
-        from_file (`str`, *optional*): Import this safetensors table instead: one row per item after the padding row 0,
-            under the modality's name or the file's only key; all-zero rows count as missing.
+        from_file (`str`, *optional*): Import this table instead. Parquet: joined by its column item_id to the items,
+            with a vector per row in the modality's column or the only one of lists. .safetensors: one row per item
+            after the padding row 0, under the modality's name or the file's only key; .npy: the same, with or without
+            the padding. Items that are not there, and all-zero rows, count as missing.
         column (`str`, *optional*): What the encoder reads of an item; by default image for the modality visual, and
             text, where the encoder reads it.
 
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     with run as staging:
         if arguments.from_file is not None:
             run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
-            table = import_table(arguments.from_file, arguments.modality, data.num_items)
+            table = import_table(arguments.from_file, arguments.modality, data.num_items, data.item_ids)
         else:
             table = embed_with_encoder(arguments, data, run)
         norms = table.embeddings[table.present].norm(dim=1)

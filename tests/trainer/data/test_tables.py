@@ -3,6 +3,9 @@
 import dataclasses
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,3 +148,68 @@ def test_encoders_are_told_where_they_are_on_record(tmp_path):
         (tmp_path / f"{modality}.json").write_text(json.dumps(record | {"details": details}))
     encoders = table_encoders(tmp_path, ["collaborative", "text", "visual"])
     assert encoders == {"text": "me/bert at a1", "visual": "a table"}
+
+
+def test_a_parquet_table_is_joined_by_item_id(tmp_path):
+    ids = ["", "b", "7", "a", "c"]
+    vectors = {"a": [1.0, 0.0], "7": [0.5, 2.0], "b": [3.0, 4.0], "gone": [9.0, 9.0]}
+    columns = {"item_id": list(vectors), "embedding": list(vectors.values()), "title": ["x"] * 4}
+    for kind in (pa.list_(pa.float64()), pa.list_(pa.float32(), 2), pa.large_list(pa.float16())):
+        cast = (
+            pa.array(columns["embedding"], pa.list_(pa.float64())).cast(kind)
+            if kind.value_type != pa.float16()
+            else (pa.array([np.float16(vector).tolist() for vector in columns["embedding"]], kind))
+        )
+        pq.write_table(pa.table(columns | {"embedding": cast}), tmp_path / "table.parquet")
+        embeddings, present = import_table(tmp_path / "table.parquet", "text", 4, ids)
+        assert present.tolist() == [False, True, True, True, False]
+        assert embeddings.tolist() == [[0, 0], [3, 4], [0.5, 2], [1, 0], [0, 0]]
+    for change, message in (
+        ({"item_id": ["a", "b", "a", "7"]}, "repeats item 'a'; keep one row"),
+        (
+            {"item_id": ["w", "x", "y", "z"]},
+            "has a vector for no item of the catalogue, where ids look like 'c' and th",
+        ),
+        (
+            {"embedding": [[1.0], [1.0, 2.0], [1.0], [1.0]]},
+            "has vectors of 1, 2 numbers in 'embedding'; give all as many",
+        ),
+        ({"embedding": [[1.0], [float("nan")], [1.0], [1.0]]}, "row 2 of 'text' holds NaN or infinity"),
+        ({"embedding": [[1], [2], [3], [4]]}, "has the columns item_id, embedding, title, where 'item_id' and one of"),
+        ({"other": columns["embedding"]}, "where 'item_id' and one of lists of numbers, or 'text', are expected"),
+        ({"item_id": ["a", None, "b", "7"]}, "has item_id=None; an id is an integer or a string"),
+    ):
+        pq.write_table(pa.table(columns | change), tmp_path / "table.parquet")
+        with pytest.raises(ValueError, match=f"table.parquet'.* {message}"):
+            import_table(tmp_path / "table.parquet", "text", 4, ids)
+
+
+def test_an_array_fits_by_its_count(tmp_path):
+    items = np.arange(8, dtype=np.float16).reshape(4, 2) + 1
+    for array in (items, np.concatenate([[[7, 7]], items]).astype(">f8")):
+        np.save(tmp_path / "table.npy", array)
+        embeddings, present = import_table(tmp_path / "table.npy", "text", 4)
+        assert embeddings[1:].tolist() == items.tolist() and not embeddings[0].any()
+        assert present.tolist() == [False, True, True, True, True]
+    for array, message in (
+        (items[:3], "has 3 rows where the catalogue of 4 items needs 5"),
+        (items.astype(int), "is not an array of floating-point numbers, of shape"),
+        (np.array([{}] * 4), r"is no array of numbers \(.*Python objects in dtype"),
+    ):
+        np.save(tmp_path / "table.npy", array)
+        with pytest.raises(ValueError, match=f"table.npy'.* {message}"):
+            import_table(tmp_path / "table.npy", "text", 4)
+    np.save(tmp_path / "table.npy", items)
+    whole = (tmp_path / "table.npy").read_bytes()
+    for damaged in (whole[:40], whole[:-4], b"", whole.replace(b"'shape': (4, 2), }", b"'shape': (9**9,), ")):
+        (tmp_path / "table.npy").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"table.npy' is no array of numbers \("):
+            import_table(tmp_path / "table.npy", "text", 4)
+
+
+def test_a_pickle_is_refused_with_how_to_convert_it(tmp_path):
+    torch.save(torch.ones(5, 2), tmp_path / "table.pt")
+    with pytest.raises(
+        ValueError, match=r"pickle, .* convert it with .*save_file\(\{'text': torch.load\('table.pt', we"
+    ):
+        import_table(tmp_path / "table.pt", "text", 4)
