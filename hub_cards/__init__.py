@@ -2,7 +2,6 @@
 
 from .cards import CARD_NAME, REPOSITORY, render_card, save_card
 from .licences import model_licence
-from .names import printable
 from .subjects import require_links, subject_of
 
 
@@ -10,7 +9,6 @@ __all__ = [
     "CARD_NAME",
     "REPOSITORY",
     "model_licence",
-    "printable",
     "render_card",
     "require_links",
     "save_card",

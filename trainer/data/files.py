@@ -45,7 +45,7 @@ def shown(value) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Names as the part of a sentence, a dozen of them at most."""
-    names = [name if len(name) <= 80 else f"{name[:77]}..." for name in names]
+    names = [name if len(name) <= 80 and name.isprintable() else shown(name) for name in names]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .files import local_file, raw_id, read_lines
+from .files import listed, local_file, one_line, raw_id, read_lines, shown
 from .prepared import PreparedDataset
 from .sequences import SPLITS
 from .table_files import format_of, parquet_batches, readable
@@ -50,14 +50,15 @@ def known_histories(users: Iterable[User], item_ids: Sequence[str], on_unknown: 
     histories = Histories()
     for where, user_id, history in users:
         if isinstance(history, str) or not isinstance(history, Sequence | np.ndarray) or len(history) == 0:
-            raise ValueError(f"{where} holds {history!r:.80} as history; write a list of one item id at least.")
+            raise ValueError(f"{where} holds {shown(history)} as history; write a list of one item id at least.")
         names = [raw_id(_plain(item_id), "history", where) for item_id in history]
         rows = [known.get(name, 0) for name in names]
         for name, row in zip(names, rows, strict=True):
             if row == 0 and on_unknown == "error":
                 raise ValueError(
-                    f"{where} has item id '{name}', which is not in this model's catalogue of {len(known)} items, "
-                    f"whose first is '{item_ids[0]}'; correct it, or leave such items out with --on_unknown skip."
+                    f"{where} has item id {shown(name)}, which is not in this model's catalogue of {len(known)} "
+                    f"items, whose first is '{item_ids[0]}'; correct it, or leave such items out with --on_unknown "
+                    "skip."
                 )
             if row == 0:
                 histories.unknown[name] = histories.unknown.get(name, 0) + 1
@@ -95,19 +96,20 @@ def read_histories(path: str | Path) -> Iterator[User]:
 
 def _from_lines(path: Path) -> Iterator[User]:
     for where, line in read_lines(path):
-        # Some editors begin a file with a byte-order mark, and end it with an empty line.
-        line = line.removeprefix("\ufeff").strip()
+        # Some editors end a file with an empty line.
+        line = line.strip()
         if not line:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        # A number of thousands of digits, or lists in lists in lists.
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{where} is not JSON ({error.msg} at column {error.colno}); write a list of item ids in quotes."
+                f"{where} is not JSON ({one_line(error)}); write a list of item ids in quotes."
             ) from error
         user = value if isinstance(value, dict) else {"history": value}
         if "history" not in user:
-            raise ValueError(f"{where} has no field 'history', only {', '.join(user) or 'none at all'}; add it.")
+            raise ValueError(f"{where} has no field 'history', only {listed(user) or 'none at all'}; add it.")
         yield where, _user_id(user.get("user_id"), where), user["history"]
 
 

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from mmesid.hub_cards import printable
+from mmesid.hub_cards.names import printable
 
 from ..data.files import local_file, on_the_hub
 from ..data.images import list_images
