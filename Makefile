@@ -3,6 +3,7 @@
 # make lint         ruff and the type checker alone
 # make fuzz         the property tests on new random examples, and every reader on damaged files (an hour)
 # make faults       kills, full disks and the like for every stage, at every change of a file (two hours)
+# make settings     docs/settings.md from the docstrings
 # PYTHON=python3.12 make test   picks the interpreter that .venv is made from
 # WORKERS=4 make test           runs the tests in four processes of one thread each, instead of two
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TYPED := $(VENV)/typed
 
-.PHONY: quickstart test lint fuzz faults clean
+.PHONY: quickstart test lint settings fuzz faults clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/mmesid run examples/recipes/quickstart.yaml
@@ -49,6 +50,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install torch -c constraints.txt
 	@$(PIP) install -e '.[quickstart,test]' -c constraints.txt
 	@touch $@
+
+settings: $(INSTALLED)
+	@$(BIN)/python -c "from mmesid.trainer.cli import STAGES; from mmesid.trainer.running.help import settings_page; \
+		print(settings_page(STAGES), end='')" > docs/settings.md.partial
+	@mv docs/settings.md.partial docs/settings.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

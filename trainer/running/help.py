@@ -3,12 +3,17 @@
 import ast
 import re
 import textwrap
+from collections.abc import Iterable
 
-from .declarations import Setting, stage_declaration, stage_settings
+from .declarations import Declaration, Setting, find_class, stage_declaration, stage_settings
 
 
 HELP_FLAGS = frozenset({"-h", "--help", "--help_all"})
 WIDTH = 100
+_PAGE = """# Settings
+
+Every setting of every stage, and of the models' configurations, written by `make settings` from the docstrings that
+also make `mmesid <stage> --help`. A setting is a flag (`--max_history 30`) and a key of a recipe."""
 
 
 def stage_help(stage: str, all_settings: bool = False) -> str:
@@ -29,6 +34,39 @@ def stage_help(stage: str, all_settings: bool = False) -> str:
         text = f"The flags of transformers.TrainingArguments besides (by default {', '.join(changed)}): --help_all "
         lines += ["", *_wrapped(text + "explains them.", 0)]
     return "\n".join(lines)
+
+
+def settings_page(stages: Iterable[str]) -> str:
+    """`docs/settings.md`: the settings of all stages and of the models that they make, as tables."""
+    page = [_PAGE]
+    configurations: dict[str, Declaration] = {}
+    for stage in stages:
+        declaration = stage_declaration(stage)
+        summary = (ast.get_docstring(declaration.node) or "").partition("\n\n")[0]
+        page += [f"\n## mmesid {stage}\n", " ".join(summary.split())]
+        settings = stage_settings(stage).values()
+        own = [setting for setting in settings if setting.owner != "TrainingArguments"]
+        for group in dict.fromkeys(setting.group for setting in own):
+            page += _table(group, [one for one in own if one.group == group])
+        changed = [one for one in settings if one.owner == "TrainingArguments" and one.default != one.first_default]
+        if changed:
+            defaults = ", ".join(f"`{one.name}` {_shown(one.default)}" for one in changed)
+            page.append(f"\nOf `transformers.TrainingArguments` other defaults: {defaults}.")
+        name = declaration.constant("config_class")
+        if (configuration := find_class(declaration.file, name)) is not None:
+            configurations[name] = configuration
+    for name, configuration in configurations.items():
+        page += [f"\n## {name}", *_table("", list(configuration.settings.values()))]
+    return "\n".join(page) + "\n"
+
+
+def _table(group: str, settings: list[Setting]) -> list[str]:
+    rows = [f"\n| {group or 'setting'} | takes | default | |", "| --- | --- | --- | --- |"]
+    for one in settings:
+        default = "required" if one.default is None else "" if one.default == "None" else f"`{_shown(one.default)}`"
+        cells = f"`{one.name}`", _kind(one.type), default, one.help
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
 
 
 def _explained(setting: Setting) -> list[str]:
