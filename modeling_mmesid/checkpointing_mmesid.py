@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
@@ -65,7 +65,7 @@ class BaseModelMixin:
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
         backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
-        backbone = AutoModel.from_pretrained(pretrained_backbone_name_or_path, **backbone_kwargs)
+        backbone = _load_backbone(pretrained_backbone_name_or_path, **backbone_kwargs)
         if freeze_backbone or config_kwargs.get("lora") is not None:
             # A folder by its whole path, for the checkpoint will be loaded from elsewhere.
             is_folder = os.path.isdir(pretrained_backbone_name_or_path)
@@ -77,7 +77,9 @@ class BaseModelMixin:
         backbone_config = deepcopy(backbone.config)
         # Often a path of this machine, which a published checkpoint must not reveal.
         backbone_config._name_or_path = ""
-        return cls(MMESIDConfig(backbone_config=backbone_config, **config_kwargs), backbone=backbone)
+        model = cls(MMESIDConfig(backbone_config=backbone_config, **config_kwargs), backbone=backbone)
+        model.to_backbone_device()
+        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -103,7 +105,7 @@ class BaseModelMixin:
         files = weight_files(pretrained_model_name_or_path, **hub_kwargs)
         backbone_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_HUB_ARGUMENTS}
         try:
-            backbone = AutoModel.from_pretrained(
+            backbone = _load_backbone(
                 config.base_model_name_or_path,
                 **{"use_safetensors": True, "revision": config.base_model_revision, "trust_remote_code": False}
                 | backbone_kwargs,
@@ -137,12 +139,17 @@ class BaseModelMixin:
         keys = model.load_state_dict(weights, strict=False)
         missing = set(keys.missing_keys) - model._keys_to_ignore_on_save
         require_fit(pretrained_model_name_or_path, missing, keys.unexpected_keys)
-        for part in (*model.children(), *model.base_model.children()):
-            if part not in (model.base_model, backbone):
-                part.to(backbone.device)
+        model.to_backbone_device()
         model.eval()
         nothing: dict = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, nothing) if with_loading_info else model
+
+    def to_backbone_device(self) -> None:
+        """Puts what is new where the backbone was loaded, `device_map` or four bits: not always where models start."""
+        backbone = self.base_model.backbone
+        for part in (*self.children(), *self.base_model.children()):
+            if part not in (self.base_model, backbone):
+                part.to(backbone.device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, merge_backbone: bool = False, **kwargs) -> None:
         """
@@ -242,3 +249,12 @@ class BaseModelMixin:
             model = type(self)(config)
         model.load_state_dict(weights, assign=True)
         return model
+
+
+def _load_backbone(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    backbone = AutoModel.from_pretrained(name_or_path, **kwargs)
+    for module in backbone.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Such a CPU lets bitsandbytes pack four bits in evaluation; no gradient passes them from then on.
+            module.support_avx512bf16_for_cpu = False
+    return backbone

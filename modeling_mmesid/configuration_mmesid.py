@@ -53,9 +53,10 @@ class MMESIDConfig(CheckpointConfig):
             frequency into fusion weights.
         fusion_temperature (`float`, *optional*, defaults to `1.0`): Temperature of the softmax over sources; the
             published 0.001 makes it a switch.
-        item_token_scale (`float`, *optional*, defaults to `1.0`): Factor on item vectors where they enter the
-            backbone, not where they score. The square root of the hidden size suits a backbone trained from scratch,
-            as in SASRec and Gemma.
+        item_token_scale (`float`, *optional*): Factor on item vectors where they enter the backbone, not where they
+            score. By default `initialize_items` sets the one with which they are as long as the backbone's own word
+            vectors, on average. The square root of the hidden size suits a backbone trained from scratch, as in SASRec
+            and Gemma.
         token_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the item tokens that enter the backbone.
         output_dropout (`float`, *optional*, defaults to `0.4`): Dropout on the user representations.
         prompt_prefix_ids (`list[int]`, *optional*, defaults to `[]`): Tokens before the items.
@@ -96,7 +97,7 @@ class MMESIDConfig(CheckpointConfig):
     use_item_ids: bool = True
     fusion_hidden_size: int = 16
     fusion_temperature: float = 1.0
-    item_token_scale: float = 1.0
+    item_token_scale: float | None = None
     token_dropout: float = 0.4
     output_dropout: float = 0.4
     prompt_prefix_ids: list[int] | None = None
@@ -138,7 +139,8 @@ class MMESIDConfig(CheckpointConfig):
         self.require(lambda value: value >= 1, "at least 1", *sizes)
         self.require(lambda value: value >= 0, "0 or more", "num_quantizers")
         self.require(lambda value: 0 <= value < 1, "at least 0 and below 1", "token_dropout", "output_dropout")
-        self.require(lambda value: value > 0, "positive", "fusion_temperature", "item_token_scale")
+        self.require(lambda value: value > 0, "positive", "fusion_temperature")
+        self.require(lambda value: value is None or value > 0, "positive", "item_token_scale")
         self.require(lambda value: value >= 1, "at least 1", "similarity_dim")
         self.require(lambda value: 0 <= value <= 1, "at least 0 and at most 1", "similarity_decay")
         self.require(lambda value: value >= 0, "0 or more", "sasrec_weight")

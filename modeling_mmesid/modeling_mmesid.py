@@ -12,6 +12,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
+from .calibration_mmesid import MMESIDUserHead, log_scale_for_spread, mean_length, random_histories
 from .checkpointing_mmesid import BaseModelMixin
 from .checkpoints import SafetensorsMixin
 from .configuration_mmesid import MMESIDConfig
@@ -19,7 +20,7 @@ from .items_mmesid import MMESIDFusion, MMESIDItems, MMESIDModality
 from .loss_catalogue import catalogue_cross_entropy, sampled_cross_entropy
 from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
-from .recommendation import RecommendationMixin, SequentialRecommendationOutput, require_rows
+from .recommendation import RecommendationMixin, SequentialRecommendationOutput, evaluating, require_rows
 from .scorers_mmesid import MMESIDScorers
 
 
@@ -32,7 +33,7 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     # The loss is a mean over targets: without this the Trainer would sum it over accumulated batches.
     accepts_loss_kwargs = False
     # What `quantization_config` leaves alone: only the backbone is large, and some of these layers have two outputs.
-    _keep_in_fp32_modules = ["items", "model.items", "scorers"]
+    _keep_in_fp32_modules = ["items", "model.items", "user_head", "model.user_head", "scorers"]
     # What `kept_until_changed` gave last, and the state of what it was made of.
     _kept: tuple | None = None
 
@@ -59,6 +60,8 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
             init.zeros_(module.output.weight)
         elif isinstance(module, MMESIDItems):
             init.zeros_(module.removed)
+        elif isinstance(module, MMESIDUserHead):
+            init.zeros_(module.log_scale)
 
     def kept_until_changed(self, compute: Callable, modules: Sequence[nn.Module], *settings):
         """
@@ -97,6 +100,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         super().__init__(config)
         self.items = MMESIDItems(config)
         self.token_dropout = nn.Dropout(config.token_dropout)
+        self.user_head = MMESIDUserHead()
         self.backbone = AutoModel.from_config(deepcopy(config.backbone_config)) if backbone is None else backbone
         if config.lora is not None:
             inject_adapter_in_model(LoraConfig(**config.lora), self.backbone)
@@ -143,7 +147,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
             unique, inverse = items.unique(return_inverse=True)
             item_tokens = nn.functional.embedding(inverse, self.items.tokens(unique))
         words = self.backbone.get_input_embeddings()(input_ids)
-        item_tokens = self.token_dropout(item_tokens * self.config.item_token_scale).to(words.dtype)
+        item_tokens = self.token_dropout(item_tokens * (self.config.item_token_scale or 1.0)).to(words.dtype)
         inputs_embeds = torch.where((items != 0)[..., None], item_tokens, words)  # (batch, length, hidden)
         prompt_length = len(self.config.prompt_prefix_ids)
         past_key_values, skipped = None, 0
@@ -233,7 +237,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         code_vectors: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """
-        Gives the model its catalogue. All tables are indexed by row; row 0 is padding.
+        Gives the model its catalogue, and a start that suits its decoder: item tokens as long as the decoder's own
+        words where `item_token_scale` is not set, and user vectors of a length at which the loss is about ln N. All
+        tables are indexed by row; row 0 is padding.
 
         Args:
             frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
@@ -252,6 +258,20 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         """
         self.model.items.initialize(frequencies, embeddings, present, codes, code_vectors)
         self.scorers.initialize(self.model.items)
+        self._calibrate(frequencies)
+
+    @torch.no_grad()
+    def _calibrate(self, frequencies: torch.Tensor) -> None:
+        rows = torch.arange(1, self.config.num_items + 1, device=self.device)
+        if self.config.item_token_scale is None:
+            words = self.model.backbone.get_input_embeddings()
+            vocabulary = torch.arange(self.config.get_text_config().vocab_size, device=self.device)
+            self.config.item_token_scale = mean_length(words, vocabulary) / mean_length(self.model.items.tokens, rows)
+        self.model.user_head.log_scale.zero_()
+        histories = random_histories(frequencies, self.config.max_history)
+        with evaluating(self):
+            states, *_ = self.parts(self.encode_histories(histories))
+            self.model.user_head.log_scale.fill_(log_scale_for_spread(states, self.model.items.table()[1:]))
 
     def add_items(
         self,
@@ -358,7 +378,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         """
         if labels is None:
             states = self.model(input_ids, items, None, position_ids, shared_length, segment_ids).last_hidden_state
-            states = states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+            states = self.model.user_head(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
             if self.scorers.widths():
                 _, *tables = self.parts(self.item_table())
                 states = torch.cat([states, *self.scorers.states(items, tables)], dim=-1)
@@ -373,7 +393,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             table, index = self.model.items.vectors(rows), index.view_as(items)
         item_tokens = nn.functional.embedding(index, table) if self.config.share_item_table else None
         output = self.model(input_ids, items, item_tokens, position_ids, shared_length, segment_ids)
-        user_embeddings = self.output_dropout(output.last_hidden_state[labels != -100].to(table.dtype))
+        states = output.last_hidden_state[labels != -100].to(table.dtype)
+        user_embeddings = self.output_dropout(self.model.user_head(states))
         if candidates is None:
             loss = catalogue_cross_entropy(user_embeddings, table, targets)
         else:

@@ -26,7 +26,7 @@ def loss_of_single_prefixes(model, sequences, prefix, suffix):
             items = table[torch.as_tensor(sequence[:end])] * model.config.item_token_scale
             prompt, closing = (words(torch.tensor(ids, dtype=torch.long)) for ids in (prefix, suffix))
             states = model.model.backbone(inputs_embeds=torch.cat([prompt, items, closing])[None]).last_hidden_state
-            users.append(states[0, -1])
+            users.append(states[0, -1] * model.model.user_head.log_scale.exp())
             targets.append(sequence[end] - 1)
     users = torch.stack(users)
     return torch.nn.functional.cross_entropy(users @ table[1:].T, torch.tensor(targets)), users

@@ -239,7 +239,7 @@ def test_the_base_model_gives_the_states_that_are_scored(tmp_path, base_model):
         with torch.no_grad():
             hidden = states(**inputs).last_hidden_state
         users = hidden[torch.arange(3), lengths - 1]
-        torch.testing.assert_close(users, model.encode_histories(HISTORIES).detach())
+        torch.testing.assert_close(states.user_head(users).detach(), model.encode_histories(HISTORIES).detach())
 
 
 def test_keywords_reach_settings_or_backbone_or_are_refused(tmp_path, base_model):
@@ -483,7 +483,7 @@ def test_frozen_backbone_stays_out_of_training_and_checkpoint(tmp_path, base_mod
     model = MMESIDForSequentialRecommendation.from_backbone_pretrained(base_model, freeze_backbone=True, **settings())
     model.initialize_items(**item_tables())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all(name.startswith("model.items.") for name in trained)
+    assert trained and all(name.startswith(("model.items.", "model.user_head.")) for name in trained)
     model.save_pretrained(tmp_path)
     assert not any(name.startswith("model.backbone.") for name in load_file(tmp_path / "model.safetensors"))
     loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)

@@ -1,5 +1,7 @@
 """QLoRA: an adapter on a backbone whose weights have four bits, on the CPU."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,11 +36,19 @@ def model(quantization, tmp_path_factory):
     return model
 
 
+def test_the_start_is_that_of_every_decoder(model):
+    words = model.model.backbone.get_input_embeddings().weight.norm(dim=-1).mean()
+    tokens = model.model.items.tokens(torch.arange(1, 41)).norm(dim=-1).mean()
+    torch.testing.assert_close(tokens * model.config.item_token_scale, words, rtol=1e-3, atol=0)
+    loss = model.eval()(**pack_histories([[1, 2, 3], [4, 5]], [7, 8], [[2, 3, 4], [5, 6]])).loss
+    assert loss.item() == pytest.approx(math.log(40), abs=0.1)
+
+
 def test_training_moves_the_adapter_and_nothing_else_of_the_backbone(model):
     assert model.model.backbone.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     before = {name: tensor.clone() for name, tensor in model.model.backbone.state_dict().items()}
     batch = pack_histories([[1, 2, 3], [4, 5]], [7, 8], [[2, 3, 4], [5, 6]])
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     model.train()
     for _ in range(2):
         model(**batch).loss.backward()
@@ -48,6 +58,21 @@ def test_training_moves_the_adapter_and_nothing_else_of_the_backbone(model):
         name for name, tensor in model.model.backbone.state_dict().items() if not torch.equal(tensor, before[name])
     }
     assert moved == {name for name in before if "lora_" in name}
+
+
+def test_gradients_are_the_same_before_and_after_an_evaluation(model):
+    batch = pack_histories([[1, 2, 3], [4, 5]], [7, 8], [[2, 3, 4], [5, 6]])
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
+        model.eval().recommend(HISTORIES)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_checkpoint_holds_the_adapter_and_recommends_the_same(model, quantization, tmp_path):

@@ -191,6 +191,9 @@ def build_recommender(
         if codes and code_initialization == "trained"
         else None,
     )
+    if backbone is None:
+        # Its states have length one in each dimension from the start, and its settings were chosen with such scores.
+        torch.nn.init.zeros_(model.model.user_head.log_scale)
     if codes:
         model.model.items.check_quantizer(quantizer, tables)
     return model, processor
