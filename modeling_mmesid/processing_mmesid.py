@@ -64,10 +64,10 @@ class MMESIDProcessor(ProcessorMixin):
         that they name is refused unless `trust_remote_code` is given."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False} | kwargs)
-        except (OSError, HFValidationError):
+        except (OSError, HFValidationError, KeyboardInterrupt, SystemExit):
             raise
-        # The tokenizer's own, which is no more than that.
-        except Exception as error:
+        # The tokenizer's own, which are of no better class: its panics are no `Exception`.
+        except BaseException as error:
             raise ValueError(
                 f"The processor of '{pretrained_model_name_or_path}' cannot be read ({' '.join(str(error).split())}); "
                 "save or download it again."

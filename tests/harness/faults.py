@@ -266,7 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     # What every stage imports, before the first fork; nothing of it starts a thread.
     for stage in COMMANDS:
         importlib.import_module(f"mmesid.trainer.stages.{stage}")
-    for module in ("accelerate", "datasets", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama"):
+    for module in (
+        "accelerate", "datasets", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama",
+        "mmesid.trainer.data.sources.synthetic", "mmesid.trainer.encoders.sasrec",
+    ):  # fmt: skip
         importlib.import_module(module)
 
     with tempfile.TemporaryDirectory() as directory:

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers import BatchFeature, EvalPrediction, Trainer, set_seed
+from transformers import BatchFeature, EvalPrediction, set_seed
 
 from ..data.prepared import PreparedDataset
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
-from ..running.training import FiniteLossMixin, early_stopping, fit, temporary_arguments
+from ..running.training import FiniteLossTrainer, early_stopping, fit, temporary_arguments
 from .dual_encoder import DualEncoder
 from .embedding import ItemPictures
 
@@ -175,7 +175,7 @@ def split_pairs(captions: list[str], held_out_fraction: float, seed: int) -> tup
     return [pairs[index] for index in order[num_held_out:]], [pairs[index] for index in order[:num_held_out]]
 
 
-class DualEncoderTrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
+class DualEncoderTrainer(HubTrainerMixin, FiniteLossTrainer):
     """
     Trains a dual encoder on pairs with its own contrastive loss, the other pairs of the batch being the negatives, and
     measures retrieval on the pairs of `eval_dataset`. Further arguments are those of [`~transformers.Trainer`].

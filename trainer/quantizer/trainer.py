@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from accelerate.utils import broadcast
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from mmesid.hub_cards.figures import draw_code_use, draw_distances
 from modeling_mmesid.modeling_mmrqvae import MMRQVAEBranch, MMRQVAEModel
@@ -16,7 +16,7 @@ from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
-from ..running.training import FiniteLossMixin
+from ..running.training import FiniteLossTrainer
 from .evaluation import code_metrics, encode_items, encode_rows, held_out_metrics, history_distances, sample_items
 from .initialization import balance_codes, revive_codes
 from .items import ItemTables
@@ -60,7 +60,7 @@ class MMRQVAETrainingArguments(BestEpochTrainingArguments):
         check_ranges(self, share=("validation_fraction",), not_negative=("codebook_learning_rate",))
 
 
-class MMRQVAETrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
+class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
     """
     A [`~transformers.Trainer`] of [`MMRQVAEModel`] on [`ItemTables`].
 

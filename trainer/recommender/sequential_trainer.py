@@ -7,7 +7,7 @@ from operator import itemgetter
 import datasets
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
@@ -16,7 +16,7 @@ from ..data.prepared import Sequences
 from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin
-from ..running.training import FiniteLossMixin
+from ..running.training import FiniteLossTrainer
 
 
 # What an evaluation measures, as patterns.
@@ -41,7 +41,7 @@ class ResumableLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class SequentialRecommendationTrainer(FiniteLossMixin, HubTrainerMixin, Trainer):
+class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
     """
     A [`~transformers.Trainer`] whose evaluation ranks each user's target among the whole catalogue, history masked.
 

@@ -106,9 +106,9 @@ def told_of_a_full_disk(directory: str | os.PathLike) -> Iterator[None]:
                 f"No room is left on a disk that '{directory}' or the temporary files are on; make room and start the "
                 "same command again: it goes on from what was written whole."
             ) from error
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OSError(
-                f"'{getattr(error, 'filename', None) or directory}' is not open to you ({error.strerror}); change its "
+                f"'{error.filename or directory}' is not open to you ({error.strerror}); change its "
                 "permissions, or choose another directory."
             ) from error
         raise

@@ -117,7 +117,7 @@ class StageRecord:
     def _check(self, path: Path) -> None:
         """Raises `ValueError` where a field has another type than a record's, or an output lies elsewhere."""
         for one in fields(self):
-            wanted = (int, float) if one.type is float else typing.get_origin(one.type) or one.type
+            wanted: typing.Any = (int, float) if one.type is float else typing.get_origin(one.type) or one.type
             if not isinstance(getattr(self, one.name), wanted):
                 raise ValueError(f"its {one.name} is {getattr(self, one.name)!r:.100}")
         texts = [self.inputs, self.outputs, self.versions]
@@ -344,8 +344,10 @@ class StageRun:
         if exception is None:
             PartialState().wait_for_everyone()
         if not PartialState().is_main_process:
-            # The other processes wait, or end with it.
-            return PartialState().wait_for_everyone() if exception is None else None
+            if exception is None:
+                # For the main one to put the outputs in place.
+                PartialState().wait_for_everyone()
+            return
         try:
             with told_of_a_full_disk(self.output_dir):
                 if exception is not None:

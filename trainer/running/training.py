@@ -49,8 +49,8 @@ def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallbac
     return [EarlyStoppingCallback(early_stopping_patience=arguments.early_stopping_patience)]
 
 
-class FiniteLossMixin:
-    """For trainers that stop where a loss is NaN or infinite: what comes after it is lost."""
+class FiniteLossTrainer(Trainer):
+    """A [`~transformers.Trainer`] that stops where a loss is NaN or infinite: what comes after it is lost."""
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
