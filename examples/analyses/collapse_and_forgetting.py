@@ -94,7 +94,7 @@ class Catalogue:
             user_prompt="{items}",
             **settings,
         )
-        return model.model.items
+        return model.eval().model.items
 
 
 @dataclass

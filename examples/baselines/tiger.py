@@ -14,8 +14,8 @@ the user, and the optimizer is that of `transformers`.
 Ranks follow the protocol of `mmesid evaluate`: whole catalogue, history masked, ties against the target. Nothing is
 known beyond the beam, and a target there counts as the last of the catalogue: metrics at a k that the beam, less the
 history's items in it, reaches are those of this search; the MRR is a lower bound. The T5 goes to the output directory,
-its ranks and results to `evaluation/` in it, as `mmesid evaluate` writes them. An interrupted training resumes, and
-what is up to date is skipped.
+its ranks and results to `evaluation/` in it, as `mmesid evaluate` writes them, so that `mmesid compare` reads them
+beside others. An interrupted training resumes, and what is up to date is skipped.
 """
 
 import json
@@ -44,8 +44,9 @@ from mmesid.trainer.running.arguments import (
 )
 from mmesid.trainer.running.errors import one_sentence
 from mmesid.trainer.running.help import HELP_FLAGS
-from mmesid.trainer.running.records import StageRecord, StageRun
+from mmesid.trainer.running.records import StageRun
 from mmesid.trainer.running.training import early_stopping, fit, trainer_arguments
+from mmesid.trainer.stages.evaluate import training_of
 from modeling_mmesid import MMRQVAEConfig
 from modeling_mmesid.recommendation import evaluating, pad_histories
 
@@ -339,25 +340,15 @@ def evaluate(arguments: TigerArguments, run: StageRun) -> None:
     """Ranks by beam search and writes what `mmesid evaluate` writes."""
     data = PreparedDataset.load(arguments.prepared_dir)
     tokens, directory = read_tokens(arguments, data), Path(arguments.output_dir)
-    name, record = directory.absolute().name, StageRecord.load(directory)
-    trie, model = ItemTrie(tokens), T5ForConditionalGeneration.from_pretrained(directory)
-    model.to(arguments.training.device)
+    name, trie = directory.absolute().name, ItemTrie(tokens)
+    model = T5ForConditionalGeneration.from_pretrained(directory).to(arguments.training.device)
     settings = arguments.max_history, arguments.num_beams, arguments.beam_batch_size
     with run as staging:
         ranks = {split: beam_ranks(model, trie, data.sequences(split), tokens, *settings) for split in SPLITS}
         result = summarize(ranks, data, 0, BOOTSTRAP_RESAMPLES)
         run.metrics[name] = result
         run.details.update(data=data.statistics)
-        trained = {
-            "stage": record.stage,
-            "seed": arguments.training.seed,
-            "modalities": arguments.modalities,
-            "parameters": record.details["parameters"],
-            "seconds": record.seconds,
-            "peak_memory_bytes": record.peak_memory_bytes,
-            "hardware": record.hardware,
-        }
-        marked = {"synthetic": data.statistics["synthetic"], "trainings": [trained]} | result
+        marked = {"synthetic": data.statistics["synthetic"], "trainings": [training_of(directory)]} | result
         (staging / "results.json").write_text(json.dumps({name: marked}, indent=2) + "\n", encoding="utf-8")
         page = results_page({name: result}, data.statistics)
         (staging / "results.md").write_text(page, encoding="utf-8")
