@@ -51,6 +51,8 @@ class MMESIDConfig(CheckpointConfig):
         use_item_ids (`bool`, *optional*, defaults to `True`): Whether each item has a free vector besides its content.
         fusion_hidden_size (`int`, *optional*, defaults to `16`): Width of the hidden layer that turns an item's
             frequency into fusion weights.
+        fuse_by_frequency (`bool`, *optional*, defaults to `True`): Whether the weight of a source depends on how often
+            training saw the item. `False` gives each source one weight for all items.
         fusion_temperature (`float`, *optional*, defaults to `1.0`): Temperature of the softmax over sources; the
             published 0.001 makes it a switch.
         item_token_scale (`float`, *optional*): Factor on item vectors where they enter the backbone, not where they
@@ -96,6 +98,7 @@ class MMESIDConfig(CheckpointConfig):
     share_item_table: bool = True
     use_item_ids: bool = True
     fusion_hidden_size: int = 16
+    fuse_by_frequency: bool = True
     fusion_temperature: float = 1.0
     item_token_scale: float | None = None
     token_dropout: float = 0.4

@@ -113,6 +113,7 @@ class MMESIDFusion(nn.Module):
     def __init__(self, config: MMESIDConfig, num_sources: int):
         super().__init__()
         self.temperature = config.fusion_temperature
+        self.by_frequency = config.fuse_by_frequency
         self.register_buffer("frequencies", torch.zeros(config.num_items + 1, dtype=torch.long))
         # Of integers, which no loading in half precision rounds.
         self.register_buffer("frequency_range", torch.tensor([0, 1]))
@@ -126,6 +127,8 @@ class MMESIDFusion(nn.Module):
         normalised = (torch.log1p(self.frequencies[items].float()) - low) / (high - low).clamp(min=1e-6)
         # Items that are added later count as the rarest.
         normalised = normalised.clamp(min=0)
+        if not self.by_frequency:
+            normalised = torch.zeros_like(normalised)
         hidden = nn.functional.gelu(self.hidden(normalised[:, None].to(self.hidden.weight.dtype)))
         logits = self.output(hidden) / self.temperature
         return torch.softmax(logits.masked_fill(~present, -torch.inf), dim=-1)

@@ -83,6 +83,15 @@ def test_paper_token_is_an_mlp_over_projections_and_codes():
     torch.testing.assert_close(model.model.items.tokens(torch.tensor([10]))[0], expected)
 
 
+def test_sources_have_one_weight_for_all_items_where_frequency_does_not_count():
+    rows, present = torch.arange(1, NUM_ITEMS + 1), torch.ones(NUM_ITEMS, 3, dtype=torch.bool)
+    for counts in (True, False):
+        fusion = new_model(fuse_by_frequency=counts).model.items.fusion
+        torch.nn.init.normal_(fusion.output.weight)
+        weights = fusion(rows, present)
+        assert torch.equal(weights, weights[:1].expand_as(weights)) != counts
+
+
 @pytest.mark.parametrize("share_item_table", [True, False])
 def test_a_missing_embedding_is_a_mask_not_a_value(share_item_table):
     model = new_model(share_item_table=share_item_table)

@@ -52,9 +52,9 @@ class EvaluateArguments(ReaderArguments, DeviceArguments):
         > Data
 
         model_dirs (`list[str]`, *optional*): Directories written by `mmesid sasrec` and `mmesid finetune`.
-        sums (`list[str]`, *optional*): Models whose scores are added, each name=directory+directory; in a recipe the
-            names of its runs stand for their directories, and one that is repeated for that of the next seed, which
-            `mmesid reproduce` has.
+        sums (`list[str]`, *optional*): Models whose scores are added, name=directory+directory, or one that gets
+            another name, name=directory. In a recipe the names of its runs stand for their directories, and one that
+            is repeated for that of the next seed, which `mmesid reproduce` has.
         baselines (`list[str]`, *optional*): Which of popularity, co_occurrence (the users of an item and of the
             history's), text_neighbours and transitions (successors in training, ordered by their texts) to rank by; by
             default all, the last two if --embeddings_dir has the table text, which they read.
@@ -107,7 +107,7 @@ def parse_sum(text: str) -> tuple[str, list[str]]:
     """Name and directories of a sum, name=directory+directory; raises `ValueError` for another form."""
     name, separator, directories = text.partition("=")
     parts = directories.split("+")
-    if not separator or not name or len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):
+    if not separator or not name or not all(parts) or len(set(parts)) < len(parts):
         raise ValueError(f"--sums {text} does not have the form name=directory+directory, of different models.")
     return name, parts
 

@@ -43,6 +43,15 @@ BUILT_FROM = (
 )  # fmt: skip
 
 
+# What an item can do without, by the settings of the model.
+WITHOUT: dict[str, dict] = {
+    "codes": {},
+    "ids": {"use_item_ids": False},
+    "shared_table": {"share_item_table": False},
+    "frequencies": {"fuse_by_frequency": False},
+}
+
+
 @dataclass(kw_only=True)
 class FinetuneArguments(ReaderArguments):
     """
@@ -63,6 +72,9 @@ class FinetuneArguments(ReaderArguments):
             vector.
         code_initialization (`str`, *optional*, defaults to `"trained"`): Start code embeddings from the
             quantizer's code vectors, or at random (ablation).
+        without (`list[str]`, *optional*): Parts of the items that are left out (ablations): codes; ids, the free
+            vectors; shared_table, so that tokens are made apart from what scores; frequencies, so that each source has
+            one weight for all items.
 
         > Decoder
 
@@ -101,6 +113,7 @@ class FinetuneArguments(ReaderArguments):
     modalities: list[str] | None = None
     paper: bool = False
     code_initialization: Literal["trained", "random"] = "trained"
+    without: list[str] = field(default_factory=list)
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
     quantization: Literal["nf4"] | None = None
@@ -121,6 +134,9 @@ class FinetuneArguments(ReaderArguments):
             self.sasrec_dir = None
         super().__post_init__()
         check_ranges(self, positive=("hidden_size", "num_hidden_layers", "lora_alpha"), not_negative=("lora_r",))
+        for name in self.without:
+            if name not in WITHOUT:
+                raise ValueError(f"--without names '{name}'; choose of {', '.join(WITHOUT)}.")
         num_attention_heads(self.hidden_size)
         require_items_place(self.user_prompt)
         if self.lora_r and not self.freeze_backbone and not self.lora_target_modules:
@@ -141,6 +157,8 @@ class FinetuneArguments(ReaderArguments):
             )
 
     def check(self, **settings) -> None:
+        for name in self.without:
+            self.config |= WITHOUT[name]
         if self.paper:
             self.config |= {"share_item_table": False, "use_item_ids": False, "similarity_weights": {}}
         # Before the quantizer is asked for its modalities, one stands for them.
@@ -166,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         sasrec = SASRecForSequentialRecommendation.from_pretrained(arguments.sasrec_dir)
     if modalities:
         quantizer = MMRQVAEModel.from_pretrained(arguments.quantizer_dir)
-        codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
+        if "codes" not in arguments.without:
+            codes = read_semantic_ids(Path(arguments.quantizer_dir) / SEMANTIC_IDS_NAME, data.item_ids, modalities)
     model, processor = build_recommender(
         data,
         {modality: load_table(path, modality, data.num_items) for modality, path in paths.items()},

@@ -5,10 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModel
 
-from mmesid.trainer.data.prepared import STATISTICS_FILE
+from mmesid.trainer.data.prepared import STATISTICS_FILE, PreparedDataset
 from mmesid.trainer.publishing.repository import save_record
+from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import RECORD_NAME, StageRecord, StageRun
 from mmesid.trainer.stages import evaluate
 
@@ -106,3 +110,42 @@ def test_the_results_say_whether_the_data_are_synthetic(tiny_run, tmp_path, chec
     )
     # The card has it from the data; there it is no figure.
     assert "synthetic" not in StageRecord.load(checkpoint).metrics
+
+
+def test_the_scores_of_several_models_are_added(tiny_run, tmp_path):
+    """Against the sum of what both models give the test users' targets and all other items."""
+    both = f"both={tiny_run / 'sasrec'}+{tiny_run / 'recommender'}"
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--output_dir", str(tmp_path / "sum"), "--use_cpu", "true"]
+    evaluate.main([*flags, "--bootstrap_resamples", "20", "--baselines", "--sums", both])
+    results = json.loads((tmp_path / "sum" / "results.json").read_text())
+    assert list(results) == ["both"]
+    assert [training["stage"] for training in results["both"]["trainings"]] == ["sasrec", "finetune"]
+    models = [AutoModel.from_pretrained(tiny_run / name).eval() for name in ("sasrec", "recommender")]
+    test, ranks = PreparedDataset.load(tiny_run / "prepared").sequences("test"), []
+    for user in range(20):
+        history, target = test[user]["history"].tolist(), test[user]["target"]
+        candidates = models[0].config.num_items - len(set(history))
+        with torch.no_grad():
+            best = [model.recommend([history], top_k=candidates) for model in models]
+        totals = sum(torch.zeros(81).scatter(0, one.items[0], one.scores[0].float()) for one in best)
+        left = [item for item in range(1, 81) if item not in history]
+        ranks.append(int((totals[left] >= totals[target]).sum()))
+    table = pq.read_table(tmp_path / "sum" / "ranks" / "test.parquet")
+    assert table["both"].to_pylist()[:20] == ranks
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sums", "a=x+x"], "--sums a=x+x does not have the form"),
+        (["--sums", "a"], "--sums a does not have the form"),
+        (["--model_dirs", "x/transitions"], "A model is called 'transitions', as the baseline is"),
+        (["--model_dirs", "x/a", "--sums", "a=x+y"], "Two models are called 'a'"),
+        (["--baselines", "tgh"], "--baselines names 'tgh'; choose of popularity"),
+        (["--baselines", "transitions"], "read texts; give --embeddings_dir"),
+        (["--baselines"], "Nothing is to be ranked"),
+    ],
+)
+def test_what_cannot_be_ranked_is_named(flags, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        parse(evaluate.EvaluateArguments, ["--prepared_dir", "p", "--output_dir", "o", *flags])
