@@ -15,7 +15,7 @@ WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 ROUNDS = 2
 
 # As many tell weights apart: of 4,096, chance chose among neighbours.
-USERS = 16384
+USERS = 8192
 USERS_AT_A_TIME = 256
 
 
