@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -154,18 +155,15 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
     """Yields every line of a file, see [`opened`]: what errors call it, and what it says without its end. Raises
     `ValueError` if it is not in the encoding or longer than `MAX_LINE` bytes, or the archive is damaged."""
-    number = 0
+    number, place, most = 0, f"'{path}', line ", MAX_LINE
     with opened(path) as file:
         try:
-            lines = iter(partial(file.readline, MAX_LINE + 1), b"")
+            first = file.readline(most + 1).removeprefix(_BYTE_ORDER_MARK)
+            lines = itertools.chain([first] if first else [], iter(partial(file.readline, most + 1), b""))
             for number, line in enumerate(tqdm(lines, desc=path.name, unit=" lines", delay=2), start=1):
-                if len(line) > MAX_LINE:
-                    raise ValueError(
-                        f"'{path}', line {number} is longer than {MAX_LINE:,} bytes; write one row per line."
-                    )
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                yield f"'{path}', line {number}", line.decode(encoding).rstrip("\r\n")
+                if len(line) > most:
+                    raise ValueError(f"{place}{number} is longer than {most:,} bytes; write one row per line.")
+                yield f"{place}{number}", line.decode(encoding).rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"'{path}', line {number} is not {encoding.upper()} ({error.reason} at byte {error.start}); convert "
@@ -205,6 +203,8 @@ def require(fields: dict, names: Iterable[str], where: str) -> None:
 def raw_id(value, field: str, where: str) -> str:
     """A raw id as a string; raises `ValueError` if it is neither an integer nor a string, or is empty. A float without
     a fraction is the integer that it was before a table with gaps was read."""
+    if type(value) is str and value and value.isascii():
+        return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":

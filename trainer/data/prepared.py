@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..running.records import write_text_atomic
 from .files import listed, one_line, shown
 from .sequences import SPLITS
+from .table_files import readable
 
 
 ITEMS_FILE = "items.parquet"
@@ -230,7 +231,8 @@ class PreparedDataset:
         dataset in memory holds their bytes.
         """
         if self.path is not None:
-            return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
+            with readable(self.path / ITEMS_FILE):
+                return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
         return self._items_in_memory
 
     @cached_property

@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
-from .files import MAX_LINE, listed, local_file, on_the_hub, one_line, opened
+from .files import listed, local_file, on_the_hub, one_line, opened
 
 
 # What a suffix says of a file.
@@ -31,6 +31,7 @@ _ATOMIC = (".inter", ".item")
 _SEPARATORS = (",", "\t", ";", "|", " ")
 # Lines that tell what separates the columns of a file without a header.
 _LINES_LOOKED_AT = 20
+_LONGEST_LOOKED_AT = 2**20
 
 # Bytes of a CSV file that are parsed at a time; a row must fit.
 _CSV_BLOCK = 2**23
@@ -197,7 +198,11 @@ def csv_layout(path: Path, wanted: Iterable[str]) -> CSVLayout:
     """
     wanted, suffix = list(wanted), _own_suffix(path)
     with opened(path) as file:
-        lines = list(islice(iter(lambda: file.readline(MAX_LINE), b""), _LINES_LOOKED_AT))
+        lines = list(islice(iter(lambda: file.readline(_LONGEST_LOOKED_AT), b""), _LINES_LOOKED_AT))
+    if any(len(line) == _LONGEST_LOOKED_AT for line in lines):
+        raise ValueError(
+            f"'{path}' begins with a line of more than {_LONGEST_LOOKED_AT:,} bytes; is it a table of text?"
+        )
     try:
         decoded = [line.decode("utf-8-sig").rstrip("\r\n") for line in lines]
     except UnicodeDecodeError as error:

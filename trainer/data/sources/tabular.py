@@ -371,4 +371,4 @@ class EmbeddedImages(Sequence):
         if not 0 <= position < self.num_items:
             raise IndexError(f"There are {self.num_items} pictures, not one at {position}.")
         image = self.table[int(position)][self.column] if position < len(self.table) else None
-        return image and (image["bytes"] or Path(image["path"]))
+        return image and (image["bytes"] or (Path(image["path"]) if image["path"] else None))

@@ -534,6 +534,9 @@ def test_lines_and_archives_without_end_are_refused(tmp_path, monkeypatch):
     (tmp_path / "o.jsonl.gz").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"o.jsonl.gz', line 1 is longer than 65,536 bytes; write one row per line"):
         read_tabular(TableLocation(str(tmp_path / "o.jsonl.gz")))
+    (tmp_path / "o.csv.gz").write_bytes(bomb)
+    with pytest.raises(ValueError, match=r"o.csv.gz' begins with a line of more than 1,048,576 bytes; is it a table"):
+        read_tabular(TableLocation(str(tmp_path / "o.csv.gz")))
     os.mkfifo(tmp_path / "pipe.csv")
     for name in ("pipe.csv", "/dev/zero"):
         with pytest.raises(FileNotFoundError, match="is no regular file; write what comes from a pipe or a device"):
