@@ -54,7 +54,8 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
     models is evaluated by itself, so that another variant does not rank the others again.
 
     Raises:
-        ValueError: If a seed is named twice, the recipe sets seeds itself, or nothing in it ranks.
+        ValueError: If a seed is named twice, the recipe sets seeds itself, nothing in it ranks, or two runs have one
+        name.
     """
     _check(path, recipe, seeds)
     root = Path(recipe["output_dir"])
@@ -68,13 +69,26 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
         for stage in RANKING_STAGES
         for settings in recipe.get(stage, ())
     }
+
+    def add(run: Run) -> None:
+        """What no seed changes comes with each of them; anything else that has a name again is another run."""
+        same = runs.setdefault(run.name, run)
+        if same is not run and (same.writes != run.writes or run.stage == "evaluate"):
+            raise ValueError(
+                f"Two runs of '{path}' would be called '{run.name}'; give each an output_dir that ends in a name of "
+                "its own, and each sum a name that no model has."
+            )
+
     for seed in seeds:
         below = root / f"seed-{seed}"
         for stage, settings in plan(path, recipe | {"output_dir": str(below)}, stages):
             if stage not in ("prepare", "embed", *SEEDED_STAGES):
                 continue
             written = Path(settings["output_dir"])
-            what = settings["modality"] if stage == "embed" else written.name
+            what = written.name
+            if stage == "embed":
+                modality = settings["modality"]
+                what = modality if what == stages[stage].writes else f"{modality} {what}"
             name = stage if what in (stage, "prepared") else f"{stage} {what}"
             if stage != "prepare":
                 settings["prepared_dir"] = common["prepared_dir"]
@@ -85,13 +99,12 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
             else:
                 settings["output_dir"] = str(root / written.relative_to(below))
                 if stage == "embed":
-                    for file in (f"{what}.safetensors", f"{what}.json"):
+                    for file in (f"{modality}.safetensors", f"{modality}.json"):
                         links[written / file] = Path(settings["output_dir"]) / file
-            runs[name] = _run(name, stage, settings)
+            add(_run(name, stage, settings))
         for model, directory in models.items():
             settings = common | {"baselines": [], "model_dirs": [str(below / directory)]}
-            run = _evaluation(root, seed, model, settings)
-            runs[run.name] = run
+            add(_evaluation(root, seed, model, settings))
     settings = common | {"output_dir": str(root / "baselines")}
     settings |= {key: evaluate[key] for key in ("baselines",) if key in evaluate}
     settings |= {"embeddings_dir": str(root / "embeddings")} if "embed" in recipe else {}
@@ -103,8 +116,7 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
             left_out.append(f"{model}, which takes more seeds")
         for seed, directories in of_seeds.items():
             settings = common | {"baselines": [], "sums": [f"{model}={'+'.join(directories)}"]}
-            run = _evaluation(root, seed, model, settings)
-            runs[run.name] = run
+            add(_evaluation(root, seed, model, settings))
     evaluated = [run.writes for run in runs.values() if run.stage == "evaluate" and run.name != "baselines"]
     settings = compare | {
         "prepared_dir": common["prepared_dir"],

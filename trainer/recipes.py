@@ -1,6 +1,6 @@
 """Recipes: YAML files with a section per stage, read, overridden and planned without waiting for torch."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -152,7 +152,8 @@ def plan(
     trains. A setting that is null is not passed on.
 
     Raises:
-        ValueError: If a wanted stage has no section, or a section sets what its stage does not have.
+        ValueError: If a wanted stage has no section, a section sets what its stage does not have, or two runs would
+        write to one directory or be evaluated under one name.
     """
     root = Path(recipe["output_dir"])
 
@@ -166,6 +167,7 @@ def plan(
         for settings in runs
         if settings.get("output_dir")
     }
+    _require_own_directories(path, recipe, stages, output_dir)
     ranking = {
         name_of(stage, settings, stages): output_dir(stage, settings)
         for stage in RANKING_STAGES
@@ -206,3 +208,24 @@ def plan(
             if stages[stage].writes is not None:
                 filled["output_dir"] = output_dir(stage, settings)
             yield stage, {key: value for key, value in filled.items() if value is not None}
+
+
+def _require_own_directories(
+    path: Path, recipe: dict, stages: Mapping[str, Stage], output_dir: Callable[[str, dict], str]
+) -> None:
+    """Raises `ValueError` if a run would overwrite what another one has written, or hide it in the evaluation."""
+    taken: set[str] = set()
+    for stage, runs in recipe.items():
+        # The tables of all modalities share a directory.
+        if stage in ("output_dir", "embed") or stages[stage].writes is None:
+            continue
+        for settings in runs:
+            names = {output_dir(stage, settings)}
+            if stage in RANKING_STAGES and "evaluate" in recipe:
+                names.add(name_of(stage, settings, stages))
+            for name in sorted(names & taken):
+                raise ValueError(
+                    f"Two runs of '{path}' would be '{name}'; give each an output_dir of its own, which also ends in "
+                    "a name of its own."
+                )
+            taken |= names

@@ -254,6 +254,8 @@ def test_a_failing_stage_stops_the_recipe(calls, recipe, capsys):
         ("output_dir: o\nsasrec: {}", ["--set", "sasrec.seed"], "does not have the form stage.key=value"),
         ("output_dir: o\nsasrec: {}", ["--set", "sasrec.seed=["], "--set sasrec.seed=[ has a value that is not YAML"),
         ("output_dir: o\nsasrec: {}", ["--set", "sasrec.sed=1"], "sets 'sed', which the stage does not have"),
+        ("output_dir: o\nquantize: [{}, {}]", [], "would be 'o/quantizer'; give each an output_dir of its own"),
+        ("output_dir: o\nfinetune: [{output_dir: a/x}, {output_dir: b/x}]\nevaluate: {}", [], "would be 'x'"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_and_runs_nothing(calls, tmp_path, capsys, text, flags, message):

@@ -58,6 +58,13 @@ def test_what_no_seed_changes_is_done_once(tmp_path):
     assert runs["seed 2: finetune coarse_text"].settings["quantizer_dir"] == "o/seed-2/coarse"
 
 
+def test_tables_of_one_modality_in_two_directories_are_two_runs(tmp_path):
+    embed = "[{modality: text, output_dir: a}, {modality: text, output_dir: b}, {modality: text}]"
+    runs = planned(tmp_path, f"output_dir: o\nprepare: {{}}\nembed: {embed}\nsasrec: {{}}").runs
+    tables = {run.name: run.writes for run in runs if run.stage == "embed"}
+    assert tables == {"embed text a": "o/a", "embed text b": "o/b", "embed text": "o/embeddings"}
+
+
 def test_a_run_waits_for_what_it_reads_and_for_nothing_else(tmp_path):
     plan = planned(tmp_path)
     runs = {run.name: run for run in plan.runs}
@@ -94,6 +101,9 @@ def test_mmesid_run_leaves_out_sums_of_two_seeds(tmp_path):
         ("output_dir: o\nsasrec: {seed: 3}", [1], "sets a seed, which is what --seeds does"),
         ("output_dir: o\nsasrec: {}", [1, 1], "--seeds 1 1 names a seed twice"),
         ("output_dir: o\nprepare: {}", [1], "trains nothing that ranks"),
+        ("output_dir: o\nsasrec: {}\nfinetune: [{}, {}]", [1], "Two runs .* would be 'o/seed-1/recommender'"),
+        ("output_dir: o\nfinetune: [{output_dir: a/x}, {output_dir: b/x}]", [1], "called 'seed 1: finetune x'"),
+        ("output_dir: o\nsasrec: {}\nevaluate: {sums: [sasrec=sasrec+x]}", [1], "called 'seed 1: evaluate sasrec'"),
     ],
 )
 def test_a_grid_that_cannot_be_is_named(tmp_path, text, seeds, message):
