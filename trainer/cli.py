@@ -20,6 +20,7 @@ from .running.files import to_flags
 
 # A stage is the module of that name in `stages` and a line here. It is imported when it runs: no help waits for torch.
 STAGES = {
+    "init": Stage("two tables -> commented recipe that runs"),
     "prepare": Stage("interactions, texts and images -> prepared dataset", "prepared", "prepared_dir"),
     "sasrec": Stage("prepared dataset -> SASRec checkpoint, the collaborative modality", "sasrec", "sasrec_dir"),
     "encoder": Stage("prepared dataset -> dual encoder of its texts and pictures", "encoder"),

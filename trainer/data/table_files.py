@@ -304,3 +304,14 @@ def renamed(names: Mapping[str, str | None], chosen: Mapping[str, str | None] | 
         if ours not in names:
             raise ValueError(f"{setting} has no '{ours}'; name columns for {', '.join(names)}.")
     return {**names, **(chosen or {})}
+
+
+def chosen_names(setting: str, entries: Iterable[str] | None) -> dict[str, str]:
+    """What `ours=theirs` of a setting choose; raises `ValueError` if one has another form."""
+    chosen = {}
+    for entry in entries or ():
+        ours, sign, theirs = entry.partition("=")
+        if not sign:
+            raise ValueError(f"--{setting} takes ours=theirs, for example item_id=sku, got '{entry}'; correct it.")
+        chosen[ours] = theirs
+    return chosen

@@ -82,11 +82,11 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         self.num_candidates = num_candidates
         super().__init__(model, args, **kwargs)
         self.train_attention = self.model.model.backbone.config._attn_implementation
-        packs = isinstance(self.data_collator, HistoryCollator) and self.model.config.prompt_suffix_ids
-        if packs and self.train_dataset is not None:
+        packs = self.model.config.prompt_suffix_ids and self.train_dataset is not None
+        if packs and isinstance(self.data_collator, HistoryCollator):
             # Only now: on the device, and in the precision, that training will have.
             with self.accelerator.autocast():
-                self._try_packing(flex_attention)
+                self._try_packing(self.data_collator, flex_attention)
 
     def collator_of(self, model: MMESIDForSequentialRecommendation) -> HistoryCollator:
         earlier = getattr(self, "data_collator", None)
@@ -99,12 +99,12 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
             sampling_weights=weights,
         )
 
-    def _try_packing(self, flex_attention: bool) -> None:
+    def _try_packing(self, collator: HistoryCollator, flex_attention: bool) -> None:
         model = self.model.model
         backbone_name = type(model.backbone).__name__
         problem = packing_problem(model)
         if problem is not None:
-            self.data_collator.packed = False
+            collator.packed = False
             logger.warning(
                 f"The prefixes of a user cannot share a sequence on {backbone_name}: {problem}. Each prefix becomes a "
                 "row of its own, which makes many times as many rows; lower per_device_train_batch_size if memory "

@@ -32,7 +32,7 @@ from ..data.source import Source
 from ..data.sources import PICTURES, SOURCES, reader_of, settings_of
 from ..data.sources.amazon import file_of
 from ..data.sources.tabular import COLUMNS, ITEM_FIELDS
-from ..data.table_files import TableLocation, parse_location, renamed
+from ..data.table_files import TableLocation, chosen_names, parse_location, renamed
 from ..publishing.repository import present
 from ..running.arguments import StageArguments, check_ranges, parse
 from ..running.errors import run_as_script
@@ -141,21 +141,12 @@ def check_arguments(arguments: PrepareArguments) -> None:
                 f"`--source {arguments.source}` has no use for {name}, got {getattr(arguments, name)!r}; leave it "
                 "out, see --help."
             )
-    renamed(COLUMNS, chosen_names(arguments, "columns"), "columns")
-    renamed(ITEM_FIELDS, chosen_names(arguments, "item_fields"), "item_fields")
+    renamed(COLUMNS, chosen_names("columns", arguments.columns), "columns")
+    renamed(ITEM_FIELDS, chosen_names("item_fields", arguments.item_fields), "item_fields")
     if arguments.download_images and arguments.image_cache_dir is None:
         raise ValueError("download_images needs image_cache_dir, the folder that keeps the pictures.")
     if arguments.image_dir is not None and Path(arguments.image_dir).is_file() and arguments.image_cache_dir is None:
         raise ValueError("An archive as image_dir needs image_cache_dir, the folder that it is unpacked into.")
-
-
-def chosen_names(arguments: PrepareArguments, setting: str) -> dict[str, str]:
-    """What `ours=theirs` of a setting choose; raises `ValueError` if one has another form."""
-    pairs = {entry: entry.split("=", maxsplit=1) for entry in getattr(arguments, setting) or []}
-    for entry, pair in pairs.items():
-        if len(pair) == 1:
-            raise ValueError(f"--{setting} takes ours=theirs, for example item_id=sku, got '{entry}'; correct it.")
-    return dict(pairs.values())
 
 
 def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
@@ -184,7 +175,8 @@ def data_locations(arguments: PrepareArguments) -> dict[str, TableLocation]:
 def read_source(arguments: PrepareArguments, locations: dict[str, TableLocation], pictures: dict[str, Path]) -> Source:
     """Calls the source's reader with the settings that it uses; what is not set is left to the reader."""
     settings = {name: getattr(arguments, name) for name in settings_of(arguments.source) if name not in PICTURES}
-    settings |= {name: chosen_names(arguments, name) for name in ("columns", "item_fields") if name in settings}
+    for name in settings.keys() & {"columns", "item_fields"}:
+        settings[name] = chosen_names(name, settings[name])
     settings |= locations | ({"pictures": pictures} if pictures else {})
     return reader_of(arguments.source)(**{name: value for name, value in settings.items() if value is not None})
 
