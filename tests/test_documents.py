@@ -7,6 +7,7 @@ import pytest
 
 from mmesid.trainer.cli import STAGES
 from mmesid.trainer.recipes import plan, read_recipe
+from mmesid.trainer.running.help import settings_page
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +47,8 @@ def test_recipes_on_the_pages_are_recipes(tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(block)
         assert "evaluate" in dict(plan(recipe, read_recipe(recipe, STAGES), STAGES))
+
+
+def test_the_page_of_settings_is_that_of_the_docstrings():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(STAGES), "docs/settings.md is out of date; run `make settings`"
