@@ -1,5 +1,7 @@
 """What the stages do, as a notebook does it: from two tables to a saved recommender, without directories or flags."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -43,6 +45,9 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     interactions, items = shop
 
     data = mmesid.prepare(interactions, items, columns={"user_id": "buyer"}, repeats="first")
+    assert re.match(
+        r"PreparedDataset\('interactions': 60 items, \d+ users, [\d,]+ interactions, split leave", str(data)
+    )
     sasrec = mmesid.train_sasrec(
         data, mmesid.SASRecConfig(hidden_size=16), mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4)
     )

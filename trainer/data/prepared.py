@@ -188,6 +188,14 @@ class PreparedDataset:
             pq.write_table(_table(self.sequences(split)), directory / name, row_group_size=SEQUENCE_ROW_GROUP)
         write_text_atomic(directory / STATISTICS_FILE, json.dumps(self.statistics, indent=2) + "\n")
 
+    def __repr__(self) -> str:
+        counts = self.statistics
+        columns = ", ".join(self.features)
+        return (
+            f"PreparedDataset({counts['source']!r}: {self.num_items:,} items, {counts['users']:,} users, "
+            f"{counts['interactions']:,} interactions, split {counts['split']}; columns of the items: {columns})"
+        )
+
     @property
     def num_items(self) -> int:
         return len(self.item_ids) - 1

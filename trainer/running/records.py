@@ -38,7 +38,7 @@ RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "d
 # Arguments that change where a stage writes or what it prints, never what it computes; and two of TrainingArguments
 # that the parser hands over in another type than their default has.
 _PRESENTATION_ARGUMENTS = {
-    "output_dir", "force", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "output_dir", "force", "json", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
     "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "dataloader_num_workers",
     "per_device_eval_batch_size", "save_total_limit", "local_rank", "use_cpu", "project", "trackio_space_id",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_revision", "hub_links",

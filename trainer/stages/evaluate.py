@@ -8,6 +8,8 @@ Ranks the whole catalogue for every held-out user and writes one table: baseline
 """
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from ..recommender.evaluation import (
     results_page,
     summarize,
 )
-from ..running.arguments import DeviceArguments, ReaderArguments, check_ranges, parse
+from ..running.arguments import DeviceArguments, JsonArguments, ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import RECORD_NAME, StageRecord, StageRun, require_exists
 
@@ -44,7 +46,7 @@ TEXT = "text"
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(ReaderArguments, DeviceArguments):
+class EvaluateArguments(ReaderArguments, DeviceArguments, JsonArguments):
     """
     Rank the whole catalogue for every held-out user, with baselines, SASRec and the recommenders side by side.
 
@@ -121,12 +123,17 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {"prepared_dir": arguments.prepared_dir} | {f"model_dirs[{path}]": path for path in directories}
     if arguments.reads_text:
         inputs["embeddings_dir"] = str(table_path(arguments.embeddings_dir, TEXT))
-    run = StageRun("evaluate", arguments, inputs=inputs)
-    if not run.is_up_to_date():
-        evaluate_models(arguments, run)
+    # With --json the results alone go to the standard output, where another program reads them.
+    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        run = StageRun("evaluate", arguments, inputs=inputs)
+        if not run.is_up_to_date():
+            evaluate_models(arguments, run)
+        if PartialState().is_main_process:
+            complete_cards(arguments)
     if PartialState().is_main_process:
-        complete_cards(arguments)
-        print("\n" + (Path(arguments.output_dir) / "results.md").read_text(encoding="utf-8"), flush=True)
+        name = "results.json" if arguments.json else "results.md"
+        text = (Path(arguments.output_dir) / name).read_text(encoding="utf-8")
+        print(text if arguments.json else f"\n{text}", flush=True)
 
 
 def check_model_dirs(directories: list[Path]) -> None:

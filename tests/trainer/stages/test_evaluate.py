@@ -149,3 +149,13 @@ def test_the_scores_of_several_models_are_added(tiny_run, tmp_path):
 def test_what_cannot_be_ranked_is_named(flags, message):
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         parse(evaluate.EvaluateArguments, ["--prepared_dir", "p", "--output_dir", "o", *flags])
+
+
+def test_json_alone_goes_to_the_standard_output(tiny_run, capsys):
+    directory = tiny_run / "evaluation"
+    models = [str(tiny_run / "sasrec"), str(tiny_run / "recommender")]
+    flags = ["--prepared_dir", str(tiny_run / "prepared"), "--model_dirs", *models, "--output_dir", str(directory)]
+    evaluate.main([*flags, "--use_cpu", "true", "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    assert "up to date" in captured.err
