@@ -153,7 +153,7 @@ def told_of_damage(what: str) -> Iterator[None]:
         yield
     except (
         StrictDataclassError, AttributeError, KeyError, IndexError, OverflowError, RuntimeError, SafetensorError,
-        TypeError, ValueError,
+        TypeError, ValueError, re.error,
     ) as error:  # fmt: skip
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         said = " ".join(str(cause).split()).rstrip(".")
