@@ -35,7 +35,7 @@ class SequentialRecommendationPipeline(Pipeline):
     Calls take a history, a list of item ids (oldest first), and return a list of items, best first; or a list of
     histories, and return one list per user; or a generator of histories, and return a generator that reads
     `batch_size` of them at a time. An item is a dictionary of `item_id`, `title` (`None` if the processor has
-    no titles), `score` and `contributions`, which split the score by what the item is made of.
+    no titles), `score` and `contributions`, which split the score by its sources.
 
     Args:
         top_k (`int`, *optional*, defaults to `10`): Items to return for each user.

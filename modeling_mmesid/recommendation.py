@@ -17,7 +17,7 @@ class SequentialRecommendationOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given): Cross-entropy over the
             whole catalogue.
         user_embeddings (`torch.FloatTensor` of shape `(targets, hidden)`): One vector per labelled position, in the
-            order of the flattened `labels`; without labels one per sequence, at its end.
+            order of the flattened `labels`; without labels one per sequence, at its end, as wide as the item table.
     """
 
     loss: torch.Tensor | None = None
@@ -31,8 +31,9 @@ class RecommendationOutput(ModelOutput):
         items (`torch.LongTensor` of shape `(batch, top_k)`): Rows of the recommended items, best first.
         scores (`torch.FloatTensor` of shape `(batch, top_k)`): Their scores.
         contributions (`dict[str, torch.FloatTensor]`, each of shape `(batch, top_k)`, *optional*, returned when
-            `return_contributions=True`): What each source of an item adds to its score, `"id"` for the free ID vector
-            and each modality by its name; they sum to the scores.
+            `return_contributions=True`): What each source adds to an item's score: `"id"` for the free ID vector, each
+            modality by its name, and what scores beside the decoder, such as `"text_similarity"` and `"sasrec"`; they
+            sum to the scores.
     """
 
     items: torch.Tensor | None = None  # type: ignore[assignment]
@@ -141,8 +142,8 @@ class RecommendationMixin:
             top_k (`int`, *optional*, defaults to `10`): Items to return for each user.
             exclude_history (`bool`, *optional*, defaults to `True`): Never return an item of the user's own history.
             batch_size (`int`, *optional*, defaults to `256`): Users at a time.
-            return_contributions (`bool`, *optional*, defaults to `False`): Whether to split every score into what the
-                item's sources (ID vector, modalities) add to it.
+            return_contributions (`bool`, *optional*, defaults to `False`): Whether to split every score into what its
+                sources add to it.
             allowed_items (`list[int]`, *optional*): Rows to choose from, for all users; all items by default.
             denied_items (`list[int]`, *optional*): Rows that no user may get.
 

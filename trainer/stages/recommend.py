@@ -65,7 +65,7 @@ class RecommendArguments(CommandArguments, DeviceArguments, JsonArguments):
         allowed_items (`list[str]`, *optional*): Item ids to choose from; all by default.
         denied_items (`list[str]`, *optional*): Item ids that are not recommended.
         return_contributions (`bool`, *optional*, defaults to `False`): Say what each score is the sum of: the ID
-            vector and each modality.
+            vector, each modality, and the scores beside the decoder's, such as text_similarity and sasrec.
         output_file (`str`, *optional*): File to write instead of printing tables: JSON Lines (.jsonl) or Parquet
             (.parquet) with user_id and recommendations of every user, in the order of the input.
 
