@@ -380,7 +380,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             states = self.model(input_ids, items, None, position_ids, shared_length, segment_ids).last_hidden_state
             states = self.model.user_head(states[torch.arange(len(lengths), device=lengths.device), lengths - 1])
             if self.scorers.widths():
-                _, *tables = self.parts(self.item_table())
+                # Of float32, as the table that scores, and that table itself where it is kept: no training needs it.
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    _, *tables = self.parts(self.item_table())
                 states = torch.cat([states, *self.scorers.states(items, tables)], dim=-1)
             return SequentialRecommendationOutput(user_embeddings=states)
         targets = labels[labels != -100]  # (targets,)
@@ -408,7 +410,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """User representations of shape `(batch, hidden)`, each from the latest `max_history` items of a history."""
+        """User representations of shape `(batch, width)`, each from the latest `max_history` items of a history."""
         latest = [history[-self.config.max_history :] for history in histories]
         inputs = pack_histories(latest, self.config.prompt_suffix_ids)
         return self(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).user_embeddings

@@ -60,6 +60,18 @@ def test_sasrec_adds_its_own_scores(sasrec):
     torch.testing.assert_close(added, 0.25 * scores(sasrec), rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_reads_the_float32_table_that_scores(sasrec):
+    model = with_scorers(sasrec)
+    table = model.item_table().detach()
+    _, expected, _ = model.parts(model.encode_histories(HISTORIES).detach())
+    with torch.no_grad():
+        kept = model.item_table()
+        with torch.autocast("cpu", torch.bfloat16):
+            _, similarity, _ = model.parts(model.encode_histories(HISTORIES))
+        assert model.item_table() is kept
+    assert torch.equal(kept, table) and torch.equal(similarity, expected)
+
+
 def test_every_score_is_explained_by_its_sources(sasrec):
     model = with_scorers(sasrec)
     best = model.recommend(HISTORIES, top_k=6, return_contributions=True)
