@@ -125,8 +125,8 @@ def build_recommender(
         `tuple[MMESIDForSequentialRecommendation, MMESIDProcessor]`.
 
     Raises:
-        ValueError: If tables, codes and quantizer do not fit each other or the data, or the backbone has none of the
-            layers that are to get an adapter.
+        ValueError: If tables, codes, quantizer and SASRec do not fit each other or the data, or the backbone has none
+            of the layers that are to get an adapter.
     """
     for name in config_kwargs.keys() - MMESIDConfig.__annotations__:
         raise TypeError(f"MMESIDConfig has no setting '{name}'; correct its name.")
@@ -136,6 +136,11 @@ def build_recommender(
         raise ValueError(
             f"codes are given for {sorted(codes)} and tables for {sorted(tables)}; give both for the same modalities, "
             "and the quantizer that made the codes."
+        )
+    if sasrec is not None and sasrec.config.num_items != data.num_items:
+        raise ValueError(
+            f"The SASRec knows {sasrec.config.num_items} items, but the data have {data.num_items}; train it on these "
+            "data."
         )
     if backbone is None:
         # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
@@ -164,7 +169,7 @@ def build_recommender(
     if backbone is None:
         longest = len(prefix_ids) + MMESIDConfig(**settings).max_history + len(suffix_ids)
         backbone_config = new_llama_config(tokenizer, hidden_size, num_hidden_layers, longest)
-        config = MMESIDConfig(backbone_config=backbone_config, item_token_scale=hidden_size**0.5, **settings)
+        config = MMESIDConfig(backbone_config=backbone_config, **{"item_token_scale": hidden_size**0.5} | settings)
         model = MMESIDForSequentialRecommendation(config)
     else:
         try:

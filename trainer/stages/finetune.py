@@ -63,6 +63,7 @@ class FinetuneArguments(ReaderArguments):
         embeddings_dir (`str`, *optional*): Directory of the embedding tables written by `mmesid embed`.
         quantizer_dir (`str`, *optional*): Directory written by `mmesid quantize`.
         sasrec_dir (`str`, *optional*): Directory written by `mmesid sasrec`: its scores are added to the decoder's.
+            Not read with an empty list of modalities, nor in the paper's form.
         modalities (`list[str]`, *optional*): Modalities of the quantizer that items carry; all of them by default, and
             with an empty list a free ID vector is all that an item has (the baseline).
 

@@ -24,7 +24,13 @@ from mmesid.trainer.running.arguments import parse
 from mmesid.trainer.running.records import StageRecord, processor_name
 from mmesid.trainer.stages import evaluate, finetune, prepare, recommend
 from mmesid.trainer.stages.finetune import FinetuneArguments
-from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor, MMRQVAEModel
+from modeling_mmesid import (
+    MMESIDForSequentialRecommendation,
+    MMESIDProcessor,
+    MMRQVAEModel,
+    SASRecConfig,
+    SASRecForSequentialRecommendation,
+)
 
 from ...processes import run_in_two, run_python
 from .conftest import finetune_flags
@@ -55,7 +61,9 @@ def test_code_embeddings_start_from_the_trained_code_vectors(content):
     # Item 5 has no text.
     assert not tables["text"].present[5] and torch.equal((codes["text"] >= 0).all(1), tables["text"].present)
     for start in ("trained", "random"):
-        model, _ = build_recommender(*content, hidden_size=16, code_initialization=start)
+        settings = {"code_initialization": start, "item_token_scale": 2.0}
+        model, _ = build_recommender(*content, hidden_size=16, **settings)
+        assert model.config.item_token_scale == 2
         factors = (model.model.items.modalities["text"].code_vectors / quantizer.code_vectors("text")).detach()
         assert torch.allclose(factors, factors[0, 0, 0], rtol=1e-4) == (start == "trained")
 
@@ -75,6 +83,9 @@ def test_semantic_ids_that_do_not_fit_are_refused(content, tiny_run, tmp_path):
         build_recommender(data, tables, quantizer, moved, hidden_size=16)
     with pytest.raises(ValueError, match="give both for the same modalities, and the quantizer"):
         build_recommender(data, tables, None, codes)
+    other = SASRecForSequentialRecommendation(SASRecConfig(num_items=data.num_items - 1, hidden_size=8))
+    with pytest.raises(ValueError, match=f"knows {data.num_items - 1} items, but the data have {data.num_items}"):
+        build_recommender(data, sasrec=other)
 
 
 def test_results_agree_with_ranking_by_hand(tiny_run):
