@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .recipes import RANKING_STAGES, Stage, name_of, parts_of, plan
 from .running.files import to_flags
@@ -211,11 +211,12 @@ def execute(runs: Sequence[Run], jobs: int, logs: Path, run_stage: Callable[[str
     """
     # One thread a process: as many as there are processors would be in each other's way. The server inherits it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         context.set_forkserver_preload(PRELOADED)
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running, failed = list(runs), {}, set()
+    waiting, failed = list(runs), set[str]()
+    running: dict[int, tuple[Any, Run]] = {}
     try:
         while waiting or running:
             busy = {run.writes for _, run in running.values()}
@@ -262,7 +263,7 @@ def _last_line(log: Path, stage: str, exitcode: int) -> str:
 
 def _work(run: Run, log: Path, run_stage: Callable[[str, list[str]], None]) -> None:
     """What the process of a run does."""
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
     # A run must not outlive the command: the next one would start it again, on the same directory.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with open(log, "w", encoding="utf-8") as file:

@@ -100,7 +100,8 @@ def model_ranks(
         tables = [model.item_table() for model in models]
 
         def score(histories: Sequence[np.ndarray]) -> torch.Tensor:
-            return sum(score_items(model.encode_histories(histories), table) for model, table in zip(models, tables))
+            scores = [score_items(model.encode_histories(histories), table) for model, table in zip(models, tables)]
+            return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
 
         return target_ranks_of(score, data, split, batch_size)
 
