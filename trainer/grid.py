@@ -216,7 +216,7 @@ def execute(runs: Sequence[Run], jobs: int, logs: Path, run_stage: Callable[[str
         context.set_forkserver_preload(PRELOADED)
     logs.mkdir(parents=True, exist_ok=True)
     waiting, failed = list(runs), set[str]()
-    running: dict[int, tuple[Any, Run]] = {}
+    running: dict[Any, tuple[Any, Run]] = {}
     try:
         while waiting or running:
             busy = {run.writes for _, run in running.values()}
