@@ -2,13 +2,23 @@
 
 import os
 import re
+from importlib.metadata import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
+import yaml
+from huggingface_hub import (
+    CardData,
+    DatasetCardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .citations import citations
 from .licences import licence_metadata
-from .names import name_or, printable, slug
+from .names import escaped, name_or, printable, slug
 from .subjects import KINDS, require_links, subject_of
 
 
@@ -19,6 +29,11 @@ PAPER = "arXiv:2509.02017"
 SPLITS = ("validation", "test")
 RANKING_METRICS = tuple(f"{name}@{k}" for name in ("hr", "ndcg") for k in (5, 10, 20)) + ("mrr",)
 METRIC_LABELS = {"hr": "HR", "ndcg": "nDCG", "mrr": "MRR"}
+# Where a repository has figures that leaderboards of the Hub read, and the metrics among them.
+EVAL_RESULTS_NAME = ".eval_results/mmesid.yaml"
+LEADING_METRICS = ("ndcg@10", "hr@10", "mrr")
+# The Hub's tasks: those whose pipeline answers.
+_PIPELINES = {"recommender": "sequential-recommendation", "encoder": "zero-shot-image-classification"}
 
 # Metrics that have tables of their own.
 _RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_length")
@@ -26,6 +41,7 @@ _RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_len
 _CODE_HEALTH = ("items", "semantic_ids")
 
 _PICTURE_NOTES = {
+    "figures/training.png": " The weights are those of the epoch that is marked.",
     "figures/code_use.png": " How many items chose each code. Where a line is at 0, no item uses the code.",
     "figures/distances.png": " Every point is a pair of an item that a user chose and an item of that user's "
     "history: the more closely the points follow one rising line, the better the codes keep what is alike.",
@@ -36,9 +52,12 @@ _PICTURE_NOTES = {
 # Arguments whose values are paths whatever they look like.
 _PATHS = ("_dir", "_file", "_checkpoint")
 # Statistics of the data that a card shows elsewhere.
-_TOLD_ELSEWHERE = ("source", "licence", "synthetic", "split", "validation_starts", "test_starts", "skipped_examples")
-# Statistics of the items, for models that are trained on items only.
+_TOLD_ELSEWHERE = ("source", "licence", "language", "synthetic", "split", "validation_starts", "test_starts",
+                   "skipped_examples")  # fmt: skip
+# Statistics of the items, for models that are trained on items only; those of them that count what is lacking, by the
+# columns that encoders read.
 _OF_ITEMS = ("items", "missing_", "bad_")
+_LACKING = {"missing_text": ("text", "title"), "missing_image": ("image",), "bad_image": ("image",)}
 
 # The Hub's classes of size, by their upper bound.
 _SIZE_CATEGORIES = {
@@ -96,11 +115,19 @@ def render_card(record: dict) -> str:
     data = _data(details)
     metrics = record["metrics"]
     shown_apart = {*SPLITS, *_RANKING_DETAILS, *_CODE_HEALTH}
+    encoders = details.get("encoders") or {}
+    adapter = "qlora" if record["arguments"].get("quantization") == "nf4" else "lora"
+    scorers = {"score": {"kind": "sasrec"}} if "SASRec" in str(details.get("architecture")) else {}
+    has_adapter = "with LoRA" in str(details.get("architecture", {}).get("training of the decoder"))
     body = _ENVIRONMENT.get_template(f"{subject.kind}.md.jinja").render(
         subject=subject,
+        encoders=encoders,
+        settings=details.get("settings", {}),
+        citations=citations(subject.kind, encoders | scorers, adapter if has_adapter else None),
+        project_links=_project_links(),
         record=record | {"arguments": _public(record["arguments"]), "details": details},
         data=data,
-        data_rows=_data_rows(data, subject.kind),
+        data_rows=_data_rows(data, subject.kind, encoders),
         splits=SPLITS,
         ranking_metrics=[name for name in RANKING_METRICS if any(name in metrics.get(split, {}) for split in SPLITS)],
         confidence=metrics.get("test_confidence"),
@@ -124,18 +151,50 @@ def _data(details: dict) -> dict:
     return data | {"source": source, "licence": printable(data["licence"] or "") or None}
 
 
-def _data_rows(data: dict, kind: str) -> dict:
-    """The statistics that apply: filters belong to the dataset's own card, users to what is trained on sequences."""
+def _data_rows(data: dict, kind: str, encoders: dict) -> dict:
+    """The statistics that apply: filters belong to the dataset's own card, users to what is trained on sequences, and
+    what items lack to what reads it."""
+    read = {one.get("column") for one in encoders.values()} | ({"text", "image"} if kind == "encoder" else set())
+
+    def applies(name: str, value) -> bool:
+        if name in _TOLD_ELSEWHERE or value is None:
+            return False
+        if kind == "dataset":
+            return True
+        if name in _LACKING:
+            return value > 0 and not read.isdisjoint(_LACKING[name])
+        return not name.startswith("dropped") and (kind != "encoder" or name.startswith(_OF_ITEMS))
+
     without_pictures = data.get("missing_image") == data.get("items")
     return {
         name: value
         for name, value in data.items()
-        if name not in _TOLD_ELSEWHERE
-        and value is not None
-        and (kind == "dataset" or not name.startswith("dropped"))
-        and (kind != "encoder" or name.startswith(_OF_ITEMS))
-        and not (without_pictures and name.startswith(("missing_image", "bad_image")))
+        if applies(name, value) and not (without_pictures and name in ("missing_image", "bad_image"))
     }
+
+
+def _project_links() -> dict[str, str]:
+    """Addresses of the code and its documents by what they are, as the installed distribution states them."""
+    stated = metadata("mmesid").get_all("Project-URL") or []
+    return dict(link.split(", ", 1) for link in stated)
+
+
+def eval_results(record: dict) -> str | None:
+    """The figures on test as leaderboards of the Hub read them, the text of [`EVAL_RESULTS_NAME`]: `None` without
+    figures or a link to the dataset, which they belong to."""
+    dataset, figures = record["details"].get("links", {}).get("dataset"), record["metrics"].get("test", {})
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id=name,
+            value=figures[name],
+            date=record["finished_at"],
+            notes="test split, the whole catalogue ranked",
+        )
+        for name in LEADING_METRICS
+        if dataset is not None and name in figures
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
 def _related(record: dict) -> list[tuple[str, str, str]]:
@@ -152,12 +211,14 @@ def _related(record: dict) -> list[tuple[str, str, str]]:
 def _front_matter(record: dict, details: dict, data: dict) -> CardData:
     subject = subject_of(record["stage"])
     tags = ["mmesid", "sequential-recommendation", subject.tag] + ["synthetic"] * data["synthetic"]
-    common = {"tags": tags} | licence_metadata(data["licence"], details.get("base_model_licence"))
+    common = {"tags": tags, "language": data.get("language")}
+    common |= licence_metadata(data["licence"], details.get("base_model_licence"))
     if subject.kind == "dataset":
         return DatasetCardData(
             pretty_name=f"{data['source']}, prepared for sequential recommendation",
             size_categories=_size_category(data["users"]),
             configs=record["details"]["configs"],
+            task_categories=["other"],
             **common,
         )
     dataset = record["details"].get("links", {}).get("dataset")
@@ -176,8 +237,18 @@ def _front_matter(record: dict, details: dict, data: dict) -> CardData:
         for name in RANKING_METRICS
         if name in record["metrics"].get(split, {})
     ]
+    energy = details.get("energy")
+    emissions = energy and {
+        "emissions": 1000 * energy["co2_kg"],
+        "source": "codecarbon",
+        "training_type": "fine-tuning" if details.get("base_model") else "pre-training",
+        "geographical_location": energy["location"] or "unknown",
+        "hardware_used": record["hardware"],
+    }
     return ModelCardData(
         library_name="transformers",
+        pipeline_tag=_PIPELINES.get(subject.kind),
+        co2_eq_emissions=emissions,
         base_model=_hub_name(record["details"].get("base_model")),
         datasets=None if dataset is None else [dataset],
         model_name=f"{subject.title} ({data['source']})",
@@ -270,7 +341,7 @@ def _cell(value) -> str:
         return ", ".join(_cell(inner) for inner in value)
     if isinstance(value, dict):
         return ", ".join(f"{_label(name)} {_cell(inner)}" for name, inner in value.items())
-    return printable(str(value)).replace("|", "\\|")
+    return escaped(str(value))
 
 
 def _share(value: float | None) -> str:
@@ -287,7 +358,7 @@ def _caption(name: str) -> str:
     return PurePosixPath(name).stem.replace("_", " ")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -299,5 +370,12 @@ _ENVIRONMENT = Environment(
     loader=PackageLoader("mmesid.hub_cards"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _ENVIRONMENT.filters.update(
-    caption=_caption, cell=_cell, duration=_duration, interval=_interval, label=_label, share=_share
+    caption=_caption,
+    cell=_cell,
+    duration=duration,
+    escaped=escaped,
+    interval=_interval,
+    label=_label,
+    printable=printable,
+    share=_share,
 )

@@ -1,6 +1,7 @@
 """The pictures on the cards, small PNGs drawn without a display."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,64 @@ SIZE = (4.8, 2.96)
 RESOLUTION = 110
 # Points of a scatter: more only paint it black.
 MAXIMUM_POINTS = 5_000
+
+
+def draw_training(path: str | os.PathLike, log: dict) -> None:
+    """
+    The curves of a training: the loss, and the metric that evaluations were compared by, the best of them marked.
+    Nothing is drawn where nothing was logged.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        log (`dict`): `history`, entries with `epoch`, `loss` and `evaluation`, as far as there are any; `metric`,
+            `best_epoch` and `best_value`, `None` without an evaluation.
+    """
+    history, metric = log["history"], log["metric"]
+    curves = {
+        "training loss": _points(history, lambda row: row.get("loss")),
+        "loss on held-out data": _points(history, lambda row: row.get("evaluation", {}).get("loss")),
+    }
+    panels = [{name: points for name, points in curves.items() if points[0]}]
+    if metric not in (None, "loss"):
+        panels.append(
+            {f"{metric} on held-out data": _points(history, lambda row: row.get("evaluation", {}).get(metric))}
+        )
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return
+    figure = _figure(len(panels))
+    for axes, panel in zip(_panels(figure, len(panels)), panels):
+        for place, (name, (epochs, values)) in enumerate(panel.items()):
+            axes.plot(epochs, values, color=f"C{place}", marker="." if len(epochs) < 30 else None, label=name)
+        if panel is panels[-1] and metric is not None:
+            axes.plot(log["best_epoch"], log["best_value"], "o", mfc="none", ms=9, color="C3", label="best")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_results(path: str | os.PathLike, results: dict[str, float], intervals: dict, metric: str) -> None:
+    """
+    One bar per model with its interval.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        results (`dict[str, float]`): The metric by the model's name.
+        intervals (`dict[str, Sequence[float]]`): Lower and upper end of the interval, by the model's name.
+        metric (`str`): How the metric is called.
+    """
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.32 * len(results)), dpi=RESOLUTION, layout="constrained")
+    axes = figure.subplots()
+    for place, (name, value) in enumerate(results.items()):
+        axes.barh(place, value, color=f"C{place % 10}", alpha=0.8)
+        low, high = intervals[name]
+        axes.errorbar(value, place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color="black", capsize=3)
+    axes.set_yticks(range(len(results)), [name if len(name) < 32 else f"{name[:30]}…" for name in results])
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    axes.grid(axis="x", alpha=0.3)
+    _save(figure, path)
 
 
 def draw_singular_spectrum(path: str | os.PathLike, spectra: dict[str, np.ndarray], threshold: float) -> None:
@@ -90,6 +149,12 @@ def draw_distances(
         panel.scatter(before[spaced], after[spaced], s=3, alpha=0.3, linewidths=0)
         panel.set(title=titles[modality], xlabel="distance of embeddings", ylabel="distance of quantized vectors")
     _save(figure, path)
+
+
+def _points(history: list[dict], value_of: Callable[[dict], float | None]) -> tuple[list[float], list[float]]:
+    """Epochs and values of the entries that have the value."""
+    found = [(row["epoch"], value) for row in history if (value := value_of(row)) is not None]
+    return [epoch for epoch, _ in found], [value for _, value in found]
 
 
 def _figure(panels: int = 1) -> Figure:

@@ -12,6 +12,13 @@ def printable(text: str) -> str:
     return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
+def escaped(text: str) -> str:
+    """The text on one line as Markdown shows it letter by letter: neither markup nor HTML of its own."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text)).replace("<", "&lt;")
+    # Underscores inside a word mean nothing.
+    return re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 def name_or(text: str | None, otherwise: str) -> str:
     """The text as a name of at most 120 characters; `otherwise` if nothing that can be read is left of it."""
     name = printable(text or "")

@@ -33,6 +33,7 @@ STAGES = {
     "demo": Stage("recommender -> page to try it in a browser"),
     "index": Stage("recommender -> FAISS index of its items, for retrieval", "index"),
     "push": Stage("directory of a stage -> repository on the Hub"),
+    "report": Stage("run of a recipe -> one page of results, curves and examples"),
 }
 
 
@@ -109,6 +110,10 @@ def _run(argv: list[str], traceback: list[str]) -> None:
         if is_main_process:
             print(f"[{number}/{len(runs)}] {stage}", flush=True)
         _run_stage(stage, to_flags(settings) + traceback)
+    if not arguments.only:
+        prepared = (settings.get("prepared_dir", settings.get("output_dir")) for _, settings in runs)
+        settings = {"run_dir": recipe["output_dir"], "prepared_dir": next(prepared, None)}
+        _run_stage("report", to_flags(settings) + traceback)
 
 
 def _reproduce(argv: list[str], traceback: list[str]) -> None:

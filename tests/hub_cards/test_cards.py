@@ -1,14 +1,17 @@
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
-from huggingface_hub import DatasetCard, ModelCard
+import yaml
+from huggingface_hub import DatasetCard, ModelCard, parse_eval_result_entries
 from huggingface_hub.utils import validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
-from mmesid.hub_cards import model_licence, render_card, save_card
-from mmesid.hub_cards.names import name_or, slug
+from mmesid.hub_cards import eval_results, model_licence, render_card, save_card
+from mmesid.hub_cards.names import name_or, printable, slug
 from mmesid.hub_cards.subjects import KINDS, SUBJECTS
 from mmesid.trainer.metrics.ranking.analysis import HEAD_SHARE
 
@@ -32,6 +35,28 @@ SEMANTIC_IDS = [
     {"item_id": "a", "title": "Saddle | soft", "codes": {"collaborative": [1, 2], "text": [3, 4]}},
     {"item_id": "b", "title": None, "codes": {"collaborative": None, "text": [3, 5]}},
 ]
+
+
+ENCODERS = {
+    modality: dict(zip(("kind", "name", "revision", "column", "normalised"), values))
+    for modality, values in {
+        "collaborative": ("sasrec", "/home/ada/sasrec", None, None, False),
+        "text": ("sentence", "me/bert", "a1", "title", True),
+        "visual": ("dual_encoder", "/home/ada/clip", None, "image", True),
+        "sound": (None, "table.safetensors", None, None, True),
+    }.items()
+}
+TRAINING = {
+    "epochs": 9.0, "planned_epochs": 12.0, "steps": 900, "metric": "ndcg@10", "greater_is_better": True,
+    "best_epoch": 6.0, "best_value": 0.25, "kept_epoch": 6.0,
+}  # fmt: skip
+COMPARISON = {
+    "this": "mine_",
+    "models": {
+        "popularity": {"test": {"ndcg@10": 0.1, "hr@10": 0.2}, "test_confidence": {"ndcg@10": [0.09, 0.11]}},
+        "mine_": {"test": {"ndcg@10": 0.3, "hr@10": 0.4}},
+    },
+}
 
 
 def make_record(stage, data=None, details=None, **changes):
@@ -118,11 +143,38 @@ def test_files_that_are_not_there_are_not_promised(stage):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({}, {"(modalities: collaborative, text)": True, "new items": False, "![": False, "backbone": False}),
+        ({}, {"(modalities: collaborative, text)": True, "New items": False, "![": False, "base model": False}),
         ({"details": {"modalities": []}}, {"which knows only a free ID vector per item": True}),
         (
-            {"details": {"encoders": {"text": "me/bert at a1", "visual": "/home/ada/clip"}}},
-            {"and new items need them too: text from me/bert at a1, visual from clip.\n": True, "ada": False},
+            {"details": {"encoders": ENCODERS}},
+            {"- text: me/bert (a1), loaded as `sentence`, which read the column `title` of an item; its vectors": True,
+             "- visual: clip, loaded as `dual_encoder`": True, "ada": False,
+             "- sound: a table that was imported ready-made. What made it is not on record": True,
+             'load_encoder("sentence", "me/bert")': True, "Sentence-BERT": True, "{CLIP": False,
+             "Kang": True, "LoRA": False},
+        ),
+        ({"details": {"architecture": {"training of the decoder": "frozen, with LoRA of rank 8 in q_proj"}}},
+         {"| training of the decoder | frozen, with LoRA of rank 8 in q_proj |": True, "hu2022lora": True}),
+        (
+            {"details": {"training": TRAINING}},
+            {"for 9 epochs (900 steps) of at most 12, and epoch 6 was kept: its nDCG@10 on held-out data was": True},
+        ),
+        (
+            {"details": {"training": TRAINING | {"kept_epoch": 9.0}}},
+            {"the weights are those of epoch 9; the best nDCG@10 on held-out data was that of epoch 6.": True},
+        ),
+        (
+            {"details": {"settings": {"hidden_size": 64, "note": "*a*"}}},
+            {"<summary>All settings</summary>\n\n| setting |": True, "| `note` | \\*a\\* |\n\n</details>": True},
+        ),
+        (
+            {"details": {"comparison": COMPARISON}},
+            {"| popularity | 0.1000 | 0.0900 to 0.1100 | 0.2000 | not measured |": True,
+             "| **mine\\_** (this one) | 0.3000 | not measured | 0.4000 | not measured |": True},
+        ),
+        (
+            {"details": {"energy": {"kwh": 0.25, "co2_kg": 0.0125, "location": None}}},
+            {"used 0.25 kWh, which stand for 12.5 g of CO2, by codecarbon": True, "emissions: 12.5": True},
         ),
         (
             {"details": {"semantic_id_examples": SEMANTIC_IDS}},
@@ -133,7 +185,7 @@ def test_files_that_are_not_there_are_not_promised(stage):
             {"outputs": {"figures/fusion_weights.png": "", "figures/notes.txt": "", "model.safetensors": ""}},
             {"![fusion weights](figures/fusion_weights.png)": True, "figures/notes": False},
         ),
-        ({"details": {"base_model": "/home/ada/models/llama"}}, {"Its backbone is llama.": True, "ada": False}),
+        ({"details": {"base_model": "/home/ada/models/llama"}}, {"base model llama is under": True, "ada": False}),
         (
             {"details": {"base_model": "me/llama", "base_model_licence": None}},
             {"me/llama is under: not stated on its card.": True},
@@ -153,14 +205,56 @@ def test_a_card_tells_of_the_data_what_applies_to_it():
     shown = {}
     dropped = {"dropped_items": 17, "bad_image": 0, "split": "leave_one_out"}
     for stage in STAGES:
-        section = render_card(make_record(stage, data=dropped)).split("## Data")[1].split("## Settings")[0]
+        section = render_card(make_record(stage, data=dropped)).split("## Data")[1].split("\n## ")[0]
         shown[stage] = set(re.findall(r"^\| (\w[^|]*) \|", section, re.MULTILINE))
         assert ("The last item of a user is the test target" in section) == (stage != "encoder")
     assert shown["encoder"] == {"items", "missing text"}
-    assert shown["finetune"] == shown["sasrec"] == shown["encoder"] | {"users", "interactions"}
-    assert shown["prepare"] == shown["finetune"] | {"dropped items"}
-    text = render_card(make_record("finetune", data=dropped | {"missing_image": 3}))
-    assert "| missing image | 3 |\n| bad image | 0 |" in text
+    assert shown["finetune"] == shown["sasrec"] == {"items", "users", "interactions"}
+    assert shown["prepare"] == shown["finetune"] | {"missing text", "dropped items"}
+    # What no encoder reads is not lacking.
+    for encoders, told in ((["text"], {"text"}), (["text", "visual"], {"text", "image"}), ([], set())):
+        details = {"encoders": {name: ENCODERS[name] for name in encoders}}
+        text = render_card(make_record("finetune", data=dropped | {"missing_image": 3}, details=details))
+        assert set(re.findall(r"^\| missing (\w+) \|", text, re.MULTILINE)) == told and "bad image" not in text
+
+
+HOSTILE = [
+    "</table><script>x</script>",
+    "a | b",
+    "[x](http://e.vil)",
+    "`code` *bold* ~~gone~~",
+    "\x1b[31mred\n# Heading",
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_others_wrote_is_shown_letter_by_letter(stage):
+    examples = [{"item_id": text, "title": text, "codes": {"text": [1, 2]}} for text in HOSTILE]
+    for text in HOSTILE:
+        data = {"source": f"Shop {text}", "licence": text}
+        comparison = {"this": "mine", "models": {text: COMPARISON["models"]["mine_"], "mine": {"test": {}}}}
+        details = {"semantic_id_examples": examples, "comparison": comparison, "base_model_licence": text}
+        card = render_card(make_record(stage, data, details, arguments={"prompt": text}, metrics={}))
+        body = card.split("---\n", 2)[2]
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(body)
+        html = MarkdownIt("gfm-like", {"linkify": False}).render(body)
+        assert "\x1b" not in card and "<script" not in body
+        assert "Heading" not in [token.content.strip() for token in tokens if token.type == "inline"]
+        assert "<h1>Heading" not in html and "<strong>bold" not in html and "<code>code<" not in html
+        assert 'href="http://e.vil"' not in html and "<s>gone" not in html and "<em>bold" not in html
+        (heading,) = re.findall(r"<h1>(.*?)</h1>", html)
+        assert unescape(heading).endswith(printable(text))
+
+
+def test_figures_for_leaderboards_belong_to_a_dataset():
+    record = make_record("finetune", metrics={"test": VALIDATION})
+    assert eval_results(record) is None
+    record["details"]["links"] = {"dataset": "me/parts"}
+    entries = parse_eval_result_entries(yaml.safe_load(eval_results(record)))
+    assert {(one.dataset_id, one.task_id, one.value) for one in entries} == {
+        ("me/parts", name, VALIDATION[name]) for name in ("ndcg@10", "hr@10", "mrr")
+    }
+    assert eval_results(record | {"metrics": {"validation": VALIDATION}}) is None
 
 
 def test_related_repositories_are_named():

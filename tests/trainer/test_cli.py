@@ -182,8 +182,9 @@ def test_a_defect_of_ours_is_not_hidden(calls):
 
 def test_a_recipe_runs_its_sections_in_order(calls, recipe):
     main(["run", str(recipe)])
-    stages = ["prepare", "sasrec", "embed", "embed", "quantize", "finetune", "finetune", "evaluate"]
+    stages = ["prepare", "sasrec", "embed", "embed", "quantize", "finetune", "finetune", "evaluate", "report"]
     assert [stage for stage, _ in calls.recorded] == stages
+    assert calls.recorded[-1][1] == ["--run_dir=runs/toy", "--prepared_dir=runs/toy/prepared"]
 
 
 def test_directories_are_filled_in(recipe):
@@ -291,7 +292,7 @@ def test_a_recipe_from_another_directory_says_where_its_paths_start(calls, tmp_p
     assert calls.recorded == []
     monkeypatch.chdir(tmp_path)
     main(["run", "recipe.yaml"])
-    assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec"]
+    assert [stage for stage, _ in calls.recorded] == ["prepare", "sasrec", "report"]
 
 
 def test_a_recipe_that_comes_with_the_package_goes_by_its_name(calls, monkeypatch, tmp_path):

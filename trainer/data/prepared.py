@@ -79,8 +79,10 @@ class Sequences:
     """
     One split, held in flat arrays so that a million users take megabytes: user `u` has the raw id `user_ids[u]`, the
     rows `histories[offsets[u] : offsets[u + 1]]`, oldest first, and the target `targets[u]`. `histories` `(entries,)`
-    and `targets` `(users,)` are int32, `offsets` `(users + 1,)` int64.
+    and `targets` `(users,)` are int32, `offsets` `(users + 1,)` int64. `split` is its name, if it has one.
     """
+
+    split: str | None = None
 
     def __init__(self, user_ids: list[str], histories: np.ndarray, offsets: np.ndarray, targets: np.ndarray):
         self.user_ids = user_ids
@@ -230,7 +232,9 @@ class PreparedDataset:
         """
         if split not in SPLITS:
             raise ValueError(f"A prepared dataset has no split '{split}'; choose one of {', '.join(SPLITS)}.")
-        return self._read_sequences(split)
+        sequences = self._read_sequences(split)
+        sequences.split = split
+        return sequences
 
     def items(self) -> datasets.Dataset:
         """

@@ -47,14 +47,14 @@ def table_path(embeddings_dir: str | os.PathLike, modality: str) -> Path:
     return Path(embeddings_dir) / f"{modality}.safetensors"
 
 
-def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> dict[str, str]:
-    """What made the embeddings of each modality, where `mmesid embed` left a record of it: new items need the same."""
+def table_encoders(embeddings_dir: str | os.PathLike, modalities: list[str]) -> dict[str, dict]:
+    """What made the embeddings of each modality, where `mmesid embed` left a record of it, for new items need the
+    same: `kind` (`None` for an imported table), `name` and `revision` of the encoder, the `column` that it read, and
+    whether the vectors are `normalised`."""
     records = {modality: Path(embeddings_dir) / f"{modality}.json" for modality in modalities}
     details = {modality: StageRecord.load(path).details for modality, path in records.items() if path.is_file()}
-    return {
-        modality: f"{one['encoder']} at {one['revision']}" if one["revision"] else one["encoder"]
-        for modality, one in details.items()
-    }
+    names = {"kind": "kind", "name": "encoder", "revision": "revision", "column": "column", "normalised": "normalised"}
+    return {modality: {name: one.get(key) for name, key in names.items()} for modality, one in details.items()}
 
 
 def load_table(path: str | os.PathLike, modality: str, num_items: int) -> EmbeddingTable:

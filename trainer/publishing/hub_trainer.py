@@ -16,8 +16,10 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from mmesid.hub_cards import require_links
 
-from ..running.arguments import BestEpochTrainingArguments, changed_arguments, parse_links
-from ..running.records import StageRecord, digests_below, unstaged_record
+from ..running.arguments import BestEpochTrainingArguments, changed_arguments, parse_links, training_settings
+from ..running.records import StageRecord, digests_below, unstaged_record, without_presentation
+from ..running.training_log import describe_training
+from .architecture import architecture
 from .repository import publication, save_record, upload
 
 
@@ -62,6 +64,8 @@ class HubTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         self._start = time.perf_counter()
+        # Metrics by the split that they were measured on.
+        self.measured: dict[str, dict[str, float]] = {}
         super().__init__(*args, **kwargs)
         if isinstance(self.args, BestEpochTrainingArguments):
             self.hub_links = parse_links(self.args.hub_links)
@@ -79,7 +83,27 @@ class HubTrainerMixin:
         """As [`~transformers.Trainer.train`]; a published checkpoint brings the best weights so far."""
         if isinstance(resume_from_checkpoint, str):
             self.add_callback(_PublishedBest(resume_from_checkpoint))
+        # What was measured so far was measured of other weights.
+        self.measured = {}
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`]; the card tells the metrics under the name of what they were measured
+        on, and leaves them out where that is not known."""
+        self.measured = self._measured_so_far()
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        name = self.split_of(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if name is not None:
+            self.measured[name] = without_timings(metrics)
+        return metrics
+
+    def split_of(self, dataset) -> str | None:
+        """What the record calls the metrics of a dataset; `None` if that is not known."""
+        return self.evaluation_name if dataset is self.eval_dataset else None
+
+    def architecture(self) -> dict:
+        """What the model is, in the rows of the card."""
+        return architecture(self.accelerator.unwrap_model(self.model))
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
         """Writes what belongs beside the weights into the directory; returns metrics and details for the record."""
@@ -176,31 +200,33 @@ class HubTrainerMixin:
     def _complete(self, directory: Path) -> None:
         """Makes a directory with model and processor into one like a stage's."""
         metrics, details = self.describe(directory)
+        details |= describe_training(self, directory)
         if self.draft_record is not None:
             record = self.draft_record()
         else:
             record = unstaged_record(self.stage, changed_arguments(self.args), time.perf_counter() - self._start)
-        evaluated = self._latest_evaluation()
+            record.details["settings"] = without_presentation(training_settings(self.args))
         # Not in place: the stage's own metrics and details are those of its draft.
         record = dataclasses.replace(
             record,
             outputs=digests_below(directory, directory.name),
-            metrics=record.metrics | ({self.evaluation_name: evaluated} if evaluated else {}) | metrics,
-            details={"parameters": self.model.num_parameters()}
+            metrics=record.metrics | self._measured_so_far() | metrics,
+            details={
+                "architecture": self.architecture(),
+                "parameters": self.model.num_parameters(),
+            }
             | record.details
             | details
             | {"links": self.hub_links or {}},
         )
         save_record(directory, record)
 
-    def _latest_evaluation(self) -> dict[str, float]:
-        """The metrics of the last evaluation, without its timings."""
-        entries = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
-        return {
-            name.removeprefix("eval_"): value
-            for name, value in (entries[-1] if entries else {}).items()
-            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
-        }
+    def _measured_so_far(self) -> dict[str, dict]:
+        """Metrics by split; at first those that a resumed training logged before."""
+        logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        if self.measured or not logged:
+            return self.measured
+        return {self.split_of(self.eval_dataset) or self.evaluation_name: without_timings(logged[-1])}
 
     def _send(self, directory: Path, blocking: bool = True, **settings):
         """Uploads a directory like a stage's, now or in the background."""
@@ -215,3 +241,12 @@ class HubTrainerMixin:
         given = {name: value for name, value in settings.items() if value is not None}
         send = partial(upload, files, self.hub_model_id, repo_type, **defaults | given)
         return send() if blocking else hf_api().run_as_future(send)
+
+
+def without_timings(metrics: dict[str, float]) -> dict[str, float]:
+    """What an evaluation measured, without the prefix of its names and without its timings."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in metrics.items()
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "preparation_time"))
+    }

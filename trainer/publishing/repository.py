@@ -8,16 +8,26 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from mmesid.hub_cards import CARD_NAME, REPOSITORY, render_card, save_card, subject_of
+from mmesid.hub_cards import (
+    CARD_NAME,
+    EVAL_RESULTS_NAME,
+    REPOSITORY,
+    eval_results,
+    render_card,
+    save_card,
+    subject_of,
+)
 from modeling_mmesid.checkpoints import COMPANIONS_NAME, file_digest, read_companions, require_public_base_model
 
 from ..running.locks import DirectoryLock
 from ..running.records import (
+    LOGS_DIR,
     RECORD_NAME,
     RESULTS_NAME,
     StageRecord,
@@ -27,11 +37,22 @@ from ..running.records import (
     to_json,
     write_text_atomic,
 )
+from ..running.training_log import describe_training, keep_logs
 
 
-def present(run: StageRun, links: dict[str, str] | None = None) -> None:
-    """Writes beside the outputs of a stage that is about to end what [`write_companions`] writes."""
-    run.details["links"] = links or {}
+if TYPE_CHECKING:
+    from .hub_trainer import HubTrainerMixin
+
+
+def present(run: StageRun, trainer: "HubTrainerMixin | None" = None) -> None:
+    """Writes beside the outputs of a stage that is about to end the log, curves and trackers' files of its training,
+    if it trained, and what [`write_companions`] writes."""
+    run.details["links"] = {}
+    if trainer is not None:
+        run.details["links"] = trainer.hub_links or {}
+        run.details["architecture"] = trainer.architecture()
+        run.details.update(describe_training(trainer, run.staging))
+        keep_logs(run.checkpoints_dir, run.staging)
     write_companions(run.staging, run.draft_record())
 
 
@@ -47,8 +68,13 @@ def write_companions(directory: Path, record: StageRecord) -> dict[str, str]:
     if record.metrics:
         write_text_atomic(directory / RESULTS_NAME, to_json(record.metrics))
         written.append(RESULTS_NAME)
+    if (figures := eval_results(dataclasses.asdict(record))) is not None:
+        (directory / EVAL_RESULTS_NAME).parent.mkdir(exist_ok=True)
+        write_text_atomic(directory / EVAL_RESULTS_NAME, figures)
+        written.append(EVAL_RESULTS_NAME)
     weights = {name: digest for name, digest in record.outputs.items() if re.fullmatch(r"[^/]+\.safetensors", name)}
-    others = sorted({*record.outputs, *written} - {*weights, COMPANIONS_NAME})
+    shown = {name for name in record.outputs if not name.startswith(f"{LOGS_DIR}/")}
+    others = sorted({*shown, *written} - {*weights, COMPANIONS_NAME})
     files = {name: REPOSITORY if name == CARD_NAME else None for name in others}
     write_text_atomic(directory / COMPANIONS_NAME, to_json({"weights": weights, "files": files}))
     return {name: file_digest(directory / name) for name in [*written, COMPANIONS_NAME]}
@@ -63,17 +89,22 @@ def is_card_edited(directory: Path, record: StageRecord) -> bool:
     return card.read_text(encoding="utf-8") != render_card(dataclasses.asdict(record))
 
 
-def add_metrics(directory: str | os.PathLike, metrics: dict) -> None:
+def add_metrics(directory: str | os.PathLike, metrics: dict, models: dict[str, dict] | None = None) -> None:
     """Adds later measurements to the record, the card and the results of a stage's directory, where these do not have
-    them yet."""
+    them yet; `models` are those of all models that were measured together, by the name of their directory."""
     directory = Path(directory)
     lock = DirectoryLock(directory / lock_name(RECORD_NAME), wait=60)
-    known = StageRecord.load(directory).metrics
-    if known | metrics == known and not lock.path.exists():
+    names = ("test", "test_confidence")
+    compared = {model: {name: one[name] for name in names} for model, one in (models or {}).items()}
+    details = {"comparison": {"this": directory.name, "models": compared}} if models else {}
+    known = StageRecord.load(directory)
+    is_known = known.metrics | metrics == known.metrics and known.details | details == known.details
+    if is_known and not lock.path.exists():
         return
     with lock:
         record = StageRecord.load(directory)
         record.metrics |= metrics
+        record.details |= details
         save_record(directory, record)
 
 
@@ -106,6 +137,8 @@ def publication(
         record.details["links"] = links
         card = render_card(dataclasses.asdict(record))
     files[CARD_NAME] = card.replace(REPOSITORY, repo_id).encode()
+    if (results := eval_results(dataclasses.asdict(record))) is not None:
+        files[EVAL_RESULTS_NAME] = results.encode()
     check_private(directory, files)
     return subject.repo_type, dict(sorted(files.items()))
 

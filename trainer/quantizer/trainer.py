@@ -14,7 +14,7 @@ from modeling_mmesid.modeling_mmrqvae import MMRQVAEBranch, MMRQVAEModel
 
 from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
-from ..publishing.hub_trainer import HubTrainerMixin
+from ..publishing.hub_trainer import HubTrainerMixin, without_timings
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
 from ..running.training import FiniteLossTrainer
 from .evaluation import code_metrics, encode_items, encode_rows, held_out_metrics, history_distances, sample_items
@@ -180,8 +180,7 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
 
     def measure(self) -> dict[str, float]:
         """What [`~transformers.Trainer.evaluate`] says of the held-out items, without its timings."""
-        self.evaluate()
-        return self._latest_evaluation()
+        return without_timings(self.evaluate())
 
     @torch.no_grad()
     def end_epoch(self) -> None:

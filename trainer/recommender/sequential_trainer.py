@@ -15,7 +15,7 @@ from modeling_mmesid.recommendation import mask_histories, score_items, target_r
 from ..data.prepared import Sequences
 from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
-from ..publishing.hub_trainer import HubTrainerMixin
+from ..publishing.hub_trainer import HubTrainerMixin, without_timings
 from ..running.training import FiniteLossTrainer
 
 
@@ -230,5 +230,9 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
     def rank(self, dataset: torch.utils.data.Dataset | None = None) -> dict[str, float]:
         """HR, nDCG and MRR of a held-out split, `eval_dataset` by default, without the prefix and timings of
         `evaluate`."""
-        self.evaluate(dataset)
-        return self._latest_evaluation()
+        return without_timings(self.evaluate(dataset))
+
+    def split_of(self, dataset) -> str | None:
+        sequences = dataset.sequences if isinstance(dataset, EvaluationHistories) else dataset
+        split = sequences.split if isinstance(sequences, Sequences) else None
+        return super().split_of(dataset) if split is None else split

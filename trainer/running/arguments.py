@@ -29,6 +29,15 @@ from .files import check_names, read_yaml, to_flags
 
 logger = logging.get_logger(__name__)
 
+# Trackers that an extra installs.
+TRACKER_EXTRAS = ("tensorboard", "trackio")
+# Settings of TrainingArguments that readers of a card look for, also where they have their defaults.
+STATED = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs",
+    "max_steps", "bf16", "fp16", "seed",
+)  # fmt: skip
+
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be a positive number"),
     "not_negative": (lambda value: value >= 0, "must be 0 or a positive number"),
@@ -66,9 +75,11 @@ def require_reporting(report_to: str | list[str] | None) -> list[str]:
     available = get_available_reporting_integrations()
     for name in asked:
         if name not in ("none", "all", *available):
-            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            known, package = ", ".join(INTEGRATION_TO_CALLBACK), name
+            if name in TRACKER_EXTRAS:
+                package = f"'mmesid[{name}]'"
             raise ValueError(
-                f"--report_to {name} needs the package {name}, which is not installed; pip install {name}."
+                f"--report_to {name} needs the package {name}, which is not installed; pip install {package}."
                 if name in INTEGRATION_TO_CALLBACK
                 else f"--report_to {name} is no service that can be reported to; choose among none, all, {known}."
             )
@@ -105,6 +116,12 @@ class CommandArguments:
         self.config: dict[str, Any] = {}
         self.training: Any = None
         self.changed = changed_arguments(self)
+
+    @property
+    def settings(self) -> dict:
+        """All settings with their values, as JSON values: those of the stage, of its model and of its training."""
+        own = {argument.name: getattr(self, argument.name) for argument in fields(self)}
+        return own | self.config | ({} if self.training is None else training_settings(self.training))
 
     def check(self, **settings) -> None:
         """Raises `ValueError` if the model cannot have the settings asked for, together with these `settings` of
@@ -273,6 +290,18 @@ class BestEpochTrainingArguments(TrainingArguments):
             )
         if self.greater_is_better is None:
             self.greater_is_better = not any(fnmatch.fnmatch(metric, pattern) for pattern in self.smaller_is_better)
+
+
+def training_settings(training: TrainingArguments) -> dict:
+    """The settings of a training, as JSON values: all that this project declares, and of those that
+    [`~transformers.TrainingArguments`] declares what a paper states and what was asked for."""
+    own = {argument.name for argument in fields(training)} - {argument.name for argument in fields(TrainingArguments)}
+    is_ours = isinstance(training, BestEpochTrainingArguments)
+    told = own | {*STATED, *(training.changed if is_ours else changed_arguments(training))}
+    values = {argument.name: getattr(training, argument.name) for argument in fields(training)}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    plain = (bool, str, int, float, list, type(None))
+    return {name: value for name, value in values.items() if name in told and isinstance(value, plain)}
 
 
 class _Parser(HfArgumentParser):

@@ -29,8 +29,11 @@ from .locks import DirectoryLock
 
 RECORD_NAME = "record.json"
 RESULTS_NAME = "eval_results.json"
+TRAINING_LOG_NAME = "training_log.json"
+# Files of trackers, which name times, machines and paths: they stay here.
+LOGS_DIR = "logs"
 # What presents a stage's outputs: it tells times and machines, and later measurements change it.
-_PRESENTING_FILES = ("README.md", RESULTS_NAME, COMPANIONS_NAME)
+_PRESENTING_FILES = ("README.md", RESULTS_NAME, TRAINING_LOG_NAME, COMPANIONS_NAME)
 
 CPUINFO = "/proc/cpuinfo"
 RECORDED_PACKAGES = ("mmesid", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "evaluate")
@@ -89,7 +92,7 @@ class StageRecord:
     # Size in bytes and time of the last change in nanoseconds of these files.
     stamps: dict[str, list] = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
-    # What a model card says besides: data statistics, encoder, number of parameters ...
+    # What a model card says besides: all settings, data statistics, encoder, number of parameters ...
     details: dict = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=installed_versions)
     hardware: str = field(default_factory=hardware)
@@ -182,13 +185,17 @@ def input_digest(path: str | os.PathLike | list) -> str:
         )
     if (path / RECORD_NAME).is_file():
         record = StageRecord.load(path)
-        digests = {name: digest for name, digest in record.outputs.items() if name not in _PRESENTING_FILES}
+        digests = {name: digest for name, digest in record.outputs.items() if not _presents(name)}
         for name in digests:
             require_exists(path / name)
             if not record.is_as_written(path, name):
                 digests[name] = file_digest(path / name)
         return json_digest(digests)
     return json_digest(digests_below(path, path.name))
+
+
+def _presents(name: str) -> bool:
+    return name in _PRESENTING_FILES or name.startswith((f"{LOGS_DIR}/", "figures/", ".eval_results/"))
 
 
 def digests_below(directory: Path, name: str) -> dict[str, str]:
@@ -259,7 +266,9 @@ class StageRun:
         }
         self.fingerprint = json_digest([stage, self.arguments, self.inputs])
         self.metrics: dict = {}
-        self.details: dict = {}
+        # With the others, for those who want to repeat the run when defaults have changed.
+        settings = without_presentation(arguments.settings)
+        self.details: dict = {"settings": {name: value for name, value in settings.items() if name not in inputs}}
         self.staging = self.output_dir / f".staging-{self.record_path.stem}-{self.fingerprint[:16]}"
         self._journal = self.output_dir / journal_name(record_name)
         self._lock = DirectoryLock(self.output_dir / lock_name(record_name))
@@ -418,6 +427,11 @@ class StageRun:
             self.checkpoints_dir.parent.rmdir()
         write_text_atomic(self.record_path, to_json(journal["record"]))
         self._journal.unlink()
+
+
+def without_presentation(settings: dict) -> dict:
+    """The settings without those that change where a stage writes or what it prints."""
+    return {name: value for name, value in settings.items() if name not in _PRESENTATION_ARGUMENTS}
 
 
 def unstaged_record(stage: str, arguments: dict, seconds: float) -> StageRecord:

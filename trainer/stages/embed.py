@@ -202,6 +202,7 @@ def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: St
     settings = arguments.encoder_settings()
     encoder = load_encoder(arguments.encoder, str(arguments.model_name_or_path), **settings)
     run.details.update(type(encoder).details_of(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
+    run.details["kind"] = arguments.encoder
     if encoder.reads:
         run.details.update(column=arguments.column_read(), dtype=arguments.dtype)
     # The run's settings and inputs do not tell which commit a branch stands at, nor how many inputs a batch has, which

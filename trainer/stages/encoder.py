@@ -23,6 +23,7 @@ from ..running.arguments import ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
+from ..running.training_log import trackers_at_rest
 
 
 SIZES = tuple(size.name for size in fields(CLIPSizes))
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         run.details.update(data=data.statistics)
         trainer.draft_record = run.draft_record
         fit(trainer)
-        evaluated = trainer.evaluate()
+        with trackers_at_rest(trainer):
+            evaluated = trainer.evaluate()
         run.metrics["held_out"] = {name: evaluated[f"eval_{name}"] for name in trainer.args.metric_names}
         run.details.update(
             training_pairs=len(trainer.train_dataset),
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if PartialState().is_main_process:
             trainer.encoder.save_pretrained(staging)
-            present(run, trainer.hub_links)
+            present(run, trainer)
     trainer.publish(arguments.output_dir)
 
 

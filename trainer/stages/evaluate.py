@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from transformers import AutoModel, PreTrainedModel
 
+from mmesid.hub_cards.figures import draw_results
 from modeling_mmesid import MMESIDConfig, SASRecConfig
 from modeling_mmesid.checkpoints import read_config
 
@@ -151,7 +152,8 @@ def check_model_dirs(directories: list[Path]) -> None:
 
 def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
     """Writes `results.json` (what [`summarize`] returns, whether the data are synthetic and what training took, by
-    model) and `results.md`, and the rank of every user's target to `ranks/<split>.parquet`."""
+    model), `results.md` and `figures/results.png`, and the rank of every user's target to
+    `ranks/<split>.parquet`."""
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
         text = None
@@ -188,6 +190,12 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
         }
         (staging / "results.json").write_text(json.dumps(marked, indent=2) + "\n", encoding="utf-8")
         (staging / "results.md").write_text(results_page(results, data.statistics), encoding="utf-8")
+        draw_results(
+            staging / "figures" / "results.png",
+            {name: result["test"]["ndcg@10"] for name, result in results.items()},
+            {name: result["test_confidence"]["ndcg@10"] for name, result in results.items()},
+            "nDCG@10 on test, with 95% intervals",
+        )
 
 
 def load_model(directory: Path) -> PreTrainedModel:
@@ -221,7 +229,7 @@ def complete_cards(arguments: EvaluateArguments) -> None:
     just ranked, or whose stage has since written it again, or that an interrupted run did not come to."""
     results = StageRecord.load(arguments.output_dir).metrics
     for directory in map(Path, arguments.model_dirs):
-        add_metrics(directory, results[directory.name])
+        add_metrics(directory, results[directory.name], results)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ..running.arguments import ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, require_exists
 from ..running.training import fit, trainer_arguments
+from ..running.training_log import trackers_at_rest
 
 
 # What `build_recommender` takes under the same name.
@@ -213,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         fit(trainer)
         if data.has_targets:
             fit_score_weights(model, trainer.eval_dataset)
-            run.metrics["validation"] = trainer.rank()
+            with trackers_at_rest(trainer):
+                run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)
@@ -225,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
                 trainable_parameters=model.num_parameters(only_trainable=True),
                 modalities=model.config.modalities,
             )
-            present(run, trainer.hub_links)
+            present(run, trainer)
     trainer.publish(arguments.output_dir)
 
 

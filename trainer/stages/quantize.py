@@ -23,6 +23,7 @@ from ..running.arguments import ReaderArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
+from ..running.training_log import trackers_at_rest
 
 
 @dataclass(kw_only=True)
@@ -72,13 +73,14 @@ def main(argv: list[str] | None = None) -> None:
         trainer = quantizer_trainer(tables, MMRQVAEConfig(**arguments.config), trainer_arguments(arguments, run), data)
         trainer.draft_record = run.draft_record
         fit(trainer)
-        run.metrics["held_out"] = trainer.measure()
+        with trackers_at_rest(trainer):
+            run.metrics["held_out"] = trainer.measure()
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
             metrics, details = trainer.describe(staging)
             run.metrics.update(metrics)
             run.details.update(details, parameters=trainer.model.num_parameters())
-            present(run, trainer.hub_links)
+            present(run, trainer)
     trainer.publish(arguments.output_dir)
     if PartialState().is_main_process:
         print("\n" + summary(run.metrics, arguments.modalities), flush=True)

@@ -20,6 +20,7 @@ from ..running.arguments import ReaderArguments, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun
 from ..running.training import fit, trainer_arguments
+from ..running.training_log import trackers_at_rest
 
 
 @dataclass(kw_only=True)
@@ -49,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         trainer.draft_record = run.draft_record
         fit(trainer)
         if data.has_targets:
-            run.metrics["validation"] = trainer.rank()
+            with trackers_at_rest(trainer):
+                run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:
             trainer.model.save_pretrained(staging)
             run.details.update(parameters=trainer.model.num_parameters())
-            present(run, trainer.hub_links)
+            present(run, trainer)
     trainer.publish(arguments.output_dir)
 
 

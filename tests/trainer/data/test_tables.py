@@ -142,12 +142,14 @@ def test_import_honours_a_mask_over_zero_rows(tmp_path):
 def test_encoders_are_told_where_they_are_on_record(tmp_path):
     record = dataclasses.asdict(StageRecord(stage="embed", fingerprint="1", arguments={}, seconds=0.1))
     for modality, details in {
-        "text": {"encoder": "me/bert", "revision": "a1"},
+        "text": {"kind": "sentence", "encoder": "me/bert", "revision": "a1", "column": "title", "normalised": True},
         "visual": {"encoder": "a table", "revision": None},
     }.items():
         (tmp_path / f"{modality}.json").write_text(json.dumps(record | {"details": details}))
     encoders = table_encoders(tmp_path, ["collaborative", "text", "visual"])
-    assert encoders == {"text": "me/bert at a1", "visual": "a table"}
+    text = {"kind": "sentence", "name": "me/bert", "revision": "a1", "column": "title", "normalised": True}
+    assert encoders["text"] == text and set(encoders) == {"text", "visual"}
+    assert encoders["visual"] == dict.fromkeys(text) | {"name": "a table"}
 
 
 def test_a_parquet_table_is_joined_by_item_id(tmp_path):

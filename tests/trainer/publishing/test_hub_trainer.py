@@ -98,7 +98,7 @@ def test_links_are_read_from_the_arguments_and_checkpoints_of_fsdp_are_refused(t
         output_dir=str(tmp_path), use_cpu=True, hub_links=["dataset=me/data"], hub_strategy="checkpoint"
     )
     model = SASRecForSequentialRecommendation(SASRecConfig(num_items=3, hidden_size=8))
-    trainer = SASRecTrainer(model, arguments, eval_dataset=[])
+    trainer = SASRecTrainer(model, arguments, eval_dataset=[{"history": [1], "target": 2}])
     assert trainer.hub_links == {"dataset": "me/data"}
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="hub_strategy 'checkpoint' would publish the checkpoints of DeepSpeed or FS"):

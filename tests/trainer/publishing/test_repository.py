@@ -151,7 +151,8 @@ def test_links_are_those_of_the_push_or_of_the_stage(recommender):
     save_record(recommender, record)
     for links, linked in ((None, "me/sasrec"), ({"dataset": "me/parts"}, "datasets/me/parts")):
         card = publication(recommender, "me/model", links)[1]["README.md"].decode()
-        assert card.count("https://huggingface.co/") == 1 and f"(https://huggingface.co/{linked})" in card
+        related = card.split("## Related repositories")[1].split("\n## ")[0]
+        assert related.count("https://huggingface.co/") == 1 and f"(https://huggingface.co/{linked})" in related
 
 
 def test_a_card_that_was_edited_stays_as_it_is(recommender):

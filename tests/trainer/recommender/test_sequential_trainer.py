@@ -305,7 +305,7 @@ def test_a_search_is_for_the_ranking_metric(tmp_path, monkeypatch):
             for rate in [1e-6, 1e-2][:n_trials]:
                 trainer.train(trial={"learning_rate": rate})
                 found[rate] = trainer.compute_objective(trainer.evaluate())
-                assert found[rate] == trainer._latest_evaluation()["ndcg@10"]
+                assert found[rate] == trainer.measured["validation"]["ndcg@10"]
             return (max if direction == "maximize" else min)(found, key=found.get)
 
     monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Backend)

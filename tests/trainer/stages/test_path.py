@@ -295,7 +295,7 @@ def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_p
     finetune.main([*finetune_flags(tiny_run, "unused"), *flags, "--output_dir", str(tmp_path / "full")])
     _, files = publication(tmp_path / "full", "me/full")
     card = ModelCard(files["README.md"].decode())
-    assert card.data.base_model is None and "Its backbone is base." in card.text
+    assert card.data.base_model is None and "| base model | base |" in card.text
     assert str(tmp_path) not in card.content
 
 
