@@ -80,7 +80,7 @@ def test_transitions(lists, train, table):
             return cosine(embeddings[last], embeddings[item])
 
         def text_and_count(item, last=last):
-            return text(item) + COUNT_WEIGHT * np.log1p(counts[last, item]) / np.log1p(counts.max())
+            return text(item) + COUNT_WEIGHT * np.log1p(counts[last, item]) / np.log1p(counts[last].max())
 
         expected = [*sorted(first, key=text_and_count, reverse=True), *sorted(second, key=text, reverse=True)]
         expected += sorted(others, key=text, reverse=True)
