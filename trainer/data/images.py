@@ -22,7 +22,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +44,8 @@ SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp", ".tif", ".
 MAX_BYTES = 32 * 2**20
 # Decoded to RGB, 150 MB. Pillow itself refuses only four times as much.
 MAX_PIXELS = 50_000_000
+# Larger ones are decoded one at a time while others are fetched.
+LARGE_PIXELS = 2_000_000
 # Of an archive: pictures, characters of a name, and bytes unpacked: pictures are compressed already, so that archives
 # of them unpack to little more than they are.
 MAX_MEMBERS = 5_000_000
@@ -102,30 +103,6 @@ def read_image(
         ) from error
 
 
-class _PixelsInFlight:
-    """Lets threads decode at a time what together has no more than `MAX_PIXELS`: a picture of a few kilobytes may
-    unpack to hundreds of megabytes."""
-
-    def __init__(self):
-        self._pixels = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def reserved(self, pixels: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._pixels == 0 or self._pixels + pixels <= MAX_PIXELS)
-            self._pixels += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._pixels -= pixels
-                self._changed.notify_all()
-
-
-_in_flight = _PixelsInFlight()
-
-
 def decode_image(data: bytes) -> Image.Image:
     """A picture as an encoder reads it: the first frame, turned as the camera says, in RGB on a white ground. Raises
     [`BadImageError`] if it is of none of `FORMATS`, damaged, or of more than `MAX_PIXELS`."""
@@ -136,9 +113,8 @@ def decode_image(data: bytes) -> Image.Image:
                 raise BadImageError(
                     "too_large", f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}"
                 )
-            with _in_flight.reserved(picture.width * picture.height):
-                picture.load()
-                return _to_rgb(_upright(picture))
+            picture.load()
+            return _to_rgb(_upright(picture))
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -176,6 +152,18 @@ def _checked(image: Path | bytes, max_bytes: int) -> bytes:
     # All that an encoder will do with it, so that it cannot fail there.
     decode_image(data)
     return data
+
+
+def _checked_apart(data: bytes, max_bytes: int, decoder: ThreadPoolExecutor) -> bytes:
+    """As [`_checked`], a large picture in the one thread of `decoder`: a few kilobytes may unpack to hundreds of
+    megabytes, which many threads would hold at once, and keep even when each has done with it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            large = picture.width * picture.height > LARGE_PIXELS
+    # What is no picture is told apart where it is decoded.
+    except Exception:
+        large = False
+    return decoder.submit(_checked, data, max_bytes).result() if large else _checked(data, max_bytes)
 
 
 def _bytes_of(path: Path, max_bytes: int) -> bytes:
@@ -259,7 +247,7 @@ def fetch_images(
         for url in pending:
             outcome = "fetched"
             try:
-                data = _fetch(client, transport, url, timeout, retries, deadline, max_bytes)
+                data = _fetch(client, transport, decoder, url, timeout, retries, deadline, max_bytes)
                 partial = files[url].with_name(f".{files[url].name}.{os.getpid()}.partial")
                 partial.write_bytes(data)
                 os.replace(partial, files[url])
@@ -281,6 +269,7 @@ def fetch_images(
             headers={"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"},
         ) as client,
         tqdm(total=len(missing), desc="fetching pictures", unit="image", disable=disable_tqdm) as progress,
+        ThreadPoolExecutor(1) as decoder,
         ThreadPoolExecutor(workers) as pool,
     ):
         futures = [pool.submit(work, client, progress) for _ in range(min(workers, len(missing)))]
@@ -306,6 +295,7 @@ def _digest(name: str) -> str:
 def _fetch(
     client: httpx2.Client,
     transport: GuardedTransport,
+    decoder: ThreadPoolExecutor,
     url: str,
     timeout: float,
     retries: int,
@@ -330,7 +320,7 @@ def _fetch(
                 elif status != 200:
                     raise BadImageError("missing", f"HTTP status {status}")
                 else:
-                    return _checked(_read(response, max_bytes), max_bytes)
+                    return _checked_apart(_read(response, max_bytes), max_bytes, decoder)
         except _NO_URL as error:
             raise BadImageError("not_a_url", str(error) or type(error).__name__) from error
         except InnerAddressError as error:

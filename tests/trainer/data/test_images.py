@@ -11,7 +11,6 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -265,25 +264,21 @@ def test_addresses_of_inner_networks_are_known(address, public):
     assert downloads.is_public(address) is public
 
 
-def test_threads_decode_no_more_pixels_at_a_time_than_one_picture_may_have(monkeypatch):
-    lock, now, most = threading.Lock(), 0, 0
+def test_large_pictures_are_decoded_by_one_thread_while_others_are_fetched(server, tmp_path, monkeypatch):
+    threads = set()
 
     def to_rgb(picture):
-        nonlocal now, most
-        with lock:
-            now += picture.width * picture.height
-            most = max(most, now)
+        threads.add(threading.get_ident())
         time.sleep(0.02)
-        with lock:
-            now -= picture.width * picture.height
         return picture
 
     monkeypatch.setattr(images_module, "_to_rgb", to_rgb)
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 5000)
-    data = [encoded(picture(number, (50, height))) for number, height in enumerate((90, 30, 40, 20, 80, 20))]
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(decode_image, data * 3))
-    assert 50 * 90 <= most <= 5000
+    urls = [server.url(f"slow?{number}") for number in range(8)]
+    fetch(urls, tmp_path / "small", workers=4)
+    assert len(threads) > 1
+    threads.clear()
+    monkeypatch.setattr(images_module, "LARGE_PIXELS", 100)
+    assert fetch(urls, tmp_path / "large", workers=4)[1] == {"fetched": 8} and len(threads) == 1
 
 
 def test_pictures_are_fetched_in_parallel_but_no_more_than_asked_for(server, tmp_path):
