@@ -26,15 +26,16 @@ class UserEncoder(torch.nn.Module):
     def __init__(self, model: MMESIDForSequentialRecommendation):
         super().__init__()
         config, items = model.config, model.model.items
-        self.backbone, self.scorers = model.model.backbone, model.scorers
+        self.backbone, self.head, self.scorers = model.model.backbone, model.model.user_head, model.scorers
         with torch.no_grad():
             words = self.backbone.get_input_embeddings()
             for name, ids in (("before", config.prompt_prefix_ids), ("after", config.prompt_suffix_ids)):
                 self.register_buffer(name, words(torch.tensor(ids, dtype=torch.long, device=model.device))[None])
             rows = torch.arange(config.num_items + 1, device=model.device)
-            tokens = items.tokens(rows) * config.item_token_scale
+            tokens = items.tokens(rows) * (config.item_token_scale or 1.0)
             self.register_buffer("tokens", tokens.to(self.before.dtype))
-            self.tables = torch.nn.ParameterList(self.scorers.tables(items)).requires_grad_(False)
+            _, *tables = model.parts(model.item_table())
+            self.tables = torch.nn.ParameterList(table.clone() for table in tables).requires_grad_(False)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
         """The user embedding `(1, width)` of the item rows of one history `(1, length)`, oldest first."""
@@ -44,7 +45,7 @@ class UserEncoder(torch.nn.Module):
         mask = torch.ones(length, length, dtype=torch.bool, device=items.device).tril()[None, None]
         positions = torch.arange(length, device=items.device)[None]
         output = self.backbone(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
-        state = output.last_hidden_state[:, -1]
+        state = self.head(output.last_hidden_state[:, -1])
         return torch.cat([state, *self.scorers.states(items, list(self.tables))], dim=-1)
 
 
