@@ -62,7 +62,9 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
     runs: dict[str, Run] = {}
     links: dict[Path, Path] = {}
     evaluate, compare = ((recipe.get(stage) or [{}])[0] for stage in ("evaluate", "compare"))
-    common = {key: value for key, value in evaluate.items() if key not in ("sums", "baselines", "output_dir")}
+    common = {
+        key: value for key, value in evaluate.items() if key not in ("model_dirs", "sums", "baselines", "output_dir")
+    }
     common["prepared_dir"] = str(root / "prepared")
     models = {
         name_of(stage, settings, stages): settings.get("output_dir") or str(stages[stage].writes)
@@ -106,7 +108,8 @@ def plan_grid(path: Path, recipe: dict, stages: Mapping[str, Stage], seeds: Sequ
             settings = common | {"baselines": [], "model_dirs": [str(below / directory)]}
             add(_evaluation(root, seed, model, settings))
     settings = common | {"output_dir": str(root / "baselines")}
-    settings |= {key: evaluate[key] for key in ("baselines",) if key in evaluate}
+    # Models that the recipe does not train are ranked once.
+    settings |= {key: evaluate[key] for key in ("baselines", "model_dirs") if key in evaluate}
     settings |= {"embeddings_dir": str(root / "embeddings")} if "embed" in recipe else {}
     runs["baselines"] = _run("baselines", "evaluate", settings)
     left_out = []
@@ -156,6 +159,12 @@ def _check(path: Path, recipe: dict, seeds: Sequence[int]) -> None:
     for stage in SEEDED_STAGES:
         if any("seed" in settings for settings in recipe.get(stage, ())):
             raise ValueError(f"Section '{stage}' of '{path}' sets a seed, which is what --seeds does; leave it out.")
+    for stage in ("evaluate", "compare"):
+        if len(recipe.get(stage, ())) > 1:
+            raise ValueError(
+                f"'{path}' has several runs of '{stage}', and `mmesid reproduce` plans these itself; keep one, which "
+                "says how."
+            )
     if not any(recipe.get(stage) for stage in RANKING_STAGES):
         raise ValueError(f"'{path}' trains nothing that ranks; add a section {' or '.join(RANKING_STAGES)}.")
 

@@ -65,6 +65,12 @@ def test_tables_of_one_modality_in_two_directories_are_two_runs(tmp_path):
     assert tables == {"embed text a": "o/a", "embed text b": "o/b", "embed text": "o/embeddings"}
 
 
+def test_a_model_from_elsewhere_is_ranked_once(tmp_path):
+    text = "output_dir: o\nsasrec: {}\nevaluate: {model_dirs: [other/model], sums: [both=sasrec+other/model]}"
+    runs = [run for run in planned(tmp_path, text).runs if "other/model" in run.settings.get("model_dirs", ())]
+    assert [run.name for run in runs] == ["baselines"]
+
+
 def test_a_run_waits_for_what_it_reads_and_for_nothing_else(tmp_path):
     plan = planned(tmp_path)
     runs = {run.name: run for run in plan.runs}
@@ -101,6 +107,7 @@ def test_mmesid_run_leaves_out_sums_of_two_seeds(tmp_path):
         ("output_dir: o\nsasrec: {seed: 3}", [1], "sets a seed, which is what --seeds does"),
         ("output_dir: o\nsasrec: {}", [1, 1], "--seeds 1 1 names a seed twice"),
         ("output_dir: o\nprepare: {}", [1], "trains nothing that ranks"),
+        ("output_dir: o\nsasrec: {}\ncompare: [{}, {output_dir: x}]", [1], "several runs of 'compare'"),
         ("output_dir: o\nsasrec: {}\nfinetune: [{}, {}]", [1], "Two runs .* would be 'o/seed-1/recommender'"),
         ("output_dir: o\nfinetune: [{output_dir: a/x}, {output_dir: b/x}]", [1], "called 'seed 1: finetune x'"),
         ("output_dir: o\nsasrec: {}\nevaluate: {sums: [sasrec=sasrec+x]}", [1], "called 'seed 1: evaluate sasrec'"),
