@@ -1,12 +1,16 @@
 """What can be said of a recommender's items once it is trained: their spectrum, fusion weights and semantic IDs."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mmesid.hub_cards.figures import draw_fusion_weights, draw_singular_spectrum
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
+from modeling_mmesid.items_mmesid import ITEMS_PER_BLOCK
+from modeling_mmesid.recommendation import evaluating
 
 from ..metrics.collapse.collapse import COLLAPSED, collapse_metrics, singular_values
 from ..quantizer.evaluation import code_metrics
@@ -20,12 +24,13 @@ def describe_items(
     Returns metrics (`item_tokens`, `scoring_table`, `semantic_ids`, as far as the items have them) and details
     (`semantic_id_examples`) for the stage's record."""
     directory = Path(directory)
-    rows = torch.arange(1, model.config.num_items + 1, device=model.device)
-    with torch.no_grad():
-        spectra = {"item tokens": singular_values(model.model.items.tokens(rows).float().cpu().numpy())}
+    items, rows = model.model.items, torch.arange(1, model.config.num_items + 1, device=model.device)
+    # As they are used: in training, items that it never saw have other vectors.
+    with torch.no_grad(), evaluating(model):
+        spectra = {"item tokens": _singular_values(items.tokens, rows)}
         if not model.config.share_item_table:
-            spectra["scoring table"] = singular_values(model.model.items.vectors(rows).float().cpu().numpy())
-        weights = model.model.items.weights(rows).float().cpu()
+            spectra["scoring table"] = _singular_values(items.vectors, rows)
+        weights = items.weights(rows).float().cpu()
     draw_singular_spectrum(directory / "figures" / "singular_spectrum.png", spectra, COLLAPSED)
     _draw_weights(model, weights, directory / "figures" / "fusion_weights.png")
     metrics = {name.replace(" ", "_"): collapse_metrics(values) for name, values in spectra.items()}
@@ -38,6 +43,11 @@ def describe_items(
     metrics["semantic_ids"] = code_metrics(codes, model.config.codebook_size)
     examples = semantic_id_examples(codes, model.model.items.fusion.frequencies.cpu(), item_ids, titles)
     return metrics, {"semantic_id_examples": examples}
+
+
+def _singular_values(vectors: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> np.ndarray:
+    """Those of `vectors(rows)`, which are computed in blocks: on the way a model holds many times as much."""
+    return singular_values(torch.cat([vectors(block).float().cpu() for block in rows.split(ITEMS_PER_BLOCK)]).numpy())
 
 
 def semantic_ids(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:

@@ -21,7 +21,11 @@ class Processor:
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):
     model, directory = new_model(share_item_table=False), tmp_path_factory.mktemp("described")
-    return model, directory, *describe_items(model, Processor, directory)
+    # Not seen by training, after which a model is still in the mode for it.
+    model.model.items.fusion.frequencies[1:4] = 0
+    said = describe_items(model.train(), Processor, directory)
+    assert model.training
+    return model.eval(), directory, *said
 
 
 def test_the_spectra_are_those_of_tokens_and_table(described):
