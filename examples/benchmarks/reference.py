@@ -59,7 +59,7 @@ def encode(model: MMESIDForSequentialRecommendation, histories: Sequence[Sequenc
     states = model.model.backbone(
         inputs_embeds=embedded, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
-    return states[:, -1]
+    return model.model.user_head(states[:, -1])
 
 
 def project_items(model: MMESIDForSequentialRecommendation) -> tuple[torch.Tensor, torch.Tensor]:

@@ -316,7 +316,7 @@ def test_a_backbone_that_is_trained_in_full_cannot_be_quantized(tiny_run, base):
 
 
 def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(content, base):
-    GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
+    GPT2Model(GPT2Config(vocab_size=4096, n_embd=16, n_layer=1, n_head=2)).save_pretrained(base)
     data = content[0]
     with pytest.raises(ValueError, match="no layer called gate_proj, up_proj, down_proj; .* lora_target_modules"):
         build_recommender(data, backbone=base)
