@@ -74,9 +74,12 @@ class MMESIDModality(nn.Module):
         """Takes the modality's tables of [`MMESIDItems.initialize`], already checked."""
         self.embeddings.copy_(embeddings)
         self.present.copy_(present)
-        known = embeddings[present].float()
-        self.center.copy_(known.mean(0))
-        self.scale.copy_(1 / (known - known.mean(0)).norm(dim=-1).mean().clamp(min=1e-12))
+        # In blocks: no copy of a large table.
+        known = present.nonzero()[:, 0].split(ITEMS_PER_BLOCK)
+        center = sum(embeddings[block].sum(0, dtype=torch.float64) for block in known) / present.sum()
+        self.center.copy_(center)
+        lengths = sum((embeddings[block].double() - center).norm(dim=-1).sum() for block in known) / present.sum()
+        self.scale.copy_(1 / lengths.clamp(min=1e-12))
         if codes is not None:
             self.codes.copy_(codes.clamp(min=0))
 

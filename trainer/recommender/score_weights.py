@@ -35,26 +35,25 @@ def fit_score_weights(model: MMESIDForSequentialRecommendation, histories: Datas
     model.scorers.weights = dict.fromkeys(start, 1.0)
     users = [histories[index] for index in range(0, len(histories), max(len(histories) // USERS, 1))]
     with evaluating(model):
-        tables = model.parts(model.item_table())
+        table = model.item_table()
         batches = [users[first : first + USERS_AT_A_TIME] for first in range(0, len(users), USERS_AT_A_TIME)]
         states = [model.parts(model.encode_histories([user["history"] for user in batch])) for batch in batches]
     fitted = dict(start)
     for source in tqdm([*start] * ROUNDS, desc="Weights of scores", leave=False, delay=2):
-        found = _ndcg_by_weight(source, fitted, batches, states, tables)
+        found = _ndcg_by_weight(source, fitted, batches, states, table, model.parts(table))
         # Of equal ones the least: a source that does not help stays out.
         fitted[source] = max(WEIGHTS, key=lambda weight: (found[weight], -weight))
     model.scorers.weights = fitted
     return fitted
 
 
-def _ndcg_by_weight(source: str, weights: dict[str, float], batches, states, tables) -> dict[float, float]:
-    """nDCG@10 for each of `WEIGHTS` of one source, the others as in `weights`."""
+def _ndcg_by_weight(source: str, weights: dict[str, float], batches, states, table, tables) -> dict[float, float]:
+    """nDCG@10 for each of `WEIGHTS` of one source, the others as in `weights`; `tables` are the parts of `table`."""
     ranks: dict[float, list[torch.Tensor]] = {weight: [] for weight in WEIGHTS}
     factors = [1.0, *(0.0 if name == source else weight for name, weight in weights.items())]
     varied = 1 + list(weights).index(source)
-    items = torch.cat(tables, dim=-1).T
     for batch, parts in zip(batches, states, strict=True):
-        fixed = torch.cat([factor * part for factor, part in zip(factors, parts, strict=True)], dim=-1) @ items
+        fixed = torch.cat([factor * part for factor, part in zip(factors, parts, strict=True)], dim=-1) @ table.T
         fixed[:, 0] = -torch.inf
         mask_histories(fixed, pad_histories([user["history"] for user in batch], fixed.device))
         part = parts[varied] @ tables[varied].T
