@@ -161,10 +161,7 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
             text = load_table(table_path(arguments.embeddings_dir, TEXT), TEXT, data.num_items)
         ranks = {name: baseline_ranks(name, data, text) for name in arguments.baselines}
         for name, paths in arguments.models.items():
-            models = [load_model(Path(path)) for path in paths]
-            ranks[name] = {
-                split: model_ranks(models, data, split, arguments.per_device_eval_batch_size) for split in SPLITS
-            }
+            ranks[name] = ranks_of(paths, data, arguments.per_device_eval_batch_size)
         if not PartialState().is_main_process:
             return
         results = {
@@ -196,6 +193,13 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
             {name: result["test_confidence"]["ndcg@10"] for name, result in results.items()},
             "nDCG@10 on test, with 95% intervals",
         )
+
+
+def ranks_of(directories: list[str], data: PreparedDataset, batch_size: int) -> dict[str, np.ndarray]:
+    """What [`model_ranks`] says of the sum of these models, by split. They are gone before others are loaded: a device
+    that holds one decoder may have no room for two."""
+    models = [load_model(Path(directory)) for directory in directories]
+    return {split: model_ranks(models, data, split, batch_size) for split in SPLITS}
 
 
 def load_model(directory: Path) -> PreTrainedModel:

@@ -1,8 +1,10 @@
 """What evaluation promises for the directories that it reads and writes."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -161,3 +163,19 @@ def test_json_alone_goes_to_the_standard_output(tiny_run, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads((directory / "results.json").read_text(encoding="utf-8"))
     assert "up to date" in captured.err
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(tmp_path, checkpoint, evaluated, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "again")
+    loaded, load = [], evaluate.load_model
+
+    def watched(directory):
+        gc.collect()
+        assert not any(model() for model in loaded)
+        model = load(directory)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", watched)
+    evaluated("sasrec", "again")
+    assert len(loaded) == 2
