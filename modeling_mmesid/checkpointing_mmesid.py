@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
@@ -41,6 +41,7 @@ class BaseModelMixin:
         pretrained_backbone_name_or_path: str | os.PathLike,
         *,
         freeze_backbone: bool = False,
+        num_hidden_layers: int | None = None,
         backbone_kwargs: dict | None = None,
         **config_kwargs,
     ):
@@ -52,6 +53,7 @@ class BaseModelMixin:
             pretrained_backbone_name_or_path (`str` or `os.PathLike`): Anything that `AutoModel.from_pretrained` loads.
             freeze_backbone (`bool`, *optional*, defaults to `False`): Without `lora`, leave the backbone as it is
                 rather than train it in full: only items and fusion learn, and the checkpoint names the base model.
+            num_hidden_layers (`int`, *optional*): Take the first so many layers of the decoder; all by default.
             backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `revision`,
                 `dtype`, `quantization_config`, `device_map` or `attn_implementation`.
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
@@ -65,7 +67,7 @@ class BaseModelMixin:
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
         backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
-        backbone = _load_backbone(pretrained_backbone_name_or_path, **backbone_kwargs)
+        backbone = _load_backbone(pretrained_backbone_name_or_path, num_hidden_layers, **backbone_kwargs)
         if freeze_backbone or config_kwargs.get("lora") is not None:
             # A folder by its whole path, for the checkpoint will be loaded from elsewhere.
             is_folder = os.path.isdir(pretrained_backbone_name_or_path)
@@ -107,6 +109,7 @@ class BaseModelMixin:
         try:
             backbone = _load_backbone(
                 config.base_model_name_or_path,
+                config.get_text_config().num_hidden_layers,
                 **{"use_safetensors": True, "revision": config.base_model_revision, "trust_remote_code": False}
                 | backbone_kwargs,
             )
@@ -251,10 +254,29 @@ class BaseModelMixin:
         return model
 
 
-def _load_backbone(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def _load_backbone(name_or_path: str | os.PathLike, num_hidden_layers: int | None, **kwargs) -> PreTrainedModel:
+    """The decoder of that name, its first `num_hidden_layers` layers if that is given."""
+    if num_hidden_layers is not None:
+        names = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision")
+        config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+        if config.get_text_config().num_hidden_layers != num_hidden_layers:
+            kwargs["config"] = _keep_layers(config, num_hidden_layers, name_or_path)
     backbone = AutoModel.from_pretrained(name_or_path, **kwargs)
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Such a CPU lets bitsandbytes pack four bits in evaluation; no gradient passes them from then on.
             module.support_avx512bf16_for_cpu = False
     return backbone
+
+
+def _keep_layers(config: PreTrainedConfig, count: int, name_or_path: str | os.PathLike) -> PreTrainedConfig:
+    """Cuts a configuration to the first `count` layers, with its lists that have an entry for each (`layer_types`)."""
+    text_config = config.get_text_config()
+    available = text_config.num_hidden_layers
+    if not 1 <= count <= available:
+        raise ValueError(f"num_hidden_layers is {count}, and '{name_or_path}' has {available}; give 1 to {available}.")
+    for name, value in list(vars(text_config).items()):
+        if isinstance(value, list) and len(value) == available:
+            setattr(text_config, name, value[:count])
+    text_config.num_hidden_layers = count
+    return config

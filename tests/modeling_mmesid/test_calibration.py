@@ -95,3 +95,24 @@ def test_the_start_leaves_the_generator_alone(decoders):
     torch.manual_seed(5)
     model.model.items.initialize(*item_tables().values())
     assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smollm3", "gpt2"])
+def test_the_first_layers_alone_load_and_load_again(decoders, name, tmp_path):
+    model = recommender(decoders[name], num_hidden_layers=1)
+    whole = recommender(decoders[name])
+    layers = "h" if name == "gpt2" else "layers"
+    assert len(getattr(model.model.backbone, layers)) == 1
+    del getattr(whole.model.backbone, layers)[1:]
+    whole.model.backbone.config.num_hidden_layers = 1
+    # Drawn after the adapters, of which there are more.
+    whole.model.items.load_state_dict(model.model.items.state_dict())
+    whole.config.item_token_scale = model.config.item_token_scale
+    one, other = model.encode_histories(SEQUENCES[:3]), whole.encode_histories(SEQUENCES[:3])
+    # The scales of the scores differ, for they were measured on other layers.
+    torch.testing.assert_close(*(torch.nn.functional.normalize(users, dim=-1) for users in (one, other)))
+    model.save_pretrained(tmp_path)
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode_histories(SEQUENCES[:3]), one)
+    with pytest.raises(ValueError, match="num_hidden_layers is 3, and '.*' has 2; give 1 to 2"):
+        recommender(decoders[name], num_hidden_layers=3)

@@ -19,6 +19,9 @@ from .sequential_trainer import RANKING_METRICS, SequentialRecommendationTrainer
 
 logger = logging.get_logger(__name__)
 
+# The paper's.
+ADAPTER_LEARNING_RATE = 3e-4
+
 
 @dataclass(kw_only=True)
 class MMESIDTrainingArguments(BestEpochTrainingArguments):
@@ -26,6 +29,11 @@ class MMESIDTrainingArguments(BestEpochTrainingArguments):
     Arguments of [`MMESIDTrainer`].
 
     Args:
+        > Training
+
+        backbone_learning_rate (`float`, *optional*): Learning rate of the decoder or its adapter; `learning_rate` by
+            default, and under LoRA the paper's 3e-4 if that is less.
+
         > Loss
 
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, for
@@ -34,12 +42,13 @@ class MMESIDTrainingArguments(BestEpochTrainingArguments):
 
     metric_names: ClassVar[tuple[str, ...]] = RANKING_METRICS
 
+    backbone_learning_rate: float | None = None
     num_candidates: int = 0
     num_train_epochs: float = 20
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, not_negative=("num_candidates",))
+        check_ranges(self, not_negative=("num_candidates", "backbone_learning_rate"))
 
 
 class MMESIDTrainer(SequentialRecommendationTrainer):
@@ -63,6 +72,7 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         args (`TrainingArguments`, *optional*): Settings of the training.
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, drawn by
             smoothed popularity; 0 takes the whole catalogue.
+        backbone_learning_rate (`float`, *optional*): As in [`MMESIDTrainingArguments`].
         flex_attention (`bool`, *optional*, defaults to `True`): Let FlexAttention read packed sequences in training
             where the backbone is on CUDA and has SDPA, if a trial finds that it gives the same states and gradients;
             otherwise SDPA stays, with a warning.
@@ -76,10 +86,12 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         model: MMESIDForSequentialRecommendation | None = None,
         args: TrainingArguments | None = None,
         num_candidates: int = 0,
+        backbone_learning_rate: float | None = None,
         flex_attention: bool = True,
         **kwargs,
     ):
         self.num_candidates = num_candidates
+        self.backbone_learning_rate = backbone_learning_rate
         super().__init__(model, args, **kwargs)
         self.train_attention = self.model.model.backbone.config._attn_implementation
         packs = self.model.config.prompt_suffix_ids and self.train_dataset is not None
@@ -98,6 +110,27 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
             num_candidates=self.num_candidates,
             sampling_weights=weights,
         )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        optimizer, usual = super().create_optimizer(model), self.args.learning_rate
+        rate = self.backbone_learning_rate
+        if rate is None:
+            rate = min(usual, ADAPTER_LEARNING_RATE) if self.accelerator.unwrap_model(model).config.lora else usual
+        if rate != usual:
+            backbone = {id(parameter) for name, parameter in model.named_parameters() if "model.backbone." in name}
+            groups = optimizer.param_groups.copy()
+            optimizer.param_groups.clear()
+            # The items first: theirs is the learning rate that a training logs.
+            for in_backbone in (False, True):
+                for group in groups:
+                    members = [one for one in group["params"] if (id(one) in backbone) == in_backbone]
+                    if members:
+                        lr = rate if in_backbone else usual
+                        optimizer.add_param_group({**group, "params": members, "lr": lr})
+        return optimizer
 
     def _try_packing(self, collator: HistoryCollator, flex_attention: bool) -> None:
         model = self.model.model

@@ -1,5 +1,6 @@
 """Training SASRec, building a recommender around a decoder and fine-tuning it: what the stages do, as Python calls."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -8,6 +9,7 @@ from typing import Literal
 import torch
 from peft.utils.error import NoMatchingPeftModuleError
 from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging
 
 from modeling_mmesid import (
     MMESIDConfig,
@@ -32,6 +34,9 @@ from .small_llama import new_llama_config, train_tokenizer
 LORA_TARGET_MODULES = ("gate_proj", "up_proj", "down_proj")
 LORA_DROPOUT = 0.05
 VOCAB_SIZE = 4096
+NUM_HIDDEN_LAYERS = 2
+
+logger = logging.get_logger(__name__)
 # Until `fit_score_weights` has chosen; the collaborative embeddings were trained on the very histories that they would
 # be compared with.
 SIMILARITY_WEIGHT = 2.0
@@ -87,7 +92,7 @@ def build_recommender(
     lora_alpha: int = 16,
     lora_target_modules: Sequence[str] = LORA_TARGET_MODULES,
     hidden_size: int = 128,
-    num_hidden_layers: int = 2,
+    num_hidden_layers: int | None = None,
     user_prompt: str = USER_PROMPT,
     code_initialization: Literal["trained", "random"] = "trained",
     seed: int = 42,
@@ -114,7 +119,8 @@ def build_recommender(
         lora_target_modules (`Sequence[str]`, *optional*): Pretrained decoder: names of the linear layers that get an
             adapter; `["all-linear"]` stands for all of them. By default the feed-forward layers of a Llama.
         hidden_size (`int`, *optional*, defaults to 128): New Llama: width; one attention head per 64.
-        num_hidden_layers (`int`, *optional*, defaults to 2): New Llama: layers.
+        num_hidden_layers (`int`, *optional*): Layers of the new Llama, 2 by default; of a pretrained decoder its first
+            so many, all by default.
         user_prompt (`str`, *optional*): What the user turn says around `{items}`; the paper's sentence by default.
         code_initialization (`str`, *optional*, defaults to `"trained"`): Start code embeddings from the quantizer's
             code vectors, or at `"random"`.
@@ -126,7 +132,7 @@ def build_recommender(
 
     Raises:
         ValueError: If tables, codes, quantizer and SASRec do not fit each other or the data, or the backbone has none
-            of the layers that are to get an adapter.
+            of the layers that are to get an adapter, or too few layers or positions.
     """
     for name in config_kwargs.keys() - MMESIDConfig.__annotations__:
         raise TypeError(f"MMESIDConfig has no setting '{name}'; correct its name.")
@@ -168,7 +174,7 @@ def build_recommender(
     set_seed(seed)
     if backbone is None:
         longest = len(prefix_ids) + MMESIDConfig(**settings).max_history + len(suffix_ids)
-        backbone_config = new_llama_config(tokenizer, hidden_size, num_hidden_layers, longest)
+        backbone_config = new_llama_config(tokenizer, hidden_size, num_hidden_layers or NUM_HIDDEN_LAYERS, longest)
         config = MMESIDConfig(backbone_config=backbone_config, **{"item_token_scale": hidden_size**0.5} | settings)
         model = MMESIDForSequentialRecommendation(config)
     else:
@@ -177,6 +183,7 @@ def build_recommender(
                 backbone,
                 lora=None if freeze_backbone else lora_settings(lora_r, lora_alpha, lora_target_modules),
                 freeze_backbone=freeze_backbone,
+                num_hidden_layers=num_hidden_layers,
                 backbone_kwargs=backbone_kwargs,
                 **settings,
             )
@@ -185,6 +192,7 @@ def build_recommender(
                 f"'{backbone}' has no layer called {', '.join(lora_target_modules)}; name some of its own as "
                 "lora_target_modules, or give all-linear for every linear layer."
             ) from error
+        check_positions(model, backbone)
     if sasrec is not None:
         model.scorers.sasrec.load_state_dict(sasrec.model.state_dict())
     model.initialize_items(
@@ -202,6 +210,48 @@ def build_recommender(
     if codes:
         model.model.items.check_quantizer(quantizer, tables)
     return model, processor
+
+
+def check_positions(model: MMESIDForSequentialRecommendation, name: str | os.PathLike) -> None:
+    """Raises a `ValueError` if prompt and history are longer than a decoder has learnt positions (GPT-2, OPT), and
+    warns where they are longer than one with rotary positions was trained on."""
+    config = model.config
+    around = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or around + config.max_history <= limit:
+        return
+    words = model.model.backbone.get_input_embeddings()
+    tables = [module for module in model.model.backbone.modules() if isinstance(module, torch.nn.Embedding)]
+    if any(table is not words and table.num_embeddings >= limit for table in tables):
+        raise ValueError(
+            f"'{name}' has {limit} positions, and prompt and history take {around + config.max_history}; set "
+            f"max_history to {limit - around} at most, or shorten user_prompt."
+        )
+    logger.warning(
+        f"'{name}' was trained on {limit} positions, and prompt and history take up to {around + config.max_history}; "
+        "a shorter max_history or user_prompt may rank better."
+    )
+
+
+def training_plan(trainer: MMESIDTrainer) -> str:
+    """What a training is going to take, for people: parameters, positions and steps of an epoch, memory."""
+    model, args = trainer.model, trainer.args
+    every, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    lengths = torch.tensor(trainer.train_dataset.lengths)
+    closing, packed = len(model.config.prompt_suffix_ids), trainer.data_collator.packed
+    # Packed, each item is read once; otherwise once for every prefix that holds it.
+    items = lengths if packed or not closing else lengths * (lengths + 1) // 2
+    positions = int((items + closing * lengths).sum())
+    batches = math.ceil(len(lengths) / (args.train_batch_size * args.world_size))
+    steps = math.ceil(batches / args.gradient_accumulation_steps)
+    positions += batches * args.world_size * len(model.config.prompt_prefix_ids)
+    # Gradients in float32, and two moments of Adam.
+    size = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers())) + 12 * trained
+    return (
+        f"{every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained ({trained / every:.1%}). An "
+        f"epoch has {positions:,} positions in {steps:,} steps. Weights, "
+        f"gradients and optimizer take {size / 2**30:.2f} GiB; activations come on top."
+    )
 
 
 def lora_settings(r: int, alpha: int, target_modules: Sequence[str]) -> dict | None:
@@ -257,5 +307,6 @@ def finetune_trainer(
         processing_class=processor,
         callbacks=early_stopping(args),
         num_candidates=args.num_candidates,
+        backbone_learning_rate=args.backbone_learning_rate,
         flex_attention=flex_attention,
     )

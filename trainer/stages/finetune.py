@@ -29,7 +29,7 @@ from ..recommender.description import describe_items
 from ..recommender.mmesid_trainer import MMESIDTrainingArguments
 from ..recommender.score_weights import fit_score_weights
 from ..recommender.small_llama import num_attention_heads
-from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer
+from ..recommender.training import LORA_TARGET_MODULES, build_recommender, finetune_trainer, training_plan
 from ..running.arguments import ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import StageRun, require_exists
@@ -89,7 +89,8 @@ class FinetuneArguments(ReaderArguments):
             what packed prefixes do not see), flash_attention_2 (one prefix per row) or eager; by default the library's
             choice, and flex_attention in training on CUDA where a trial finds it to mean the same.
         hidden_size (`int`, *optional*, defaults to `128`): Width of the new Llama.
-        num_hidden_layers (`int`, *optional*, defaults to `2`): Layers of the new Llama.
+        num_hidden_layers (`int`, *optional*): Layers of the new Llama, 2 by default; of a pretrained decoder its first
+            so many, all by default.
         user_prompt (`str`, *optional*): What the user turn says around {items}; '{items}' alone is no prompt at all.
 
         > Adapter
@@ -121,7 +122,7 @@ class FinetuneArguments(ReaderArguments):
     quantization: Literal["nf4"] | None = None
     attn_implementation: str | None = None
     hidden_size: int = 128
-    num_hidden_layers: int = 2
+    num_hidden_layers: int | None = None
     user_prompt: str = USER_PROMPT
     lora_r: int = 8
     lora_alpha: int = 16
@@ -211,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         flex_attention = arguments.attn_implementation is None
         trainer = finetune_trainer(model, processor, data, training, flex_attention=flex_attention)
         trainer.draft_record = run.draft_record
+        if PartialState().is_main_process:
+            print(training_plan(trainer), flush=True)
         fit(trainer)
         if data.has_targets:
             fit_score_weights(model, trainer.eval_dataset)
