@@ -25,6 +25,7 @@ from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable, check_table
 from ..data.windows import EvaluationHistories, TrainingWindows
 from ..running.training import early_stopping, fit, temporary_arguments
+from .collators import HistoryCollator
 from .mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
 from .sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
 from .score_weights import fit_score_weights
@@ -238,7 +239,8 @@ def training_plan(trainer: MMESIDTrainer) -> str:
     model, args = trainer.model, trainer.args
     every, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     lengths = torch.tensor(trainer.train_dataset.lengths)
-    closing, packed = len(model.config.prompt_suffix_ids), trainer.data_collator.packed
+    closing, collator = len(model.config.prompt_suffix_ids), trainer.data_collator
+    packed = isinstance(collator, HistoryCollator) and collator.packed
     # Packed, each item is read once; otherwise once for every prefix that holds it.
     items = lengths if packed or not closing else lengths * (lengths + 1) // 2
     positions = int((items + closing * lengths).sum())
