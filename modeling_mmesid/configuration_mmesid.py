@@ -161,6 +161,11 @@ class MMESIDConfig(CheckpointConfig):
             raise ValueError("modalities is empty and use_item_ids false: nothing to tell items apart; set either.")
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities are {self.modalities}; name none twice.")
+        for name in self.modalities:
+            if name in ("id", "sasrec") or name.endswith("_similarity"):
+                raise ValueError(
+                    f"A modality is called '{name}', as another part of a score is; rename it."
+                )
 
 
 __all__ = ["MMESIDConfig"]

@@ -341,6 +341,7 @@ def test_initialize_items_names_what_is_wrong(change, words):
         ({"modalities": [], "embedding_dims": [], "use_item_ids": False}, "nothing to tell items apart"),
         ({"modalities": ["text"], "embedding_dims": [3, 4]}, "one width each"),
         ({"modalities": ["text", "text"], "embedding_dims": [3, 4]}, "name none twice"),
+        ({"modalities": ["sasrec"], "embedding_dims": [3]}, "called 'sasrec', as another part of a score"),
         ({"modalities": ["text"], "embedding_dims": [0]}, "embedding_dims is \\[0\\]"),
         ({"fusion_temperature": 0.0}, "fusion_temperature is 0.0"),
         ({"item_token_scale": float("nan")}, "item_token_scale is nan"),

@@ -45,23 +45,27 @@ class DirectoryLock:
         self.release()
 
     def _try(self) -> bool:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_at_path(file):
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+                    self._file = file
+                    return True
+            except BlockingIOError:
+                return False
+            finally:
+                if self._file != file:
+                    os.close(file)
+
+    def _is_at_path(self, file: int) -> bool:
+        """Not if its last owner removed it after this process opened it and before it got it: another one counts."""
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Removed by its last owner, after this process opened it and before it got it: another one counts now.
-            if not (self.path.exists() and os.path.samestat(os.fstat(file), self.path.stat())):
-                os.close(file)
-                return self._try()
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        except BlockingIOError:
-            os.close(file)
+            return os.path.samestat(os.fstat(file), self.path.stat())
+        except FileNotFoundError:
             return False
-        except BaseException:
-            os.close(file)
-            raise
-        self._file = file
-        return True
 
     def _owner(self) -> str:
         try:
