@@ -163,9 +163,7 @@ class MMESIDConfig(CheckpointConfig):
             raise ValueError(f"modalities are {self.modalities}; name none twice.")
         for name in self.modalities:
             if name in ("id", "sasrec") or name.endswith("_similarity"):
-                raise ValueError(
-                    f"A modality is called '{name}', as another part of a score is; rename it."
-                )
+                raise ValueError(f"A modality is called '{name}', as another part of a score is; rename it.")
 
 
 __all__ = ["MMESIDConfig"]

@@ -18,6 +18,7 @@ its ranks and results to `evaluation/` in it, as `mmesid evaluate` writes them, 
 beside others. An interrupted training resumes, and what is up to date is skipped.
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -294,13 +295,16 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {"prepared_dir": arguments.prepared_dir, "quantizer_dir": arguments.quantizer_dir}
     changed = {name: value for name, value in arguments.changed.items() if name not in SEARCH_ARGUMENTS}
     directory, force = Path(arguments.output_dir), arguments.force
-    training = StageRun("tiger", SimpleNamespace(output_dir=directory, force=force, changed=changed), inputs)
+    settings = dataclasses.asdict(arguments)
+    training = StageRun(
+        "tiger", SimpleNamespace(output_dir=directory, force=force, changed=changed, settings=settings), inputs
+    )
     if not training.is_up_to_date():
         train(arguments, training)
     searched = {name: value for name, value in arguments.changed.items() if name == "num_beams"}
     evaluation = StageRun(
         "evaluate",
-        SimpleNamespace(output_dir=directory / "evaluation", force=force, changed=searched),
+        SimpleNamespace(output_dir=directory / "evaluation", force=force, changed=searched, settings=settings),
         inputs | {"model_dir": directory},
     )
     if not evaluation.is_up_to_date():

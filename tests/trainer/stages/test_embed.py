@@ -147,7 +147,7 @@ def test_dual_encoder_learns_from_the_catalogue_what_holds_for_pairs_it_has_not_
 
 def test_the_trained_encoder_is_a_checkpoint_for_texts_too(prepared, trained, tmp_path):
     checkpoint = trained / "encoder"
-    assert {file.suffix for file in checkpoint.iterdir()} == {".json", ".md", ".safetensors"}
+    assert {path.suffix for path in checkpoint.iterdir() if path.is_file()} == {".json", ".md", ".safetensors"}
     processor, model = AutoProcessor.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint)
     pictures = PreparedDataset.load(prepared).items()["image"]
     with torch.inference_mode():
