@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_stage_that_is_killed_ends_as_an_undisturbed_one():
-    flags = "--stages sasrec --step 40 --trials killed".split()
+    flags = "--stages sasrec --step 40 --random 3 --trials killed".split()
     finished = run_python("-c", RUN, ROOT, "faults", *flags)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.splitlines()[-1].endswith(" trials, 0 faults")
