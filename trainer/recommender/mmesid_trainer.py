@@ -29,15 +29,15 @@ class MMESIDTrainingArguments(BestEpochTrainingArguments):
     Arguments of [`MMESIDTrainer`].
 
     Args:
-        > Training
-
-        backbone_learning_rate (`float`, *optional*): Learning rate of the decoder or its adapter; `learning_rate` by
-            default, and under LoRA the paper's 3e-4 if that is less.
-
         > Loss
 
         num_candidates (`int`, *optional*, defaults to `0`): Estimate the loss from this many sampled items, for
             millions of items; 0 takes all.
+
+        > Training
+
+        backbone_learning_rate (`float`, *optional*): Learning rate of the decoder or its adapter; `learning_rate` by
+            default, and under LoRA the paper's 3e-4 if that is less.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = RANKING_METRICS
