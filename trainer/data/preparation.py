@@ -1,5 +1,6 @@
 """From raw interactions and items to a prepared dataset: in memory, or out of a source that a stage has read."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from .table_files import TableLocation
 
 
 ON_BAD_IMAGE = ("error", "missing")
+# ISO 639: what the Hub knows languages by.
+_LANGUAGE = re.compile("[a-z]{2,3}")
 
 
 def prepare(
@@ -34,6 +37,7 @@ def prepare(
     on_bad_image: str = "error",
     source_name: str = "interactions",
     licence: str = "unknown",
+    language: str | None = None,
     **settings,
 ) -> PreparedDataset:
     """
@@ -62,6 +66,7 @@ def prepare(
             or counts as `"missing"`.
         source_name (`str`, *optional*, defaults to `"interactions"`): What the data are called on cards.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used.
+        language (`str`, *optional*): Language of titles and texts, for cards: a code of ISO 639, such as `"en"`.
         **settings: Filters (`min_rating`, `duplicates`, `repeats`, `min_interactions`) and split (`split`,
             `validation_fraction`, `test_fraction`), as [`SequenceSettings`] takes them.
 
@@ -93,7 +98,13 @@ def prepare(
         source_name=source_name,
         licence=licence,
     )
-    return prepare_source(source, sequence_settings, on_bad_image)
+    return prepare_source(source, sequence_settings, on_bad_image, language=language)
+
+
+def check_language(language: str | None) -> None:
+    """Raises `ValueError` if a language is not named by its code."""
+    if language is not None and not _LANGUAGE.fullmatch(language):
+        raise ValueError(f"language is {language!r}; give its code of two or three letters (ISO 639), such as en.")
 
 
 def in_memory(data: pd.DataFrame | datasets.Dataset, name: str) -> TableLocation:
@@ -119,13 +130,16 @@ def prepare_source(
     image_cache_dir: str | None = None,
     allow_private_addresses: bool = False,
     counts: dict[str, int] | None = None,
+    language: str | None = None,
 ) -> PreparedDataset:
     """
     The prepared dataset of a source. Texts are composed and pictures are read when they are asked for; every picture
     of a kept item is checked here, once: one that cannot be read is refused, or, with `on_bad_image="missing"`, left
     out and counted by its reason. Pictures behind URLs are downloaded to `image_cache_dir`, from inner networks only
-    with `allow_private_addresses`; without it they count as missing. `counts` are further statistics.
+    with `allow_private_addresses`; without it they count as missing. `counts` are further statistics, and so is the
+    `language`, unless nobody knows it.
     """
+    check_language(language)
     catalogue = source.catalogue
     sequences = build_sequences(source.interactions, len(catalogue), settings)
     counts = (counts or {}) | download_pictures(
@@ -142,6 +156,8 @@ def prepare_source(
 
     split = "leave_one_out" if settings is None else settings.split
     statistics = _statistics(source, split, sequences, items, bad_images, counts)
+    if language is not None or source.synthetic:
+        statistics["language"] = language or "en"
     return PreparedDataset(items.features, statistics, items.read, read_sequences)
 
 

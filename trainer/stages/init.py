@@ -215,7 +215,7 @@ def prepare_section(arguments: InitArguments, found: Found) -> list[str]:
     lines += ["  repeats: first", "  # Users and items with so many interactions are kept:"]
     lines += [f"  #   {core}: {what}" for core, what in found.cores.items()]
     lines.append(f"  min_interactions: {found.min_interactions}")
-    return [*lines, "  # source_name: and licence: are what the cards say of the data."]
+    return [*lines, "  # source_name:, licence: and language: (en, de, ...) are what the cards say of the data."]
 
 
 def content_sections(content: list[str], found: Found) -> list[str]:

@@ -25,7 +25,7 @@ from mmesid.hub_cards.names import printable
 
 from ..data.files import local_file, on_the_hub
 from ..data.images import list_images
-from ..data.preparation import prepare_source, summary
+from ..data.preparation import check_language, prepare_source, summary
 from ..data.prepared import CARD_CONFIGS
 from ..data.sequences import SequenceSettings
 from ..data.source import Source
@@ -60,6 +60,7 @@ class PrepareArguments(StageArguments, SequenceSettings):
         source_name (`str`, *optional*): What the data are called on the card; by default as their folder or file.
         licence (`str`, *optional*, defaults to `"unknown"`): Terms under which the data may be used, for the card; not
             synthetic.
+        language (`str`, *optional*): Language of titles and texts, for the card: a code of ISO 639, such as en.
 
         > Columns
 
@@ -107,6 +108,7 @@ class PrepareArguments(StageArguments, SequenceSettings):
     items: str | None = None
     source_name: str | None = None
     licence: str = "unknown"
+    language: str | None = None
     columns: list[str] | None = None
     item_fields: list[str] | None = None
     text_fields: list[str] | None = None
@@ -126,6 +128,7 @@ class PrepareArguments(StageArguments, SequenceSettings):
         check_ranges(self, positive=("num_items", "num_users"), not_negative=("seed",))
         check_arguments(self)
         SequenceSettings.__post_init__(self)
+        check_language(self.language)
 
 
 def check_arguments(arguments: PrepareArguments) -> None:
@@ -200,7 +203,13 @@ def main(argv: list[str] | None = None) -> None:
             cache_dir = arguments.image_cache_dir if arguments.download_images else None
             counts = {f"image_dir_{reason}": count for reason, count in report.items()}
             data = prepare_source(
-                source, arguments, arguments.on_bad_image, cache_dir, arguments.allow_private_addresses, counts
+                source,
+                arguments,
+                arguments.on_bad_image,
+                cache_dir,
+                arguments.allow_private_addresses,
+                counts,
+                arguments.language,
             )
             data.save(staging)
             # In the order in which they are applied.

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from huggingface_hub import DatasetCard
 from tqdm.auto import tqdm
 
 import mmesid
@@ -94,6 +95,17 @@ def test_k_core_setting_reaches_the_files(folder, tmp_path):
     core = PreparedDataset.load(tmp_path / "prepared")
     assert core.item_ids == ["", "1", "2", "3"] and core.statistics["dropped_items"] == 1
     assert pq.read_table(tmp_path / "prepared/sequences/test.parquet")["target"].to_pylist() == [3, 3, 2]
+
+
+def test_a_card_tells_the_language_that_is_known(folder, tmp_path):
+    flags = ["--source", "sequences", "--source_dir", str(folder), "--output_dir", str(tmp_path / "prepared")]
+    for further, language in (([], None), (["--language", "de"], "de")):
+        main([*flags, *further])
+        assert DatasetCard.load(tmp_path / "prepared" / "README.md").data.language == language
+    synthetic(tmp_path / "synthetic")
+    assert DatasetCard.load(tmp_path / "synthetic" / "README.md").data.language == "en"
+    with pytest.raises(ValueError, match="language is 'German'; give its code of two or three letters"):
+        main([*flags, "--language", "German"])
 
 
 def test_bad_input_leaves_earlier_outputs_untouched(folder, tmp_path):
