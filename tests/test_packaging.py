@@ -162,6 +162,38 @@ def test_every_import_is_a_declared_dependency(project):
                 assert canonicalize_name(DISTRIBUTIONS.get(name, name)) in declared, f"{file} imports {name}"
 
 
+SCRIPTS = [path for path in sorted(ROOT.glob("examples/*/*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+# What no import tells: the server of an app, the reader behind a format, the builder of a wheel.
+UNSEEN = {"app.py": {"uvicorn"}, "gemma3_270m.py": {"gguf"}, "assemble.py": {"setuptools"}}
+
+
+def imported_by_script(path):
+    """The distributions that a script imports, also by the files beside it."""
+    found = set()
+    for name in {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names:
+        beside = path.with_name(f"{name}.py")
+        name = "mmesid" if name == "modeling_mmesid" else name
+        found |= imported_by_script(beside) if beside.is_file() else {canonicalize_name(DISTRIBUTIONS.get(name, name))}
+    return found
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "examples/serving/app.py"], ids=lambda path: path.name)
+def test_scripts_name_what_they_import(path):
+    """Inline metadata (PEP 723), by which `uv run` makes an environment for a script."""
+    script = path.read_text(encoding="utf-8")
+    header = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", script)
+    assert header, f"{path} begins without `# /// script`"
+    metadata = tomllib.loads("".join(line[2:] or "\n" for line in header[1].splitlines(keepends=True)))
+    assert metadata["requires-python"] == ">=3.11"
+    named = {canonicalize_name(Requirement(one).name) for one in metadata["dependencies"]}
+    assert named == imported_by_script(path) | UNSEEN.get(path.name, set())
+    # It is not on PyPI: the environment takes it from the checkout.
+    sources = metadata.get("tool", {}).get("uv", {}).get("sources", {})
+    assert ("mmesid" in sources) == ("mmesid" in named)
+    if sources:
+        assert (path.parent / sources["mmesid"]["path"]).resolve() == ROOT
+
+
 def test_constraints_pin_every_dependency_within_its_bounds(project, pins):
     # A local tag such as +cpu would exclude the other builds of the same release.
     assert pins["torch"] == "2.13.0"

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["matplotlib", "mmesid", "numpy", "safetensors", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 The two claims of the paper on a run of one's own: which directions of the decoder's input the items use (collapse),
 and what is left in the code vectors of the distances between items (forgetting), before and after fine-tuning.

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "numpy", "pyarrow", "torch", "tqdm", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 A generative baseline in the style of TIGER ([Rajput et al., 2023](https://arxiv.org/abs/2305.05065)): a small T5 reads
 the semantic IDs of a history, code by code, and writes that of the next item. A beam search that can only write IDs of

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "numpy", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 Speed of full-ranking evaluation in users per second: the trainer's evaluation of every test user against the reference
 procedure (`reference.py`), one user at a time.

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "numpy", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 Speed of training in users per second, and its peak memory: packed prefixes and one fused table against the reference
 procedure (`reference.py`).

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "numpy", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 Peak memory of a training step at 10,000 and at 1,000,000 items, less what every item must have: its rows of the
 model's tables, their gradients and their optimizer states.

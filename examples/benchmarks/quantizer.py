@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "numpy", "safetensors", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 How well quantizers keep the distances between items: residual k-means, squared error, the paper's MMD, and the
 default, which is trained for the distances.

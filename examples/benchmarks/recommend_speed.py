@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mmesid", "torch", "transformers"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
+# ///
 """
 Time of `recommend` for one user of a large catalogue, against the bare matrix product and top k of the same size.
 

