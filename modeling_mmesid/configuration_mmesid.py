@@ -49,6 +49,8 @@ class MMESIDConfig(CheckpointConfig):
             table that scores it. `False` is the paper's form: the token is an MLP over projections and codes, and the
             table fuses a score head with the projections.
         use_item_ids (`bool`, *optional*, defaults to `True`): Whether each item has a free vector besides its content.
+        use_embeddings (`bool`, *optional*, defaults to `True`): Whether an item's vector reads the embeddings of its
+            modalities; `False` leaves it their codes alone.
         fusion_hidden_size (`int`, *optional*, defaults to `16`): Width of the hidden layer that turns an item's
             frequency into fusion weights.
         fuse_by_frequency (`bool`, *optional*, defaults to `True`): Whether the weight of a source depends on how often
@@ -97,6 +99,7 @@ class MMESIDConfig(CheckpointConfig):
     codebook_dim: int = 128
     share_item_table: bool = True
     use_item_ids: bool = True
+    use_embeddings: bool = True
     fusion_hidden_size: int = 16
     fuse_by_frequency: bool = True
     fusion_temperature: float = 1.0
@@ -159,6 +162,11 @@ class MMESIDConfig(CheckpointConfig):
             )
         if not self.modalities and not self.use_item_ids:
             raise ValueError("modalities is empty and use_item_ids false: nothing to tell items apart; set either.")
+        if self.modalities and not self.use_embeddings and not (self.num_quantizers and self.share_item_table):
+            raise ValueError(
+                "use_embeddings is false, and then codes are all that content gives; set num_quantizers above 0 and "
+                "share_item_table true, or use_embeddings true."
+            )
         if len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"modalities are {self.modalities}; name none twice.")
         for name in self.modalities:

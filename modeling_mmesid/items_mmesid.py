@@ -37,13 +37,15 @@ class MMESIDModality(nn.Module):
         super().__init__()
         rows, hidden_size = config.num_items + 1, config.hidden_size
         self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.scores_embeddings = config.use_embeddings
         self.scores_codes = config.share_item_table and config.num_quantizers > 0
         self.register_buffer("embeddings", torch.zeros(rows, embedding_dim))
         self.register_buffer("present", torch.zeros(rows, dtype=torch.bool))
         self.register_buffer("center", torch.zeros(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
-        self.projection = nn.Linear(embedding_dim, hidden_size)
-        self.absent_embedding = nn.Parameter(torch.zeros(hidden_size))
+        if self.scores_embeddings:
+            self.projection = nn.Linear(embedding_dim, hidden_size)
+            self.absent_embedding = nn.Parameter(torch.zeros(hidden_size))
         if self.num_quantizers:
             self.register_buffer("codes", torch.zeros(rows, self.num_quantizers, dtype=torch.long))
             self.code_vectors = nn.Parameter(torch.zeros(self.num_quantizers, self.codebook_size, config.codebook_dim))
@@ -63,7 +65,10 @@ class MMESIDModality(nn.Module):
 
     def source(self, items: torch.Tensor) -> torch.Tensor:
         """What the modality puts into the fused table, `(items, hidden)`: in the shared form the codes, too."""
-        return self.project(items) + self.embed_codes(items) if self.scores_codes else self.project(items)
+        if not self.scores_codes:
+            return self.project(items)
+        codes = self.embed_codes(items)
+        return self.project(items) + codes if self.scores_embeddings else codes
 
     def _summed(self, items: torch.Tensor) -> torch.Tensor:
         offsets = torch.arange(self.num_quantizers, device=items.device) * self.codebook_size

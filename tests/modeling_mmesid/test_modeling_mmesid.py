@@ -33,13 +33,16 @@ def test_only_the_latest_items_are_read_but_all_are_masked():
     assert not set(everything[0].tolist()) & set(long)
 
 
-@pytest.mark.parametrize("share_item_table", [True, False])
-@pytest.mark.parametrize("use_item_ids", [True, False])
-def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
+@pytest.mark.parametrize(
+    ("share_item_table", "use_item_ids", "use_embeddings"),
+    [(True, True, True), (True, False, True), (False, True, True), (False, False, True), (True, True, False)],
+)
+def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids, use_embeddings):
     """
     t_i = S (g_{i,0} w_i + sum_m g_{i,m} (W_m x_m + b_m [+ q_m])) over S sources, item by item from the parameters.
     """
-    model = new_model(share_item_table=share_item_table, use_item_ids=use_item_ids)
+    settings = {"share_item_table": share_item_table, "use_item_ids": use_item_ids, "use_embeddings": use_embeddings}
+    model = new_model(**settings)
     table, items, fusion = model.item_table(), model.model.items, model.model.items.fusion
     logs = torch.log1p(torch.arange(NUM_ITEMS + 1).float())
     num_sources = 2 + (use_item_ids or not share_item_table)
@@ -54,8 +57,10 @@ def test_item_table_is_the_fusion_of_method_md(share_item_table, use_item_ids):
         for logit, modality in zip(logits, items.modalities.values(), strict=True):
             if not modality.present[item]:
                 continue
-            x = (modality.embeddings[item] - modality.center) * modality.scale
-            vector = modality.projection.weight @ x + modality.projection.bias
+            vector = torch.zeros(16)
+            if use_embeddings:
+                x = (modality.embeddings[item] - modality.center) * modality.scale
+                vector = modality.projection.weight @ x + modality.projection.bias
             if share_item_table:
                 vector = vector + sum(
                     modality.code_vectors[level, code] for level, code in enumerate(modality.codes[item])
@@ -152,7 +157,10 @@ def test_recommend_agrees_with_scores_by_hand():
     assert all(sorted(row) == list(range(1, NUM_ITEMS + 1)) for row in seen.tolist())
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"share_item_table": False}, {"use_item_ids": False}, {"num_quantizers": 0}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"share_item_table": False}, {"use_item_ids": False}, {"use_embeddings": False}, {"num_quantizers": 0}],
+)
 def test_contributions_are_the_score_in_parts(kwargs):
     model = new_model(**kwargs)
     output = model.recommend(HISTORIES, top_k=6, return_contributions=True)
@@ -163,7 +171,7 @@ def test_contributions_are_the_score_in_parts(kwargs):
     users = model.encode_histories(HISTORIES)
     weights = model.model.items.weights(output.items.flatten())[:, -1].view_as(output.items)
     modality = model.model.items.modalities["text"]
-    vectors = modality.project(output.items.flatten())
+    vectors = modality.project(output.items.flatten()) if model.config.use_embeddings else 0
     if model.config.share_item_table and model.config.num_quantizers:
         vectors = vectors + modality.embed_codes(output.items.flatten())
     by_hand = (vectors.view(*output.items.shape, -1) * users[:, None]).sum(-1) * weights
@@ -339,6 +347,14 @@ def test_initialize_items_names_what_is_wrong(change, words):
     [
         ({"num_items": 0}, "num_items is 0"),
         ({"modalities": [], "embedding_dims": [], "use_item_ids": False}, "nothing to tell items apart"),
+        (
+            {"modalities": ["text"], "embedding_dims": [3], "use_embeddings": False, "num_quantizers": 0},
+            "codes are all that content gives",
+        ),
+        (
+            {"modalities": ["text"], "embedding_dims": [3], "use_embeddings": False, "share_item_table": False},
+            "share_item_table true",
+        ),
         ({"modalities": ["text"], "embedding_dims": [3, 4]}, "one width each"),
         ({"modalities": ["text", "text"], "embedding_dims": [3, 4]}, "name none twice"),
         ({"modalities": ["sasrec"], "embedding_dims": [3]}, "called 'sasrec', as another part of a score"),

@@ -66,6 +66,9 @@ class Declaration:
             value = given.get("default", factory.body if isinstance(factory, ast.Lambda) else factory)
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "list":
             value = value.args[0]
+        if isinstance(value, ast.Name) and value.id == "list":
+            # An empty one: nothing is set.
+            return "None"
         if isinstance(value, ast.Name) and (found := _find(self.file, value.id)) is not None:
             value = getattr(found[1], "value", value)
         return None if value is None else ast.unparse(value)

@@ -46,7 +46,8 @@ BUILT_FROM = (
 
 # What an item can do without, by the settings of the model.
 WITHOUT: dict[str, dict] = {
-    "codes": {},
+    "embeddings": {"use_embeddings": False, "similarity_weights": {}},
+    "codes": {"num_quantizers": 0},
     "ids": {"use_item_ids": False},
     "shared_table": {"share_item_table": False},
     "frequencies": {"fuse_by_frequency": False},
@@ -74,9 +75,9 @@ class FinetuneArguments(ReaderArguments):
             vector.
         code_initialization (`str`, *optional*, defaults to `"trained"`): Start code embeddings from the
             quantizer's code vectors, or at random (ablation).
-        without (`list[str]`, *optional*): Parts of the items that are left out (ablations): codes; ids, the free
-            vectors; shared_table, so that tokens are made apart from what scores; frequencies, so that each source has
-            one weight for all items.
+        without (`list[str]`, *optional*): Parts of the items that are left out (ablations): embeddings, so that codes
+            are all that content gives; codes; ids, the free vectors; shared_table, so that tokens are made apart from
+            what scores; frequencies, so that each source has one weight for all items.
 
         > Decoder
 
