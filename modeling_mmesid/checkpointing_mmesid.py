@@ -55,7 +55,8 @@ class BaseModelMixin:
                 rather than train it in full: only items and fusion learn, and the checkpoint names the base model.
             num_hidden_layers (`int`, *optional*): Take the first so many layers of the decoder; all by default.
             backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `revision`,
-                `dtype`, `quantization_config`, `device_map` or `attn_implementation`.
+                `dtype`, `quantization_config`, `device_map` or `attn_implementation`. What is trained in full is
+                loaded in float32 unless `dtype` says otherwise, and an adapter is always of float32.
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
@@ -63,12 +64,16 @@ class BaseModelMixin:
             raise TypeError(f"MMESIDConfig has no setting '{name}'; arguments of the decoder go to backbone_kwargs.")
         # Asked for by name or not run: the library would ask on standard input.
         backbone_kwargs = {"use_safetensors": True, "trust_remote_code": False} | (backbone_kwargs or {})
+        is_frozen = freeze_backbone or config_kwargs.get("lora") is not None
+        if not is_frozen and "torch_dtype" not in backbone_kwargs:
+            # As decoders are published, in bf16, most steps of the optimizer would be rounded away.
+            backbone_kwargs.setdefault("dtype", torch.float32)
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
         config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
         backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
         backbone = _load_backbone(pretrained_backbone_name_or_path, num_hidden_layers, **backbone_kwargs)
-        if freeze_backbone or config_kwargs.get("lora") is not None:
+        if is_frozen:
             # A folder by its whole path, for the checkpoint will be loaded from elsewhere.
             is_folder = os.path.isdir(pretrained_backbone_name_or_path)
             name_or_path = os.fspath(pretrained_backbone_name_or_path)

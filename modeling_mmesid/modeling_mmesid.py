@@ -107,6 +107,9 @@ class MMESIDModel(MMESIDPreTrainedModel):
             for parameter in self.backbone.parameters():
                 # The `post_init` of this model and of those around it would draw the adapter anew.
                 parameter._is_hf_initialized = True
+                if parameter.requires_grad:
+                    # In bf16, as its decoder may be, a step of the optimizer is less than the distance of numbers.
+                    parameter.data = parameter.data.float()
         elif config.base_model_name_or_path is not None:
             self.backbone.requires_grad_(False)
         if config.base_model_name_or_path is not None:

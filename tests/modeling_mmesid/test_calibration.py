@@ -116,3 +116,18 @@ def test_the_first_layers_alone_load_and_load_again(decoders, name, tmp_path):
     assert torch.equal(loaded.encode_histories(SEQUENCES[:3]), one)
     with pytest.raises(ValueError, match="num_hidden_layers is 3, and '.*' has 2; give 1 to 2"):
         recommender(decoders[name], num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("lora", [{"r": 2, "target_modules": "all-linear"}, None])
+def test_what_is_trained_is_of_float32_around_a_decoder_that_is_published_in_bf16(decoders, lora, tmp_path):
+    AutoModel.from_pretrained(decoders["gemma3"], dtype=torch.bfloat16).save_pretrained(tmp_path / "published")
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
+        tmp_path / "published", lora=lora, **settings()
+    )
+    assert {one.dtype for one in model.parameters() if one.requires_grad} == {torch.float32}
+    assert {one.dtype for one in model.parameters() if not one.requires_grad} <= {torch.bfloat16}
+    model.initialize_items(**item_tables())
+    model.train()(**pack_histories([s[:-1] for s in SEQUENCES], [7, 8], [s[1:] for s in SEQUENCES])).loss.backward()
+    model.save_pretrained(tmp_path / "tuned")
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(loaded.recommend(SEQUENCES).scores, model.eval().recommend(SEQUENCES).scores)
