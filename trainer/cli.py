@@ -123,7 +123,7 @@ def _reproduce(argv: list[str], traceback: list[str]) -> None:
         "is skipped and an interrupted training resumed.",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of everything that is trained")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, which share the processors")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1 or min(arguments.seeds) < 0:
         raise UsageError("--jobs must be 1 or more, and no seed negative.")

@@ -218,8 +218,8 @@ def execute(runs: Sequence[Run], jobs: int, logs: Path, run_stage: Callable[[str
     Returns:
         `set[str]`: The directories of the runs that failed or were not started.
     """
-    # One thread a process: as many as there are processors would be in each other's way. The server inherits it.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # As many threads a process as there are processors would be in each other's way. The server inherits the number.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":
         context.set_forkserver_preload(PRELOADED)

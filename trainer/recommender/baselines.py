@@ -21,6 +21,9 @@ Scorer = Callable[[Sequence[np.ndarray]], torch.Tensor]
 COUNT_WEIGHT = 1.0
 # Between the successors of an item, their successors, and all other items: more than the scores of two items differ.
 TIER = 4.0
+# Items of a training sequence that count as bought together, its latest: pairs grow with the square, and one customer
+# who is a reseller or a robot would fill the memory.
+MOST_TOGETHER = 1000
 
 
 def popularity(frequencies: torch.Tensor) -> Scorer:
@@ -30,8 +33,9 @@ def popularity(frequencies: torch.Tensor) -> Scorer:
 
 def co_occurrence(train: Sequences, num_items: int) -> Scorer:
     """Items by the cosine between their users and those of an item of the history, summed over the history
-    ([Deshpande and Karypis, 2004](https://doi.org/10.1145/963770.963776))."""
-    owned = _items_of([_whole(train, user) for user in range(len(train))], num_items)
+    ([Deshpande and Karypis, 2004](https://doi.org/10.1145/963770.963776)). Of a training sequence the latest
+    `MOST_TOGETHER` items count."""
+    owned = _items_of([_whole(train, user)[-MOST_TOGETHER:] for user in range(len(train))], num_items)
     together = owned.T @ owned
     norms = np.sqrt(np.maximum(together.diagonal(), 1))
     together.setdiag(0)

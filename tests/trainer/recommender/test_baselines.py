@@ -41,8 +41,10 @@ def cosine(first, second):
     return first @ second / norm if norm else 0.0
 
 
-def test_co_occurrence(lists, train):
-    users = [{user for user, items in enumerate(lists) if item in items} for item in range(ITEMS + 1)]
+@pytest.mark.parametrize("most", [2, 1000])
+def test_co_occurrence(lists, train, most, monkeypatch):
+    monkeypatch.setattr("mmesid.trainer.recommender.baselines.MOST_TOGETHER", most)
+    users = [{user for user, items in enumerate(lists) if item in items[-most:]} for item in range(ITEMS + 1)]
     scores = co_occurrence(train, ITEMS)(HISTORIES)
     for row, history in enumerate(HISTORIES):
         for item in range(1, ITEMS + 1):
