@@ -1,13 +1,16 @@
 """
 What befalls a process, done to a function of this one in a fork: it is killed at its n-th change of a file, or after a
-time. A fork starts in milliseconds where a new interpreter imports for seconds, so that every point can be tried.
+time, or what a kill at any of its changes would leave is kept. A fork starts in milliseconds where a new interpreter
+imports for seconds, so that every point can be tried.
 
 Nothing that starts threads may have run in the process that forks.
 """
 
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,23 +26,55 @@ def kill_at(point: int, root: str) -> None:
 
     def watch(event: str, arguments: tuple) -> None:
         nonlocal changes
-        if event == "open":
-            path, _, flags = arguments
-            if not (isinstance(flags, int) and flags & WRITING):
-                return
-        elif event in CHANGES:
-            path = arguments[0]
-        else:
-            return
-        path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
-        # Of a whole tree that is removed, names are relative to the folder that is open.
-        if os.path.isabs(path) and not path.startswith(root):
-            return
-        changes += 1
-        if changes == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if _is_change(event, arguments, root):
+            changes += 1
+            if changes == point:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
+
+
+def keep_states(root: str, states: Path) -> None:
+    """
+    From here on a copy of `root` as it is right before each change of a file below it goes to `states`, numbered by
+    the change; a copy that would equal the one before is left out. That is what a process leaves that is killed there:
+    what it has written and not yet handed to the system is in neither.
+    """
+    lock, is_copying, changes, last = threading.RLock(), False, 0, None
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal is_copying, changes, last
+        if not _is_change(event, arguments, root):
+            return
+        # Threads wait for the copy, whose own changes are none.
+        with lock:
+            if is_copying:
+                return
+            is_copying = True
+            changes += 1
+            paths = sorted(Path(root).rglob("*"))
+            found = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+            if found != last:
+                last = found
+                shutil.copytree(root, states / f"{changes:05}")
+            is_copying = False
+
+    sys.addaudithook(watch)
+
+
+def _is_change(event: str, arguments: tuple, root: str) -> bool:
+    """Whether an event of `sys.addaudithook` changes a file below `root`."""
+    if event == "open":
+        path, _, flags = arguments
+        if not (isinstance(flags, int) and flags & WRITING):
+            return False
+    elif event in CHANGES:
+        path = arguments[0]
+    else:
+        return False
+    path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+    # Of a whole tree that is removed, names are relative to the folder that is open.
+    return not os.path.isabs(path) or path.startswith(root)
 
 
 def forked(work: Callable[[], None], output: Path, before: Callable[[], None] | None = None, wait: bool = True) -> int:

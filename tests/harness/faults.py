@@ -1,10 +1,11 @@
 """
 `make faults`: what befalls the stages of a small run, one after the other, and what the next run makes of it.
 
-Each stage is killed before each change of a file (or every `--step`-th) and at `--random` random times, meets a full
-disk and outputs that cannot be written, runs twice at once, and is killed while the clock and the files' times are
-moved. After each the same command is started again, and the directory must be that of an undisturbed run but for
-times; a run that refuses must do so in one sentence, and work once what it names is put right.
+Each stage meets what a kill leaves before each of its changes of a file (or every `--step`-th), in an empty directory
+and in one with outputs of other settings; it is killed at `--random` random times, meets a full disk and outputs that
+cannot be written, runs twice at once, and is killed while the clock and the files' times are moved. After each the
+same command is started again, and the directory must be that of an undisturbed run but for times; a run that refuses
+must do so in one sentence, and work once what it names is put right.
 
     python tests/harness/faults.py --stages sasrec embed --step 10 --random 5
 
@@ -12,6 +13,7 @@ It prints one line per stage and trial, and ends with status 1 if any directory 
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -19,7 +21,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -27,34 +28,71 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from tests.faults import forked, kill_at, status_of  # noqa: E402
+from tests.faults import forked, keep_states, kill_at, status_of  # noqa: E402
 
 
 SMALL = "--num_train_epochs 2 --per_device_train_batch_size 64 --disable_tqdm true --use_cpu true".split()
 PREPARED = ["--prepared_dir", "run/prepared"]
+# By a name: the stage and its flags.
 COMMANDS = {
-    "prepare": "--source synthetic --num_items 60 --num_users 80 --output_dir run/prepared".split(),
-    "sasrec": [*PREPARED, *"--output_dir run/sasrec --hidden_size 8".split(), *SMALL],
+    "prepare": "prepare --source synthetic --num_items 60 --num_users 80 --output_dir run/prepared".split(),
+    "sasrec": ["sasrec", *PREPARED, *"--output_dir run/sasrec --hidden_size 8".split(), *SMALL],
+    "encoder": [
+        "encoder", *PREPARED, *"--output_dir run/encoder --hidden_size 32 --image_size 32".split(),
+        *"--max_text_length 8".split(), *SMALL,
+    ],
     "embed": [
-        *PREPARED, *"--output_dir run/embeddings --modality collaborative --model_name_or_path run/sasrec".split(),
-        *"--use_cpu true".split(),
+        "embed", *PREPARED, *"--output_dir run/embeddings --modality collaborative".split(),
+        *"--model_name_or_path run/sasrec --use_cpu true".split(),
+    ],
+    # Beside the tables of another modality.
+    "embed_text": [
+        "embed", *PREPARED, *"--output_dir run/embeddings --modality text --encoder dual_encoder".split(),
+        *"--model_name_or_path run/encoder --use_cpu true".split(),
     ],
     "quantize": [
-        *PREPARED, *"--embeddings_dir run/embeddings --output_dir run/quantizer --modalities collaborative".split(),
-        *"--num_quantizers 2 --codebook_size 4 --codebook_dim 8 --encoder_hidden_dims 8".split(), *SMALL,
+        "quantize", *PREPARED, *"--embeddings_dir run/embeddings --output_dir run/quantizer".split(),
+        *"--modalities collaborative --num_quantizers 2 --codebook_size 4 --codebook_dim 8".split(),
+        *"--encoder_hidden_dims 8".split(), *SMALL,
     ],
     "finetune": [
-        *PREPARED, *"--embeddings_dir run/embeddings --quantizer_dir run/quantizer --hidden_size 8".split(),
-        *"--num_hidden_layers 1 --output_dir run/recommender".split(), *SMALL,
+        "finetune", *PREPARED, *"--embeddings_dir run/embeddings --quantizer_dir run/quantizer".split(),
+        *"--hidden_size 8 --num_hidden_layers 1 --output_dir run/recommender".split(), *SMALL,
     ],
     "evaluate": [
-        *PREPARED, *"--output_dir run/evaluation --model_dirs run/sasrec run/recommender --use_cpu true".split(),
+        "evaluate", *PREPARED, *"--output_dir run/evaluation --model_dirs run/sasrec run/recommender".split(),
+        *"--use_cpu true --bootstrap_resamples 10".split(),
+    ],
+    "compare": [
+        "compare", *PREPARED, *"--output_dir run/comparison --evaluation_dirs run/evaluation".split(),
         *"--bootstrap_resamples 10".split(),
     ],
+    "recommend": [
+        "recommend", *PREPARED, *"--model_dir run/recommender --output_file run/recommended/users.jsonl".split(),
+        *"--use_cpu true".split(),
+    ],
+    "index": "index --model_dir run/recommender --output_dir run/index --use_cpu true".split(),
+    "report": ["report", *PREPARED, *"--run_dir run --num_users 3 --use_cpu true".split()],
 }  # fmt: skip
+# What else than its default makes other outputs of a stage, which its directory may hold from before.
+OLDER = {
+    "prepare": ["--seed", "1"],
+    "sasrec": ["--seed", "1"],
+    "encoder": ["--seed", "1"],
+    "embed_text": ["--normalize", "false"],
+    "quantize": ["--seed", "1"],
+    "finetune": ["--seed", "1"],
+    "evaluate": ["--seed", "1"],
+    "compare": ["--seed", "1"],
+    "index": ["--kind", "hnsw"],
+}
+# Stages that leave no record: they do their work again.
+WITHOUT_RECORD = ("recommend", "report")
 # Recorded values that differ between two runs of the same work, and files that show them.
 TIMES = {"seconds", "finished_at", "peak_memory_bytes", "stamps"}
 SHOWN = re.compile(r"\d[\d.,:T+-]*( ?(s|min|h|ms|GiB|MiB|MB|GB|seconds|minutes|UTC)\b)?")
@@ -71,7 +109,7 @@ class Harness:
     def start(self, stage: str, work: Path, before=None, wait: bool = True, log: str = "log", flags=()) -> int:
         def run() -> None:
             os.chdir(work)
-            importlib.import_module("mmesid.trainer.cli").main([stage, *COMMANDS[stage], *flags])
+            importlib.import_module("mmesid.trainer.cli").main([*COMMANDS[stage], *flags])
 
         return forked(run, self.root / log, before, wait)
 
@@ -138,14 +176,25 @@ def fresh(snapshot: Path, work: Path) -> Path:
     return work
 
 
-def killed_everywhere(harness: Harness, stage: str, snapshot: Path, work: Path, expected: dict, arguments) -> None:
-    point, status = 1, -signal.SIGKILL
-    while status == -signal.SIGKILL:
-        fresh(snapshot, work)
-        status = harness.start(stage, work, partial(kill_at, point, str(work)))
-        if status == -signal.SIGKILL:
-            harness.check(stage, f"killed before change {point}", work, expected)
-        point += arguments.step
+def killed_everywhere(
+    harness: Harness, stage: str, snapshot: Path, work: Path, expected: dict, arguments, older: bool = False
+) -> None:
+    """One run leaves what a kill at each point would leave, from which the next ones start."""
+    states = harness.root / "states"
+    shutil.rmtree(states, ignore_errors=True)
+    fresh(snapshot, work)
+    if older and harness.start(stage, work, flags=OLDER[stage]) != 0:
+        harness.fault(stage, "older outputs", harness.said(), work)
+    harness.start(stage, work, partial(keep_states, str(work), states))
+    what = "killed-over-older-outputs" if older else "killed"
+    for state in sorted(states.iterdir())[:: arguments.step]:
+        harness.check(stage, f"{what} before change {int(state.name)}", fresh(state, work), expected)
+    shutil.rmtree(states)
+
+
+def killed_over_older_outputs(harness: Harness, stage: str, *others) -> None:
+    if stage in OLDER:
+        killed_everywhere(harness, stage, *others, older=True)
 
 
 def killed_at_random(harness: Harness, stage: str, snapshot: Path, work: Path, expected: dict, arguments) -> None:
@@ -191,7 +240,9 @@ def full_disk(harness: Harness, stage: str, snapshot: Path, work: Path, expected
 def read_only(harness: Harness, stage: str, snapshot: Path, work: Path, expected: dict, arguments) -> None:
     """The directory of the outputs belongs to another user and may only be read."""
     fresh(snapshot, work)
-    output = work / COMMANDS[stage][COMMANDS[stage].index("--output_dir") + 1]
+    (flag,) = {"--output_dir", "--output_file", "--run_dir"} & {*COMMANDS[stage]}
+    output = work / COMMANDS[stage][COMMANDS[stage].index(flag) + 1]
+    output = output.parent if flag == "--output_file" else output
     output.mkdir(parents=True, exist_ok=True)
     nobody = 65534
     for path in [work, *work.rglob("*")]:
@@ -238,12 +289,13 @@ def moved_clock(harness: Harness, stage: str, snapshot: Path, work: Path, expect
         if status != 0:
             harness.fault(stage, "moved clock", f"ended with {status}: {harness.said()}", work)
         harness.check(stage, f"moved-clock by {shift / 86400:.0f} days", work, expected)
-        if "is up to date" not in (harness.root / "log").read_text():
+        if stage not in WITHOUT_RECORD and "is up to date" not in (harness.root / "log").read_text():
             harness.fault(stage, "moved clock", "an unchanged run is made again", work)
 
 
 TRIALS = {
     "killed": killed_everywhere,
+    "older": killed_over_older_outputs,
     "random": killed_at_random,
     "files": full_files,
     "disk": full_disk,
@@ -253,24 +305,37 @@ TRIALS = {
 }
 
 
+def warm_up() -> None:
+    """Imports and fills, before the first fork, what every run would; nothing of it starts a thread."""
+    for command in COMMANDS.values():
+        importlib.import_module(f"mmesid.trainer.stages.{command[0]}")
+    for module in (
+        "accelerate", "datasets", "faiss", "matplotlib.pyplot", "peft", "transformers.models.clip.modeling_clip",
+        "transformers.models.llama.modeling_llama", "mmesid.trainer.data.sources.synthetic",
+        "mmesid.trainer.encoders.dual_encoder", "mmesid.trainer.encoders.sasrec",
+    ):  # fmt: skip
+        importlib.import_module(module)
+    from mmesid.hub_cards import cards, figures
+
+    for template in cards._ENVIRONMENT.list_templates(filter_func=lambda name: name.endswith(".md.jinja")):
+        cards._ENVIRONMENT.get_template(template)
+    with tempfile.NamedTemporaryFile(suffix=".png") as picture:
+        figures.draw_singular_spectrum(picture.name, {"text": np.array([2.0, 1.0, 0.1])}, 0.01)
+    # The collector passes over what the parent holds, in every fork.
+    gc.freeze()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=COMMANDS, default=list(COMMANDS))
-    parser.add_argument("--step", type=int, default=1, help="kill at every n-th change of a file")
+    parser.add_argument("--step", type=int, default=1, help="try every n-th change of a file")
     parser.add_argument("--random", type=int, default=50, help="kills at random times per stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
     arguments = parser.parse_args(argv)
 
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    # What every stage imports, before the first fork; nothing of it starts a thread.
-    for stage in COMMANDS:
-        importlib.import_module(f"mmesid.trainer.stages.{stage}")
-    for module in (
-        "accelerate", "datasets", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama",
-        "mmesid.trainer.data.sources.synthetic", "mmesid.trainer.encoders.sasrec",
-    ):  # fmt: skip
-        importlib.import_module(module)
+    warm_up()
 
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -283,8 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in COMMANDS:
             if not remaining:
                 break
-            shutil.rmtree(snapshot, ignore_errors=True)
-            shutil.copytree(root / "undisturbed", snapshot)
+            fresh(root / "undisturbed", snapshot)
             if harness.start(stage, root / "undisturbed") != 0:
                 print(harness.said(), file=sys.stderr)
                 return 1
@@ -294,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
             expected = contents(root / "undisturbed")
             for name in arguments.trials:
                 TRIALS[name](harness, stage, snapshot, work, expected, arguments)
+                print(f"{stage}, {name}: {time.monotonic() - begin:.0f} s", flush=True)
             done = {name.split()[1]: count for name, count in harness.counts.items() if name.split()[0] == stage}
             print(f"{stage}: {done}, {len(harness.faults)} faults, {time.monotonic() - begin:.0f} s", flush=True)
         print(f"{sum(harness.counts.values())} trials, {len(harness.faults)} faults")

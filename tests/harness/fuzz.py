@@ -147,13 +147,13 @@ def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path]
     for stage in ("prepare", "sasrec"):
         import importlib
 
-        importlib.import_module(f"mmesid.trainer.stages.{stage}").main(COMMANDS[stage])
+        importlib.import_module(f"mmesid.trainer.stages.{stage}").main(COMMANDS[stage][1:])
 
     def read_record(directory: Path) -> None:
         StageRecord.load(directory)
         input_digest(directory)
         publication(directory, "me/it")
-        arguments = parse(SASRecArguments, [*COMMANDS["sasrec"], "--output_dir", str(directory)])
+        arguments = parse(SASRecArguments, [*COMMANDS["sasrec"][1:], "--output_dir", str(directory)])
         run = StageRun("sasrec", arguments, {"prepared_dir": arguments.prepared_dir})
         if not run.is_up_to_date():
             with run as staging:
