@@ -20,17 +20,29 @@ class SASRecAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         batch, length, width = hidden_states.shape
-        query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
-            for part in self.qkv_proj(hidden_states).chunk(3, dim=-1)
-        )
-        # Padding is on the right, where a causal query never looks: no padding mask is needed.
-        attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        dropout = self.dropout if self.training else 0.0
+        if last is None:
+            query, key, value = map(self._heads, self.qkv_proj(hidden_states).chunk(3, dim=-1))
+            # Padding is on the right, where a causal query never looks: no padding mask is needed.
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        else:
+            # The same projection in two parts: only keys and values are needed of every position.
+            parts = [width, 2 * width]
+            to_query, to_rest = self.qkv_proj.weight.split(parts)
+            query_bias, rest_bias = self.qkv_proj.bias.split(parts)
+            query = self._heads(nn.functional.linear(_at(hidden_states, last), to_query, query_bias))
+            rest = nn.functional.linear(hidden_states, to_rest, rest_bias)
+            key, value = map(self._heads, rest.chunk(2, dim=-1))
+            seen = torch.arange(length, device=last.device) <= last[:, None]
+            attended = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen[:, None, None], dropout_p=dropout
+            )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class SASRecLayer(nn.Module):
@@ -43,10 +55,18 @@ class SASRecLayer(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.dropout(self.attention(self.attention_norm(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """States of all positions, `(batch, length, hidden)`, or of one position `last` of each row, `(batch,)`, as
+        `(batch, 1, hidden)`."""
+        attended = self.dropout(self.attention(self.attention_norm(hidden_states), last))
+        hidden_states = (hidden_states if last is None else _at(hidden_states, last)) + attended
         feed_forward = self.down_proj(nn.functional.gelu(self.up_proj(self.feed_forward_norm(hidden_states))))
         return hidden_states + self.dropout(feed_forward)
+
+
+def _at(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One position of each row, `(batch, 1, hidden)`."""
+    return hidden_states[torch.arange(len(positions), device=positions.device), positions][:, None]
 
 
 class SASRecPreTrainedModel(SafetensorsMixin, PreTrainedModel):
@@ -69,22 +89,26 @@ class SASRecModel(SASRecPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, items: torch.Tensor) -> torch.Tensor:
+    def forward(self, items: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             items (`torch.LongTensor` of shape `(batch, length)`): Item rows, oldest first, padded with 0 on the right;
                 `length` at most `max_history`.
+            last (`torch.LongTensor` of shape `(batch,)`, *optional*): The one position of each row whose state is
+                asked for: the last block then computes no other.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch, length, hidden)`; states at padding are undefined.
+            `torch.FloatTensor` of shape `(batch, length, hidden)`, where states at padding are undefined, or with
+            `last` of shape `(batch, hidden)`.
         """
         positions = torch.arange(items.shape[1], device=items.device)
         # Scaled up, as in the original, so that what an item is outweighs where it stands.
         item_embeddings = self.item_embeddings(items) * self.config.hidden_size**0.5
         hidden_states = self.dropout(item_embeddings + self.position_embeddings(positions))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states)
-        return self.norm(hidden_states)
+        hidden_states = self.norm(self.layers[-1](hidden_states, last))
+        return hidden_states if last is None else hidden_states[:, 0]
 
 
 class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedModel):
@@ -110,10 +134,9 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): Row of the item that follows each
                 position; -100 where nothing is to be predicted.
         """
-        hidden_states = self.model(items)
         if labels is None:
-            users, last = torch.arange(len(items), device=items.device), (items != 0).sum(-1) - 1
-            return SequentialRecommendationOutput(user_embeddings=hidden_states[users, last])
+            return SequentialRecommendationOutput(user_embeddings=self.model(items, (items != 0).sum(-1) - 1))
+        hidden_states = self.model(items)
         wanted = labels != -100
         user_embeddings = hidden_states[wanted]
         loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels[wanted])

@@ -131,7 +131,7 @@ class MMESIDScorers(nn.Module):
     def _sasrec_states(self, histories: torch.Tensor) -> torch.Tensor:
         config = self.sasrec.config
         known, lengths = latest(histories.where(histories <= config.num_items, 0), config.max_history)
-        states = self.sasrec(known)[torch.arange(len(known), device=known.device), (lengths - 1).clamp(min=0)]
+        states = self.sasrec(known, (lengths - 1).clamp(min=0))
         # A history without any item that SASRec knows has no state.
         return states * (lengths > 0)[:, None]
 

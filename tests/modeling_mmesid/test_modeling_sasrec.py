@@ -19,6 +19,12 @@ def test_states_are_causal_and_padding_is_inert(model):
     torch.testing.assert_close(full[:, :2], padded[:, :2])
 
 
+def test_one_position_alone_has_the_state_that_it_has_among_all(model):
+    items, last = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0], [9, 0, 0, 0]]), torch.tensor([3, 1, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(model.model(items, last), model.model(items)[torch.arange(3), last])
+
+
 def test_loss_is_the_cross_entropy_over_real_items(model):
     items, labels = torch.tensor([[3, 4, 5], [7, 0, 0]]), torch.tensor([[4, 5, 9], [8, -100, -100]])
     states = model.model(items)[labels != -100]

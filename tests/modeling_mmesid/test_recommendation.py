@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
+from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks, top_items
 
 from .conftest import new_model
 
@@ -45,3 +46,27 @@ def test_recommending_keeps_the_best_alone_and_no_gradients():
         assert tensor.shape == (3, 4)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a part that keeps the whole alive"
         assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("num_items", [640, 1499, 2000])
+def test_best_items_are_those_of_a_sort(num_items):
+    """Also behind the last whole block of scores, and where most scores are minus infinity."""
+    generator = torch.Generator().manual_seed(num_items)
+    scores = torch.randn(30, num_items + 1, generator=generator)
+    scores[:10, :-12] = -torch.inf
+    best_scores, rows = top_items(scores, 10)
+    order = scores.sort(descending=True)
+    assert torch.equal(best_scores, order.values[:, :10])
+    assert torch.equal(rows, order.indices[:, :10])
+
+
+def test_histories_of_all_lengths_are_answered_in_the_order_given():
+    model = new_model()
+    histories = [[1, 2, 3, 4, 5], [3], [2, 4], [1, 5, 2, 3], [4]]
+    together = model.recommend(histories, top_k=3, batch_size=2, return_contributions=True)
+    for index, history in enumerate(histories):
+        alone = model.recommend([history], top_k=3, return_contributions=True)
+        assert torch.equal(together.items[index], alone.items[0])
+        torch.testing.assert_close(together.scores[index], alone.scores[0])
+        for source, contribution in alone.contributions.items():
+            torch.testing.assert_close(together.contributions[source][index], contribution[0])
