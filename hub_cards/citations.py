@@ -85,20 +85,22 @@ def citations(kind: str, encoders: dict[str, dict], adapter: str | None = None) 
     if kind == "sasrec" or any(name.startswith("sasrec ") for name in names):
         found["SASRec"] = SASREC
     if kind in ("quantizer", "recommender") and encoders:
-        found["semantic IDs by residual quantization"] = RQ_VAE
+        found["TIGER (semantic IDs by residual quantization)"] = RQ_VAE
     for word, what, entry in (
-        ("sentence ", "the sentence encoder", SENTENCE_BERT),
-        ("minilm", "its weights", MINILM),
+        ("sentence ", "Sentence-BERT", SENTENCE_BERT),
+        ("minilm", "MiniLM", MINILM),
         ("llm2clip", "LLM2CLIP", LLM2CLIP),
         ("siglip", "SigLIP", SIGLIP),
         ("clip", "CLIP", CLIP),
     ):
         if any(word in name for name in names) and not (word == "clip" and {"SigLIP", "LLM2CLIP"} & found.keys()):
             found[what] = entry
-    if kind == "encoder" and "SigLIP" not in found:
+    # One that was trained on these items alone is a CLIP, whatever its folder is called.
+    is_dual = kind == "encoder" or any(name.startswith("dual_encoder ") for name in names)
+    if is_dual and not {"SigLIP", "LLM2CLIP"} & found.keys():
         found.setdefault("CLIP", CLIP)
     if adapter is not None:
-        found["the adapter"] = LORA
+        found["LoRA"] = LORA
         if adapter == "qlora":
-            found["its training in four bits"] = QLORA
+            found["QLoRA"] = QLORA
     return found

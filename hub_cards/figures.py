@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .cards import SPLITS, label
 
 
 # Inches of a panel, and dots per inch: 528 by 326 pixels, some fifteen kilobytes.
@@ -23,17 +26,18 @@ def draw_training(path: str | os.PathLike, log: dict) -> None:
     Args:
         path (`str` or `os.PathLike`): The PNG file to write.
         log (`dict`): `history`, entries with `epoch`, `loss` and `evaluation`, as far as there are any; `metric`,
-            `best_epoch` and `best_value`, `None` without an evaluation.
+            `best_epoch` and `best_value`, `None` without an evaluation; `split`, what was evaluated on.
     """
     history, metric = log["history"], log["metric"]
+    held_out = log["split"] if log["split"] in SPLITS else "held-out data"
     curves = {
         "training loss": _points(history, lambda row: row.get("loss")),
-        "loss on held-out data": _points(history, lambda row: row.get("evaluation", {}).get("loss")),
+        f"loss on {held_out}": _points(history, lambda row: row.get("evaluation", {}).get("loss")),
     }
     panels = [{name: points for name, points in curves.items() if points[0]}]
     if metric not in (None, "loss"):
         panels.append(
-            {f"{metric} on held-out data": _points(history, lambda row: row.get("evaluation", {}).get(metric))}
+            {f"{label(metric)} on {held_out}": _points(history, lambda row: row.get("evaluation", {}).get(metric))}
         )
     panels = [panel for panel in panels if panel]
     if not panels:
@@ -45,6 +49,7 @@ def draw_training(path: str | os.PathLike, log: dict) -> None:
         if panel is panels[-1] and metric is not None:
             axes.plot(log["best_epoch"], log["best_value"], "o", mfc="none", ms=9, color="C3", label="best")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     _save(figure, path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .cards import METRIC_LABELS, duration
+from .cards import PICTURE_NOTES, SPLITS, duration, label
 from .names import name_or, printable
 
 
@@ -19,15 +19,18 @@ def render_report(page: dict) -> str:
 
     Args:
         page (`dict`): `source`, `synthetic`, `statistics` of the data; `results`, by split and model a dictionary of
-            metrics, and `intervals`, by model those on test; `users`, each with `user_id`, `history`, `earlier` (how
-            many items came before it), `recommended` and `target`; `recommender`, the name of the model that they are
-            from; `stages`, each with `name`, `record` and `pictures`. An item has `title`, `item_id` and `picture`, a
-            recommended one `score`, `contributions` and `reason` as well. Pictures are `data:` addresses.
+            metrics, `intervals`, by model those on test, and `differences`, by model how far `recommender` is above;
+            `users`, each with `user_id`, `history`, `earlier` (how many items came before it), `recommended` and
+            `target`; `recommender`, the name of the model that they are from; `sources`, what its scores are made of;
+            `stages`, each with `name`, `record` and `pictures` by name. An item has `title`, `item_id` and `picture`,
+            a recommended one `score`, `contributions` and `reason` as well. Pictures are `data:` addresses.
 
     Returns:
         `str`: HTML. What comes from the data is escaped.
     """
-    return _ENVIRONMENT.get_template("report.html.jinja").render(page=page, columns=COLUMNS)
+    return _ENVIRONMENT.get_template("report.html.jinja").render(
+        page=page, columns=COLUMNS, splits=SPLITS, picture_notes=PICTURE_NOTES
+    )
 
 
 def inline(content: bytes, kind: str = "png") -> str:
@@ -54,9 +57,24 @@ def _value(value) -> str:
     return printable(str(value))
 
 
-def _metric(name: str) -> str:
-    family, at, k = name.partition("@")
-    return METRIC_LABELS.get(family, family.replace("_", " ")) + at + k
+def source_label(name: str) -> str:
+    """What a source of scores is called in prose: `text_similarity` as "similar text"."""
+    if name.endswith("_similarity"):
+        return f"similar {name.removesuffix('_similarity')}"
+    return {"id": "ID vector", "sasrec": "SASRec"}.get(name, name)
+
+
+def _source_note(name: str) -> str:
+    """What a source is, for a reader of the page."""
+    if name.endswith("_similarity"):
+        return "how much it is like the latest items of the history"
+    notes = {"id": "what training learnt about the item alone", "sasrec": "a small model of the order of items alone"}
+    return notes.get(name, "what the language model makes of that part of the item")
+
+
+def _difference(found: dict) -> str:
+    low, high = found["interval"]
+    return f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 _ENVIRONMENT = Environment(
@@ -66,4 +84,13 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters.update(duration=duration, metric=_metric, name_or=name_or, printable=printable, value=_value)
+_ENVIRONMENT.filters.update(
+    difference=_difference,
+    duration=duration,
+    label=label,
+    name_or=name_or,
+    printable=printable,
+    source=source_label,
+    source_note=_source_note,
+    value=_value,
+)

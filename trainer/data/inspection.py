@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -16,22 +17,27 @@ from .table_files import TableLocation, csv_batches, csv_layout, file_of_known_f
 
 # Rows that are looked at; the tables are read as a whole afterwards, with what these tell.
 SAMPLE_ROWS = 20_000
-# What columns are often called, letters and digits alone, the likelier first.
+# What columns are often called in English and German, letters without accents and digits alone, the likelier first.
 INTERACTION_NAMES = {
-    "timestamp": "timestamp time datetime date eventtime createdat orderedat purchasedat unixreviewtime ts when",
-    "rating": "rating overall stars score",
+    "timestamp": "timestamp time datetime date eventtime createdat orderedat purchasedat unixreviewtime ts when "
+    "zeitpunkt zeit datum bestelldatum kaufdatum uhrzeit",
+    "rating": "rating overall stars score bewertung sterne",
     "user_id": "userid user uid reviewerid reviewer customerid customer buyerid buyer memberid member visitorid "
-    "visitor clientid client accountid account profileid profile sessionid session",
+    "visitor clientid client accountid account profileid profile sessionid session "
+    "kundennr kundennummer kundenid kunde kaufer nutzerid nutzer benutzerid benutzer mitglied",
     "item_id": "itemid item iid productid product sku asin parentasin movieid movie filmid film bookid book isbn "
-    "articleid article trackid track songid song videoid video gameid game businessid contentid newsid id",
+    "articleid article trackid track songid song videoid video gameid game businessid contentid newsid id "
+    "artikelnr artikelnummer artikelid artikel produktnr produktnummer produktid produkt",
 }
 ITEM_NAMES = {
-    "title": "title name productname itemname producttitle label headline",
-    "description": "description desc summary overview plot abstract synopsis text details",
-    "brand": "brand manufacturer author artist maker publisher store director",
-    "categories": "categories category genres genre tags type department",
-    "price": "price cost",
-    "image": "image imageurl imurl picture pictureurl photo img poster posterurl thumbnail cover",
+    "title": "title name productname itemname producttitle label headline "
+    "titel bezeichnung artikelbezeichnung produktbezeichnung artikelname",
+    "description": "description desc summary overview plot abstract synopsis text details "
+    "beschreibung artikelbeschreibung produktbeschreibung",
+    "brand": "brand manufacturer author artist maker publisher store director marke hersteller autor verlag",
+    "categories": "categories category genres genre tags type department kategorie kategorien warengruppe rubrik",
+    "price": "price cost preis",
+    "image": "image imageurl imurl picture pictureurl photo img poster posterurl thumbnail cover bild bildurl foto",
 }
 # Ways to write times besides numbers and ISO 8601. Days come first where both orders read all rows.
 TIME_FORMATS = [
@@ -124,6 +130,8 @@ def guess(
 def _named(name: str, known: str) -> float:
     """How well the name of a column fits those that are known, of a list of words: 0 if not at all."""
     words = known.split()
+    # An accent is a sign of its own behind its letter, which goes with all others.
+    name = normalize("NFKD", name)
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     if plain in words:
         return 2 - words.index(plain) / len(words)

@@ -200,7 +200,7 @@ class HubTrainerMixin:
     def _complete(self, directory: Path) -> None:
         """Makes a directory with model and processor into one like a stage's."""
         metrics, details = self.describe(directory)
-        details |= describe_training(self, directory)
+        details |= describe_training(self, directory, self.split_of(self.eval_dataset))
         if self.draft_record is not None:
             record = self.draft_record()
         else:

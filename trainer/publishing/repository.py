@@ -51,7 +51,7 @@ def present(run: StageRun, trainer: "HubTrainerMixin | None" = None) -> None:
     if trainer is not None:
         run.details["links"] = trainer.hub_links or {}
         run.details["architecture"] = trainer.architecture()
-        run.details.update(describe_training(trainer, run.staging))
+        run.details.update(describe_training(trainer, run.staging, trainer.split_of(trainer.eval_dataset)))
         keep_logs(run.checkpoints_dir, run.staging)
     write_companions(run.staging, run.draft_record())
 
@@ -89,14 +89,21 @@ def is_card_edited(directory: Path, record: StageRecord) -> bool:
     return card.read_text(encoding="utf-8") != render_card(dataclasses.asdict(record))
 
 
-def add_metrics(directory: str | os.PathLike, metrics: dict, models: dict[str, dict] | None = None) -> None:
+def add_metrics(
+    directory: str | os.PathLike,
+    metrics: dict,
+    models: dict[str, dict] | None = None,
+    measured_at: str | None = None,
+) -> None:
     """Adds later measurements to the record, the card and the results of a stage's directory, where these do not have
-    them yet; `models` are those of all models that were measured together, by the name of their directory."""
+    them yet; `models` are those of all models that were measured together, by the name of their directory, and
+    `measured_at` is when that was, in ISO 8601."""
     directory = Path(directory)
     lock = DirectoryLock(directory / lock_name(RECORD_NAME), wait=60)
     names = ("test", "test_confidence")
     compared = {model: {name: one[name] for name in names} for model, one in (models or {}).items()}
-    details = {"comparison": {"this": directory.name, "models": compared}} if models else {}
+    details: dict = {"comparison": {"this": directory.name, "models": compared}} if models else {}
+    details |= {} if measured_at is None else {"measured_at": measured_at}
     known = StageRecord.load(directory)
     is_known = known.metrics | metrics == known.metrics and known.details | details == known.details
     if is_known and not lock.path.exists():

@@ -17,6 +17,8 @@ from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable
 from ..data.windows import EvaluationHistories
 from ..metrics.ranking import analysis
+from ..metrics.ranking.comparison import paired_bootstrap
+from ..metrics.ranking.ranking import user_values
 from .baselines import Scorer, co_occurrence, popularity, text_neighbours, transitions
 
 
@@ -25,6 +27,8 @@ COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 # In the order of the tables; the last two take embeddings of texts.
 TEXT_BASELINES = ("text_neighbours", "transitions")
 BASELINES = ("popularity", "co_occurrence", *TEXT_BASELINES)
+# What models are held against each other by.
+COMPARED_METRICS = ("ndcg@10", "hr@10")
 
 
 def evaluate(
@@ -49,7 +53,8 @@ def evaluate(
         seed (`int`, *optional*, defaults to 0): Seed of these draws.
 
     Returns:
-        `dict[str, dict]`: For each baseline, `"popularity"` first, and each model what [`summarize`] returns.
+        `dict[str, dict]`: For each baseline, `"popularity"` first, and each model what [`summarize`] returns; of
+        models `test_differences` too, see [`differences_on_test`].
 
     Raises:
         ValueError: If a model was trained on another catalogue, or is called as a baseline is.
@@ -60,7 +65,7 @@ def evaluate(
     for name, model in models.items():
         parts = [model] if isinstance(model, PreTrainedModel) else list(model)
         ranks[name] = {split: model_ranks(parts, data, split, batch_size) for split in SPLITS}
-    return {name: summarize(by_split, data, seed, bootstrap_resamples) for name, by_split in ranks.items()}
+    return summarize_all(ranks, list(models), data, seed, bootstrap_resamples)
 
 
 def require_own_name(name: str) -> None:
@@ -136,6 +141,38 @@ def summarize(ranks: Mapping[str, np.ndarray], data: PreparedDataset, seed: int,
         "test_by_frequency": analysis.metrics_by_frequency(ranks["test"], test.targets, data.frequencies.numpy()),
         "test_by_history_length": analysis.metrics_by_history_length(ranks["test"], np.diff(test.offsets)),
     }
+
+
+def summarize_all(
+    ranks: Mapping[str, Mapping[str, np.ndarray]],
+    models: Sequence[str],
+    data: PreparedDataset,
+    seed: int,
+    resamples: int,
+) -> dict[str, dict]:
+    """What [`summarize`] returns of each of `ranks`, by name, with `test_differences` of those that are `models`."""
+    results = {name: summarize(by_split, data, seed, resamples) for name, by_split in ranks.items()}
+    on_test = {name: by_split["test"] for name, by_split in ranks.items()}
+    for name in models if len(ranks) > 1 else ():
+        results[name]["test_differences"] = differences_on_test(name, on_test, seed, resamples)
+    return results
+
+
+def differences_on_test(name: str, ranks: Mapping[str, np.ndarray], seed: int, resamples: int) -> dict[str, dict]:
+    """
+    How far a model is above each other one on the same users, `ranks` `(users,)` by name: for each metric of
+    `COMPARED_METRICS` the mean `difference`, its 95% `interval` and the `p` of no difference by a paired bootstrap
+    over users ([`~mmesid.trainer.metrics.ranking.comparison.paired_bootstrap`]).
+    """
+    others = [other for other in ranks if other != name]
+    values = {one: user_values(ranks[one]) for one in ranks}
+    pairs = [(other, metric) for other in others for metric in COMPARED_METRICS]
+    differences = np.stack([values[name][metric] - values[other][metric] for other, metric in pairs], axis=1)
+    intervals, p_values = paired_bootstrap(differences, seed, resamples)
+    table: dict[str, dict] = {other: {} for other in others}
+    for (other, metric), mean, interval, p in zip(pairs, differences.mean(0), intervals, p_values, strict=True):
+        table[other][metric] = {"difference": float(mean), "interval": interval.tolist(), "p": float(p)}
+    return table
 
 
 def results_page(results: Mapping[str, dict[str, dict]], statistics: dict) -> str:

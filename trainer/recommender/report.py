@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 from ..metrics.ranking import analysis
 from ..metrics.ranking.comparison import holm, paired_bootstrap
 from ..metrics.ranking.ranking import user_values
-from .evaluation import COLUMNS, SPLITS
+from .evaluation import COLUMNS, COMPARED_METRICS, SPLITS
 
 
-# What models are chosen by, on validation, and what they are tested for, on test.
+# What models are chosen by, on validation.
 MAIN_METRIC = "ndcg@10"
-TESTED_METRICS = (MAIN_METRIC, "hr@10")
 
 
 class Evaluation(NamedTuple):
@@ -116,7 +115,7 @@ def comparisons_table(
     rows, differences = [], []
     for name, against in pairs:
         (ours, theirs), seeds = _paired(models[name], models[against])
-        for metric in TESTED_METRICS:
+        for metric in COMPARED_METRICS:
             values, others = _mean_values(ours, metric), _mean_values(theirs, metric)
             differences.append(values - others)
             relative = (values.mean() / others.mean() - 1) if others.any() else np.nan

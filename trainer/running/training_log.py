@@ -23,12 +23,13 @@ _NO_LOGS = (f"{PREFIX_CHECKPOINT_DIR}-*", "_hub", "tmp-*")
 EMISSIONS_NAME = "emissions.csv"
 
 
-def describe_training(trainer: Trainer, directory: Path) -> dict:
-    """Writes `training_log.json` and `figures/training.png` into the directory. Returns the details (`training`, and
-    `energy` where codecarbon measured) for the record; nothing of a trainer that has not trained."""
+def describe_training(trainer: Trainer, directory: Path, split: str | None) -> dict:
+    """Writes `training_log.json` and `figures/training.png` into the directory; `split` is what was evaluated on,
+    where that is known. Returns the details (`training`, and `energy` where codecarbon measured) for the record;
+    nothing of a trainer that has not trained."""
     if trainer.state.global_step == 0:
         return {}
-    log = training_log(trainer)
+    log = training_log(trainer) | {"split": split}
     write_text_atomic(directory / TRAINING_LOG_NAME, to_json(log))
     draw_training(directory / "figures" / "training.png", log)
     details = {"training": {name: value for name, value in log.items() if name != "history"}}

@@ -54,7 +54,8 @@ class EmbedArguments(ReaderArguments, DeviceArguments):
         > Data
 
         modality (`str`): Name of the table: collaborative, text, visual, or another one of your choice.
-        from_file (`str`, *optional*): Import this table instead. Parquet: joined by its column item_id to the items,
+        from_file (`str`, *optional*): Import this table instead; a --model_name_or_path then says, for cards and new
+            items, what made it. Parquet: joined by its column item_id to the items,
             with a vector per row in the modality's column or the only one of lists. .safetensors: one row per item
             after the padding row 0, under the modality's name or the file's only key; .npy: the same, with or without
             the padding. Items that are not there, and all-zero rows, count as missing.
@@ -117,13 +118,13 @@ class EmbedArguments(ReaderArguments, DeviceArguments):
                 f"'{self.modality}' cannot name a modality; use letters, digits and underscores, and not "
                 f"{' or '.join(RESERVED_NAMES)}."
             )
-        if self.from_file is None:
+        if self.from_file is None or self.model_name_or_path is not None:
             self.encoder = self.encoder or DEFAULT_ENCODERS.get(self.modality)
             check_encoder(self)
-        elif self.encoder is not None or self.model_name_or_path is not None:
+        elif self.encoder is not None or self.column is not None:
             raise ValueError(
-                f"--from_file {self.from_file} imports a table instead of computing one; leave out --from_file, or "
-                "--encoder and --model_name_or_path."
+                f"--from_file {self.from_file} imports a table; say with --model_name_or_path what made it, or leave "
+                "out --encoder and --column."
             )
 
     def column_read(self) -> str | None:
@@ -173,7 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     data = PreparedDataset.load(arguments.prepared_dir)
     with run as staging:
         if arguments.from_file is not None:
-            run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
+            if arguments.encoder is None:
+                run.details.update(encoder=Path(arguments.from_file).name, revision=None, pooling=None)
+            else:
+                run.details.update(encoder_details(arguments))
             table = import_table(arguments.from_file, arguments.modality, data.num_items, data.item_ids)
         else:
             table = embed_with_encoder(arguments, data, run)
@@ -197,14 +201,21 @@ def local_models(arguments: EmbedArguments) -> dict[str, str]:
     return {name: path for name, path in given.items() if path is not None and os.path.isdir(path)}
 
 
+def encoder_details(arguments: EmbedArguments) -> dict:
+    """Kind, name and revision of the encoder, and the column that it reads, for the record."""
+    chosen = encoder_class(arguments.encoder)
+    details = chosen.details_of(arguments.model_name_or_path, **arguments.encoder_settings())
+    column = {"column": arguments.column_read()} if chosen.reads else {}
+    return details | {"kind": arguments.encoder} | column
+
+
 def embed_with_encoder(arguments: EmbedArguments, data: PreparedDataset, run: StageRun) -> EmbeddingTable:
     """Loads the encoder and embeds the items, in shards that the stage's next run goes on from."""
     settings = arguments.encoder_settings()
     encoder = load_encoder(arguments.encoder, str(arguments.model_name_or_path), **settings)
-    run.details.update(type(encoder).details_of(arguments.model_name_or_path, **settings), pooling=encoder.pooling)
-    run.details["kind"] = arguments.encoder
+    run.details.update(encoder_details(arguments), pooling=encoder.pooling)
     if encoder.reads:
-        run.details.update(column=arguments.column_read(), dtype=arguments.dtype)
+        run.details["dtype"] = arguments.dtype
     # The run's settings and inputs do not tell which commit a branch stands at, nor how many inputs a batch has, which
     # is where shards end.
     belongs_to = json_digest([run.details, arguments.per_device_eval_batch_size])[:16]

@@ -34,7 +34,7 @@ from ..recommender.evaluation import (
     model_ranks,
     require_own_name,
     results_page,
-    summarize,
+    summarize_all,
 )
 from ..running.arguments import DeviceArguments, JsonArguments, ReaderArguments, check_ranges, parse
 from ..running.errors import run_as_script
@@ -151,7 +151,7 @@ def check_model_dirs(directories: list[Path]) -> None:
 
 
 def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
-    """Writes `results.json` (what [`summarize`] returns, whether the data are synthetic and what training took, by
+    """Writes `results.json` (what [`summarize_all`] returns, whether the data are synthetic and what training took, by
     model), `results.md` and `figures/results.png`, and the rank of every user's target to
     `ranks/<split>.parquet`."""
     data = PreparedDataset.load(arguments.prepared_dir)
@@ -164,10 +164,7 @@ def evaluate_models(arguments: EvaluateArguments, run: StageRun) -> None:
             ranks[name] = ranks_of(paths, data, arguments.per_device_eval_batch_size)
         if not PartialState().is_main_process:
             return
-        results = {
-            name: summarize(by_split, data, arguments.seed, arguments.bootstrap_resamples)
-            for name, by_split in ranks.items()
-        }
+        results = summarize_all(ranks, list(arguments.models), data, arguments.seed, arguments.bootstrap_resamples)
         run.metrics.update(results)
         run.details.update(data=data.statistics)
         (staging / "ranks").mkdir()
@@ -231,9 +228,9 @@ def training_of(directory: Path) -> dict:
 def complete_cards(arguments: EvaluateArguments) -> None:
     """Adds the published figures to the records and cards that do not have them yet: those of a checkpoint that was
     just ranked, or whose stage has since written it again, or that an interrupted run did not come to."""
-    results = StageRecord.load(arguments.output_dir).metrics
+    record = StageRecord.load(arguments.output_dir)
     for directory in map(Path, arguments.model_dirs):
-        add_metrics(directory, results[directory.name], results)
+        add_metrics(directory, record.metrics[directory.name], record.metrics, record.finished_at)
 
 
 if __name__ == "__main__":

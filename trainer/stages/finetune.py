@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             print(training_plan(trainer), flush=True)
         fit(trainer)
         if data.has_targets:
-            fit_score_weights(model, trainer.eval_dataset)
+            run.details["score_weights"] = fit_score_weights(model, trainer.eval_dataset)
             with trackers_at_rest(trainer):
                 run.metrics["validation"] = trainer.rank()
         if PartialState().is_main_process:

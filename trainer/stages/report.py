@@ -16,8 +16,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from mmesid.hub_cards.cards import first_training
 from mmesid.hub_cards.names import printable
-from mmesid.hub_cards.report import inline, inline_file, render_report
+from mmesid.hub_cards.report import inline, inline_file, render_report, source_label
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 from ..data.prepared import ITEMS_FILE, PreparedDataset
@@ -110,6 +111,7 @@ def report_of(
         if results
         else {},
         "intervals": {name: one["test_confidence"]["ndcg@10"] for name, one in results.items()},
+        "differences": {},
         "pictures": [
             inline_file(path) for one in by_stage.get("evaluate", []) for path in (run_dir / one / "figures").glob("*")
         ],
@@ -118,8 +120,10 @@ def report_of(
                 "name": name,
                 "record": asdict(records[name]),
                 "pictures": {
-                    path.stem.replace("_", " "): inline_file(path)
-                    for path in sorted((run_dir / name / "figures").glob("*.png"), key=lambda path: path.stem)
+                    path.stem: inline_file(path)
+                    for path in sorted(
+                        (run_dir / name / "figures").glob("*.png"), key=lambda one: first_training(one.name)
+                    )
                 },
             }
             for name in shown
@@ -136,6 +140,8 @@ def report_of(
         model = MMESIDForSequentialRecommendation.from_pretrained(run_dir / best).to(device)
         users = example_users(model, data, num_users)
         page |= {"recommender": best, "users": users, "sources": list(users[0]["recommended"][0]["contributions"])}
+        differences = results.get(best, {}).get("test_differences", {})
+        page["differences"] = {name: one["ndcg@10"] for name, one in differences.items()}
     return page
 
 
@@ -148,13 +154,13 @@ def example_users(model: MMESIDForSequentialRecommendation, data: PreparedDatase
     histories = [test[int(user)]["history"].tolist() for user in chosen]
     count = min(NUM_RECOMMENDED, data.num_items - max(map(len, histories)))
     best = model.recommend(histories, top_k=count, return_contributions=True)
-    codes = semantic_ids(model)
+    codes, vectors = semantic_ids(model), similarity_vectors(model)
     users = []
     for place, (user, history) in enumerate(zip(chosen.tolist(), histories)):
         recommended = []
         for rank, row in enumerate(best.items[place].tolist()):
             parts = {name: float(part[place, rank]) for name, part in best.contributions.items()}
-            reason = shared_codes(row, history, codes, data.titles)
+            reason = shared_codes(row, history, codes, data.titles) or most_alike(row, history, vectors, data.titles)
             recommended.append({"row": row, "score": float(best.scores[place, rank]), "reason": reason}
                                | {"contributions": parts})  # fmt: skip
         # Bars of one user have one scale.
@@ -198,6 +204,20 @@ def shared_codes(row: int, history: list[int], codes: dict[str, torch.Tensor], t
     return f"shares {shared_words} of {modality} with “{titles[other] or other}”"
 
 
+def similarity_vectors(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:
+    """The vectors `(items + 1, width)` that items are compared by, for each modality whose similarity counts."""
+    modalities, similarities = model.model.items.modalities, model.scorers.similarities
+    with torch.no_grad():
+        return {name: one.vectors(modalities[name]).cpu() for name, one in similarities.items()}
+
+
+def most_alike(row: int, history: list[int], vectors: dict[str, torch.Tensor], titles: list[str]) -> str | None:
+    """The item of the history that the recommended one is most like, in words; `None` if it is like none."""
+    found = [(float(table[row] @ table[one]), name, one) for name, table in vectors.items() for one in history]
+    likeness, modality, other = max(found, default=(0.0, "", 0), key=lambda one: one[0])
+    return f"is most like “{titles[other] or other}” by {modality}" if likeness > 0 else None
+
+
 def thumbnails(data: PreparedDataset, rows: set[int]) -> dict[int, str]:
     """Small pictures of the items that have one, by row, as addresses that hold them."""
     if "image" not in data.features:
@@ -239,7 +259,7 @@ def print_users(users: list[dict]) -> None:
         user = users[chosen]
         print(f"After {'; '.join(map(printable, user['history'][-3:]))}:")
         for place, item in enumerate(user["recommended"][:NUM_PRINTED_ITEMS], start=1):
-            parts = ", ".join(f"{name} {part:+.2f}" for name, part in item["contributions"].items())
+            parts = ", ".join(f"{source_label(name)} {part:+.2f}" for name, part in item["contributions"].items())
             reason = f"; {item['reason']}" if item["reason"] else ""
             print(f"  {place}. " + printable(f"{item['title']} ({parts}{reason})"))
         print()

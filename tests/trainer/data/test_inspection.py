@@ -34,7 +34,14 @@ PRODUCTS = "sku,name,maker,photo\n" + "".join(f"{item},{title},Ostara,{item}.png
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
-    "names", ["customerId product ordered_at", "reviewerID asin unixReviewTime", "user_id item_id timestamp"]
+    "names",
+    [
+        "customerId product ordered_at",
+        "reviewerID asin unixReviewTime",
+        "user_id item_id timestamp",
+        "Kundennr Artikelnr Bestelldatum",
+        "Käufer Artikel Zeitpunkt",
+    ],
 )
 def test_columns_are_found_by_their_names(tmp_path, separator, names):
     found = guessed(tmp_path, table(names, separator), PRODUCTS)

@@ -185,6 +185,12 @@ def test_a_table_is_imported(prepared, tmp_path):
     table, present, record = embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "foreign.safetensors")
     assert torch.equal(table[1:], values[1:].float()) and (~present).nonzero().flatten().tolist() == [0, 9]
     assert record.details["encoder"] == "foreign.safetensors" and record.details["missing"] == 1
+    # What made it, for cards and new items.
+    made = ["--encoder", "sentence", "--model_name_or_path", "me/bert", "--revision", "a1", "--column", "title"]
+    *same, record = embed(prepared, tmp_path, "audio", "--from_file", tmp_path / "foreign.safetensors", *made)
+    assert torch.equal(same[0], table)
+    expected = {"encoder": "me/bert", "revision": "a1", "kind": "sentence", "column": "title"}
+    assert record.details.items() >= expected.items()
 
     save_file({"features": values[1:]}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=f"has {NUM_ITEMS} rows where the catalogue of {NUM_ITEMS} items needs"):
@@ -198,7 +204,7 @@ def test_a_table_is_imported(prepared, tmp_path):
         ("visual", [], "encoder dual_encoder needs --model_name_or_path, .*`mmesid encoder` wrote"),
         ("collaborative", [], "encoder sasrec needs --model_name_or_path, the directory that `mmesid sasrec` wrote"),
         ("audio", [], "modality called 'audio'; choose one with --encoder"),
-        ("text", [*NAMED, "--from_file", "y"], "leave out --from_file, or"),
+        ("text", ["--encoder", "vision", "--from_file", "y"], "say with --model_name_or_path what made it, or"),
         ("text", [*NAMED, "--column", "image"], "SentenceEncoder reads text or title of an item, not image"),
         ("text", ["--encoder", "clip"], "There is no encoder 'clip'; choose one of sasrec, sentence, vision"),
         ("text", [*NAMED, "--text_model_revision", "main"], "encoder sentence has no use for --text_model_revision"),

@@ -124,6 +124,15 @@ def test_groups_and_intervals_belong_to_the_test_figures(tiny_run):
         low, high = result["test_confidence"]["hr@20"]
         assert low <= result["test"]["hr@20"] <= high
         assert result["test"]["mrr"] == pytest.approx(np.mean(1 / ranks[name].to_numpy()))
+        assert ("test_differences" in result) == (name in ("sasrec", "recommender"))
+        for other, differences in result.get("test_differences", {}).items():
+            values, others = ((ranks[one].to_numpy() <= 10).astype(float) for one in (name, other))
+            found = differences["hr@10"]
+            assert other != name and found["difference"] == pytest.approx((values - others).mean())
+            # The normal approximation of what the bootstrap estimates.
+            half = 1.96 * (values - others).std() / np.sqrt(150)
+            assert found["interval"] == pytest.approx(found["difference"] + np.array([-half, half]), abs=0.02)
+            assert f"{found['difference']:+.4f} (" in (tiny_run / name / "README.md").read_text()
         for kind in ("test_by_frequency", "test_by_history_length"):
             groups = result[kind].values()
             assert sum(group["users"] for group in groups) == 150

@@ -13,7 +13,7 @@ from mmesid.hub_cards.report import render_report
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import report
-from mmesid.trainer.stages.report import example_users, shared_codes
+from mmesid.trainer.stages.report import example_users, most_alike, shared_codes
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 
@@ -43,6 +43,11 @@ def test_the_page_shows_figures_pictures_and_settings_and_needs_nothing_else(pag
     results = StageRecord.load(tiny_run / "evaluation").metrics
     for name, result in results.items():
         assert name in parsed.text and f"{result['test']['ndcg@10']:.4f}" in parsed.text
+    difference = results["recommender"]["test_differences"]["sasrec"]["ndcg@10"]["difference"]
+    assert "recommender is above it by" in parsed.text and f"{difference:+.4f} (" in parsed.text
+    assert (
+        "nDCG@10 on validation" in " ".join(parsed.text.split()) and "similar text: how much it is like" in parsed.text
+    )
     assert "synthetic" in parsed.text and "token_dropout" in parsed.text and "2 epochs" in parsed.text
     addresses = [
         value for _, attributes in parsed.tags for name, value in attributes.items() if name in ("src", "href")
@@ -92,6 +97,10 @@ def test_reasons_are_the_longest_common_beginnings():
     assert shared_codes(1, [3, 4, 2], codes, titles) == "shares all 2 codes of text with “four”"
     assert shared_codes(2, [1, 4, 3], codes, titles) == "shares its first code of text with “four”"
     assert shared_codes(1, [3], codes, titles) is None and shared_codes(1, [3], {}, titles) is None
+    # Where no code is shared, the most alike by what is compared.
+    vectors = {"text": torch.tensor([[0.0, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]]), "visual": torch.zeros(5, 2)}
+    assert most_alike(1, [3, 2, 4], vectors, titles) == "is most like “two” by text"
+    assert most_alike(1, [3, 4], vectors, titles) is None and most_alike(1, [3], {}, titles) is None
 
 
 def test_what_comes_from_the_data_does_nothing_on_the_page():
@@ -105,6 +114,7 @@ def test_what_comes_from_the_data_does_nothing_on_the_page():
             {
                 "source": hostile, "synthetic": False, "statistics": {"items": 1, hostile: hostile},
                 "results": {"test": {hostile: metrics}}, "intervals": {hostile: (0.1, 0.2)}, "pictures": [],
+                "differences": {hostile: {"difference": 0.25, "interval": [-0.5, 1.0]}},
                 "users": [user], "recommender": hostile, "sources": [hostile], "has_pictures": True, "stages": [],
                 "versions": {},
             }
@@ -112,4 +122,4 @@ def test_what_comes_from_the_data_does_nothing_on_the_page():
     )  # fmt: skip
     assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img"}) and "\x1b" not in parsed.text
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
-    assert parsed.text.count("<script>x</script>") > 8
+    assert parsed.text.count("<script>x</script>") > 8 and "+0.2500 (-0.5000 to +1.0000)" in parsed.text
