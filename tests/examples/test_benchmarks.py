@@ -1,6 +1,7 @@
 """The benchmarks of the recommender, tiny and on the generated shop: what they print and that both sides agree. How
 fast anything is, is not tested."""
 
+import argparse
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from mmesid.trainer.data.sources.synthetic import generate_catalogue
@@ -145,6 +147,89 @@ def test_quantizers_are_compared_on_tables_and_sequences_of_rows(tmp_path, scrip
     assert result["tau"] == {
         name: result["table"][script.DEFAULT][f"tau_{name}"] for name in ("collaborative", "text")
     }
+
+
+def test_large_decoder_of_tiny_shape_has_one_loss_by_all_ways_and_its_operations_are_counted(scripts):
+    script = scripts("gpu")
+    flags = ["--users", "12", "--batch_users", "4", "--steps", "2", "--rounds", "1", "--embedding_dim", "8"]
+    result = run(script, "--shape", "tiny", "--device", "cpu", "--float32", *flags)
+    tiny = result["shapes"]["tiny"]
+    assert [way["packing"] for way in tiny["ways"]] == ["packed", "single"]
+    assert len(tiny["losses"]) == 2 and abs(tiny["losses"]["packed/sdpa/plain"] - np.log(12_086)) < 0.5
+    assert all(way["users_per_second"]["median"] > 0 and way["peak_memory_bytes"] > 2**26 for way in tiny["ways"])
+
+    parser = argparse.Namespace(
+        seed=0, device=torch.device("cpu"), float32=True, prompt_tokens=[2, 2], max_history=8, embedding_dim=8
+    )
+    training = script.Training("tiny", 500, parser)
+    # No padding, so that all that is counted is needed: 8 items, and 2 closing tokens for each of them.
+    examples = [{"history": np.arange(1, 9), "targets": np.arange(2, 10)} for _ in range(3)]
+    way = script.Way("packed", "sdpa", script.PLAIN)
+    counted = script.counts(training, examples, packed=True)
+    assert counted["targets"] == 24 and counted["positions"] == 3 * (8 + 2 * 8)
+    inputs = training.inputs(way, examples)
+    with FlopCounterMode(display=False) as counter:
+        training.loss(way, inputs).backward()
+    # Besides, there are the adapter, the prompt, the items' fusion, and pairs that the mask takes away.
+    assert 1.0 < counter.get_total_flops() / script.flops(training, counted) < 1.3
+
+
+def test_users_of_a_file_are_read_without_their_held_out_items(scripts, shop):
+    users = scripts("gpu").read_users(shop / "sequences.txt", None, batch_users=8, max_history=12, seed=0)
+    lengths = [len(line.split()) - 1 for line in (shop / "sequences.txt").read_text().splitlines()]
+    expected = sorted((min(length - 3, 12) for length in lengths if length > 3), reverse=True)
+    assert [len(example["history"]) for example in users.examples] == expected
+
+
+def test_costs_are_measured_and_drawn_as_catalogue_history_and_codes_grow(scripts, tmp_path):
+    script = scripts("scaling")
+    sizes = ["--catalogues", "30", "60", "--largest_trained", "30", "--histories", "3", "--rounds", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [*sizes, "--levels", "2", "--codebooks", "8", "--output_dir", str(tmp_path)]
+        patch.setattr(sys, "argv", [script.__file__, *flags])
+        script.main()
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    assert set(result["catalogue"]["ten best items"]) == {"30", "60"}
+    assert set(result["catalogue"]["training, all items"]) == {"30"}
+    for name in ("catalogue", "history", "codes"):
+        assert (tmp_path / f"scaling_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_programs_are_compared_on_what_each_recommends(scripts, shop, monkeypatch):
+    """Ours in this process; a peer that takes three times as long for an epoch and ten times for the ranking."""
+    script, ours, protocol = scripts("peers"), scripts("peer_mmesid"), scripts("peer_protocol")
+
+    def measure(python, library, program, setting):
+        with redirect_stdout(io.StringIO()):
+            measured = ours.measure("SASRec", setting) | {"peak_memory_bytes": 2**20}
+        if library == "mmesid":
+            return measured
+        slower = {"epoch_cpu_seconds": 3, "rank_cpu_seconds": 10}
+        return measured | {name: factor * first[name] for name, factor in slower.items()}
+
+    setting_of = lambda **changes: protocol.Setting(  # noqa: E731
+        **{
+            "data_dir": str(shop), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "max_history": 8, "batch_size": 16, "eval_batch_size": 32, "learning_rate": 0.01, "dropout": 0.0,
+            "epochs": 1, "steps": 1, "bf16": False, "threads": torch.get_num_threads(), "seed": 0,
+        } | changes
+    )  # fmt: skip
+    first = ours.measure("ID decoder", setting_of())
+    assert first["steps_per_epoch"] == -(-60 // 16) and 0 <= first["ndcg@10"] <= first["hr@10"] <= 1
+    monkeypatch.setattr(script, "measure", measure)
+    result = run(
+        script, "--data_dir", str(shop), "--programs", "mmesid SASRec", "RePlay SASRec", "--replay_python", "python",
+        "--hidden_size", "16", "--num_hidden_layers", "1", "--max_history", "8", "--batch_size", "16", "--rounds", "1",
+    )  # fmt: skip
+    assert list(result["programs"]) == ["mmesid SASRec", "RePlay SASRec"]
+    own = result["programs"]["mmesid SASRec"]
+    assert result["epoch_ratio"] == pytest.approx(3 * first["epoch_cpu_seconds"] / own["epoch_cpu_seconds"]["median"])
+    assert result["rank_ratio"] == pytest.approx(10 * first["rank_cpu_seconds"] / own["rank_cpu_seconds"]["median"])
+
+
+def test_quality_is_that_of_the_ranking_metrics(scripts):
+    quality = scripts("peer_protocol").quality(np.array([[3, 1, 2], [5, 4, 6], [9, 8, 7]]), np.array([1, 5, 6]))
+    assert quality == {"ndcg@10": pytest.approx((1 / np.log2(3) + 1) / 3), "hr@10": pytest.approx(2 / 3)}
 
 
 def test_missing_data_is_one_sentence(tmp_path):

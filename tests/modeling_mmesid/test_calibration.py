@@ -121,9 +121,7 @@ def test_the_first_layers_alone_load_and_load_again(decoders, name, tmp_path):
 @pytest.mark.parametrize("lora", [{"r": 2, "target_modules": "all-linear"}, None])
 def test_what_is_trained_is_of_float32_around_a_decoder_that_is_published_in_bf16(decoders, lora, tmp_path):
     AutoModel.from_pretrained(decoders["gemma3"], dtype=torch.bfloat16).save_pretrained(tmp_path / "published")
-    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(
-        tmp_path / "published", lora=lora, **settings()
-    )
+    model = MMESIDForSequentialRecommendation.from_backbone_pretrained(tmp_path / "published", lora=lora, **settings())
     assert {one.dtype for one in model.parameters() if one.requires_grad} == {torch.float32}
     assert {one.dtype for one in model.parameters() if not one.requires_grad} <= {torch.bfloat16}
     model.initialize_items(**item_tables())
