@@ -9,12 +9,14 @@ The command `mmesid`: one stage, all stages of a recipe, or those for several se
 import argparse
 import importlib
 import sys
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from .grid import execute, plan_grid, share_tables
 from .recipes import Stage, check_paths, find_recipe, packaged_recipes, plan, read_recipe
-from .running.errors import TRACEBACK_FLAG, UsageError, one_sentence, quiet_end, run_stage
+from .running.errors import ERROR, TRACEBACK_FLAG, UsageError, one_sentence, quiet_end, run_stage
 from .running.files import to_flags
 
 
@@ -52,7 +54,8 @@ def _main(argv: list[str]) -> None:
         epilog="commands:\n"
         + "".join(f"  {name:<10} {stage.help}\n" for name, stage in STAGES.items())
         + "  run        all stages of a recipe, skipping what is up to date\n"
-        + "  reproduce  the same for several seeds, side by side, and their comparison\n\n"
+        + "  reproduce  the same for several seeds, side by side, and their comparison\n"
+        + "  doctor     what is installed, and what a recipe will take, before anything starts\n\n"
         + "`mmesid <command> --help` explains its flags. Exit status: 0 done, 1 an error, told in one\n"
         + "sentence, 2 flags that make no command.",
     )
@@ -78,10 +81,11 @@ def _run_stage(stage: str, argv: list[str]) -> None:
     run_stage(stage, lambda flags: importlib.import_module(f".stages.{stage}", __package__).main(flags), argv)
 
 
-def _recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
+def _recipe_parser(command: str, description: str, **recipe: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"mmesid {command}", description=description)
     parser.add_argument(
         "recipe",
+        **recipe,
         help=f"a recipe that comes with mmesid ({', '.join(packaged_recipes())}), or a YAML file: `output_dir`, and "
         "one section per stage; paths in it are relative to the directory you are in",
     )
@@ -146,9 +150,33 @@ def _reproduce(argv: list[str], traceback: list[str]) -> None:
         )
 
 
+def _doctor(argv: list[str], traceback: list[str]) -> None:
+    parser = _recipe_parser(
+        "doctor",
+        "Say what is installed, and for a recipe whether it can run and what each stage will take, before anything "
+        "starts. Exit status 1 if it cannot run.",
+        nargs="?",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, and everything else to standard error")
+    arguments = parser.parse_args(argv)
+    runs, directory = [], Path()
+    if arguments.recipe is not None:
+        path = find_recipe(arguments.recipe)
+        recipe = read_recipe(path, STAGES, arguments.set)
+        runs, directory = list(plan(path, recipe, STAGES)), Path(recipe["output_dir"])
+        check_paths(path, recipe)
+    with redirect_stdout(sys.stderr):
+        # Here, not above: help does not wait for torch.
+        doctor = importlib.import_module(".doctor", __package__)
+        report = doctor.examine(runs, directory)
+    print(doctor.page_as_json(report) if arguments.json else doctor.page(report))
+    if report.problems:
+        sys.exit(ERROR)
+
+
 # Several words, also when the flag is repeated.
 SEVERAL: dict = {"nargs": "+", "action": "extend", "default": []}
-RECIPE_COMMANDS = {"run": _run, "reproduce": _reproduce}
+RECIPE_COMMANDS = {"run": _run, "reproduce": _reproduce, "doctor": _doctor}
 
 
 if __name__ == "__main__":

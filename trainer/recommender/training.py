@@ -238,22 +238,33 @@ def training_plan(trainer: MMESIDTrainer) -> str:
     """What a training is going to take, for people: parameters, positions and steps of an epoch, memory."""
     model, args = trainer.model, trainer.args
     every, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    lengths = torch.tensor(trainer.train_dataset.lengths)
-    closing, collator = len(model.config.prompt_suffix_ids), trainer.data_collator
+    lengths, collator = trainer.train_dataset.lengths, trainer.data_collator
     packed = isinstance(collator, HistoryCollator) and collator.packed
-    # Packed, each item is read once; otherwise once for every prefix that holds it.
-    items = lengths if packed or not closing else lengths * (lengths + 1) // 2
-    positions = int((items + closing * lengths).sum())
     batches = math.ceil(len(lengths) / (args.train_batch_size * args.world_size))
     steps = math.ceil(batches / args.gradient_accumulation_steps)
-    positions += batches * args.world_size * len(model.config.prompt_prefix_ids)
-    # Gradients in float32, and two moments of Adam.
-    size = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers())) + 12 * trained
+    around = len(model.config.prompt_prefix_ids), len(model.config.prompt_suffix_ids)
+    positions = epoch_positions(lengths, *around, batches * args.world_size, packed)
+    weights = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     return (
         f"{every / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained ({trained / every:.1%}). An "
-        f"epoch has {positions:,} positions in {steps:,} steps. Weights, "
-        f"gradients and optimizer take {size / 2**30:.2f} GiB; activations come on top."
+        f"epoch has {positions:,} positions in {steps:,} steps. Weights, gradients and optimizer take "
+        f"{training_memory(weights, trained) / 2**30:.2f} GiB; activations come on top."
     )
+
+
+def epoch_positions(lengths: Sequence[int], prompt: int, closing: int, batches: int, packed: bool = True) -> int:
+    """How many positions a decoder reads in an epoch over histories of these `lengths`: the items, `closing` tokens
+    after each prefix, and the `prompt` before them, once a batch."""
+    items = torch.tensor(lengths)
+    # Packed, each item is read once; otherwise once for every prefix that holds it.
+    read = items if packed or not closing else items * (items + 1) // 2
+    return int((read + closing * items).sum()) + prompt * batches
+
+
+def training_memory(weights: int, trained: int) -> int:
+    """Bytes that a training holds all the time: the weights', and for each trained one a gradient in float32 and two
+    moments of Adam."""
+    return weights + 12 * trained
 
 
 def lora_settings(r: int, alpha: int, target_modules: Sequence[str]) -> dict | None:
