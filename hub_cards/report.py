@@ -29,7 +29,11 @@ def render_report(page: dict) -> str:
         `str`: HTML. What comes from the data is escaped.
     """
     return _ENVIRONMENT.get_template("report.html.jinja").render(
-        page=page, columns=COLUMNS, splits=SPLITS, picture_notes=PICTURE_NOTES
+        page=page,
+        columns=COLUMNS,
+        splits=SPLITS,
+        picture_notes=PICTURE_NOTES,
+        source_notes=_source_notes(page["sources"]),
     )
 
 
@@ -64,12 +68,20 @@ def source_label(name: str) -> str:
     return {"id": "ID vector", "sasrec": "SASRec"}.get(name, name)
 
 
-def _source_note(name: str) -> str:
-    """What a source is, for a reader of the page."""
-    if name.endswith("_similarity"):
-        return "how much it is like the latest items of the history"
-    notes = {"id": "what training learnt about the item alone", "sasrec": "a small model of the order of items alone"}
-    return notes.get(name, "what the language model makes of that part of the item")
+def _source_notes(sources: list[str]) -> dict[str, list[str]]:
+    """What sources are, for a reader of the page, with those of which each note is true."""
+    notes: dict[str, list[str]] = {}
+    for name in sources:
+        if name.endswith("_similarity"):
+            note = "how much the item is like the latest ones of the history"
+        elif name == "sasrec":
+            note = "what a small model says that knows nothing but the order of items"
+        elif name == "id":
+            note = "what training learnt of this item beyond what it is made of"
+        else:
+            note = "what the language model sees in that part of the item"
+        notes.setdefault(note, []).append(source_label(name))
+    return notes
 
 
 def _difference(found: dict) -> str:
@@ -91,6 +103,5 @@ _ENVIRONMENT.filters.update(
     name_or=name_or,
     printable=printable,
     source=source_label,
-    source_note=_source_note,
     value=_value,
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from mmesid.hub_cards.report import source_label
+
 from .showcase import Recommended, Showcase
 
 
@@ -33,7 +35,8 @@ class Cards:
 
     def heading(self, name: str, is_synthetic: bool = False) -> str:
         """Name, size and sources of the model."""
-        return str(_HTML.heading(name, self.showcase.num_items, self.showcase.sources, is_synthetic))
+        sources = map(source_label, self.showcase.sources)
+        return str(_HTML.heading(name, self.showcase.num_items, sources, is_synthetic))
 
     def items(self, rows: Sequence[int], action: str, hint: str, empty: str = "") -> str:
         """Items to click: a click sends their row and the action."""
@@ -49,7 +52,7 @@ class Cards:
         for one in recommended:
             bars = [
                 {
-                    "name": name,
+                    "name": source_label(name),
                     "value": value,
                     "left": round((min(value, 0.0) - low) * scale, 2),
                     "width": round(abs(value) * scale, 2),
@@ -61,8 +64,11 @@ class Cards:
             if (nearest := self.showcase.nearest_of_history(one.row, history)) is not None:
                 modality, shared, row = nearest
                 note = f"{self._sharing(shared, modality)} “{self.showcase.titles[row]}” of the history"
+            elif (alike := self.showcase.most_alike(one.row, history)) is not None:
+                modality, row = alike
+                note = f"is most like “{self.showcase.titles[row]}” of the history by {modality}"
             items.append(self._item(one.row) | {"score": one.score, "bars": bars, "note": note})
-        legend = [(name, self.colours[name]) for name in recommended[0].contributions]
+        legend = [(source_label(name), self.colours[name]) for name in recommended[0].contributions]
         return str(_HTML.ranking(items, legend))
 
     def kin(self, row: int, count: int) -> str:

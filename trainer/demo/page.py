@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import gradio as gr
 
+from mmesid.hub_cards.report import source_label
+
 from .cards import STYLE, Cards
 from .showcase import Showcase
 
@@ -83,7 +85,7 @@ def build_page(showcase: Showcase, name: str, is_synthetic: bool = False, top_k:
                 said = gr.HTML("", elem_id="said")
                 gr.HTML("<h3>Recommendations</h3>")
                 sources = gr.CheckboxGroup(
-                    showcase.sources,
+                    [(source_label(name), name) for name in showcase.sources],
                     value=showcase.sources,
                     label="Sources that count in the score",
                     elem_id="sources",

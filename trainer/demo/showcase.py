@@ -10,6 +10,8 @@ from PIL import Image
 from modeling_mmesid import MMESIDForSequentialRecommendation, MMESIDProcessor
 from modeling_mmesid.recommendation import evaluating, mask_histories, pad_histories
 
+from ..recommender.description import most_alike, similarity_vectors
+
 
 # Items whose contributions are held at a time where a source is left out.
 ITEMS_PER_BLOCK = 4096
@@ -49,7 +51,7 @@ class Showcase:
         self._searched = [f"{title} {item_id}".lower() for title, item_id in zip(titles, processor.item_ids)]
         self._removed = set(model.removed_items.nonzero()[:, 0].tolist())
         self.sources = list(self._score_parts(self._user([1]), torch.tensor([1])))
-        items = model.model.items
+        items, self._vectors = model.model.items, similarity_vectors(model)
         self.frequencies = items.fusion.frequencies.cpu()
         self.codes: dict[str, torch.Tensor] = {}
         if model.config.num_quantizers:
@@ -142,6 +144,10 @@ class Showcase:
         ]
         shared, modality, one = max(found, key=lambda entry: entry[0], default=(0, "", 0))
         return (modality, shared, one) if shared else None
+
+    def most_alike(self, row: int, history: Sequence[int]) -> tuple[str, int] | None:
+        """Modality and row of the item of the history that is most like this one."""
+        return most_alike(row, history, self._vectors)
 
     def _user(self, history: Sequence[int]) -> torch.Tensor:
         with evaluating(self.model), torch.no_grad():

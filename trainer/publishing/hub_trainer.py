@@ -101,6 +101,10 @@ class HubTrainerMixin:
         """What the record calls the metrics of a dataset; `None` if that is not known."""
         return self.evaluation_name if dataset is self.eval_dataset else None
 
+    def evaluated_on(self) -> str | None:
+        """What the evaluations in training were of; `None` if that is not known."""
+        return self.split_of(self.eval_dataset)
+
     def architecture(self) -> dict:
         """What the model is, in the rows of the card."""
         return architecture(self.accelerator.unwrap_model(self.model))
@@ -200,7 +204,7 @@ class HubTrainerMixin:
     def _complete(self, directory: Path) -> None:
         """Makes a directory with model and processor into one like a stage's."""
         metrics, details = self.describe(directory)
-        details |= describe_training(self, directory, self.split_of(self.eval_dataset))
+        details |= describe_training(self, directory, self.evaluated_on())
         if self.draft_record is not None:
             record = self.draft_record()
         else:

@@ -51,7 +51,7 @@ def present(run: StageRun, trainer: "HubTrainerMixin | None" = None) -> None:
     if trainer is not None:
         run.details["links"] = trainer.hub_links or {}
         run.details["architecture"] = trainer.architecture()
-        run.details.update(describe_training(trainer, run.staging, trainer.split_of(trainer.eval_dataset)))
+        run.details.update(describe_training(trainer, run.staging, trainer.evaluated_on()))
         keep_logs(run.checkpoints_dir, run.staging)
     write_companions(run.staging, run.draft_record())
 

@@ -1,7 +1,7 @@
 """What can be said of a recommender's items once it is trained: their spectrum, fusion weights and semantic IDs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,25 @@ def semantic_ids(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Te
         name: modality.codes.masked_fill(~modality.present[:, None], -1).cpu()
         for name, modality in model.model.items.modalities.items()
     }
+
+
+def similarity_vectors(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:
+    """The vectors `(items + 1, width)` that items are compared by, for each modality whose similarity is scored, as
+    long as the weight of that score makes them count."""
+    modalities, weights = model.model.items.modalities, model.config.similarity_weights
+    with torch.no_grad():
+        return {
+            name: weights[name] ** 0.5 * one.vectors(modalities[name]).cpu()
+            for name, one in model.scorers.similarities.items()
+        }
+
+
+def most_alike(row: int, history: Sequence[int], vectors: dict[str, torch.Tensor]) -> tuple[str, int] | None:
+    """Modality and row of the item of the history that is most like this one by [`similarity_vectors`]; `None` if none
+    is like it."""
+    found = [(float(table[row] @ table[one]), name, one) for name, table in vectors.items() for one in history]
+    likeness, modality, other = max(found, default=(0.0, "", 0), key=lambda one: one[0])
+    return (modality, other) if likeness > 0 else None
 
 
 def _draw_weights(model: MMESIDForSequentialRecommendation, weights: torch.Tensor, path: Path) -> None:

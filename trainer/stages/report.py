@@ -22,7 +22,7 @@ from mmesid.hub_cards.report import inline, inline_file, render_report, source_l
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 from ..data.prepared import ITEMS_FILE, PreparedDataset
-from ..recommender.description import semantic_ids
+from ..recommender.description import most_alike, semantic_ids, similarity_vectors
 from ..running.arguments import CommandArguments, DeviceArguments, check_ranges, parse
 from ..running.errors import run_as_script
 from ..running.records import (
@@ -160,7 +160,10 @@ def example_users(model: MMESIDForSequentialRecommendation, data: PreparedDatase
         recommended = []
         for rank, row in enumerate(best.items[place].tolist()):
             parts = {name: float(part[place, rank]) for name, part in best.contributions.items()}
-            reason = shared_codes(row, history, codes, data.titles) or most_alike(row, history, vectors, data.titles)
+            reason = shared_codes(row, history, codes, data.titles)
+            if reason is None and (alike := most_alike(row, history, vectors)) is not None:
+                modality, other = alike
+                reason = f"is most like “{data.titles[other] or data.item_ids[other]}” by {modality}"
             recommended.append({"row": row, "score": float(best.scores[place, rank]), "reason": reason}
                                | {"contributions": parts})  # fmt: skip
         # Bars of one user have one scale.
@@ -202,20 +205,6 @@ def shared_codes(row: int, history: list[int], codes: dict[str, torch.Tensor], t
     codes_word = "its first code" if count == 1 else f"its first {count} codes"
     shared_words = f"all {levels} codes" if count == levels else codes_word
     return f"shares {shared_words} of {modality} with “{titles[other] or other}”"
-
-
-def similarity_vectors(model: MMESIDForSequentialRecommendation) -> dict[str, torch.Tensor]:
-    """The vectors `(items + 1, width)` that items are compared by, for each modality whose similarity counts."""
-    modalities, similarities = model.model.items.modalities, model.scorers.similarities
-    with torch.no_grad():
-        return {name: one.vectors(modalities[name]).cpu() for name, one in similarities.items()}
-
-
-def most_alike(row: int, history: list[int], vectors: dict[str, torch.Tensor], titles: list[str]) -> str | None:
-    """The item of the history that the recommended one is most like, in words; `None` if it is like none."""
-    found = [(float(table[row] @ table[one]), name, one) for name, table in vectors.items() for one in history]
-    likeness, modality, other = max(found, default=(0.0, "", 0), key=lambda one: one[0])
-    return f"is most like “{titles[other] or other}” by {modality}" if likeness > 0 else None
 
 
 def thumbnails(data: PreparedDataset, rows: set[int]) -> dict[int, str]:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from mmesid.hub_cards.report import render_report
 from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.recommender.description import most_alike
 from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages import report
-from mmesid.trainer.stages.report import example_users, most_alike, shared_codes
+from mmesid.trainer.stages.report import example_users, shared_codes
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 
@@ -46,7 +47,8 @@ def test_the_page_shows_figures_pictures_and_settings_and_needs_nothing_else(pag
     difference = results["recommender"]["test_differences"]["sasrec"]["ndcg@10"]["difference"]
     assert "recommender is above it by" in parsed.text and f"{difference:+.4f} (" in parsed.text
     assert (
-        "nDCG@10 on validation" in " ".join(parsed.text.split()) and "similar text: how much it is like" in parsed.text
+        "nDCG@10 on validation" in " ".join(parsed.text.split())
+        and "how much the item is like the latest" in parsed.text
     )
     assert "synthetic" in parsed.text and "token_dropout" in parsed.text and "2 epochs" in parsed.text
     addresses = [
@@ -99,8 +101,8 @@ def test_reasons_are_the_longest_common_beginnings():
     assert shared_codes(1, [3], codes, titles) is None and shared_codes(1, [3], {}, titles) is None
     # Where no code is shared, the most alike by what is compared.
     vectors = {"text": torch.tensor([[0.0, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]]), "visual": torch.zeros(5, 2)}
-    assert most_alike(1, [3, 2, 4], vectors, titles) == "is most like “two” by text"
-    assert most_alike(1, [3, 4], vectors, titles) is None and most_alike(1, [3], {}, titles) is None
+    assert most_alike(1, [3, 2, 4], vectors) == ("text", 2)
+    assert most_alike(1, [3, 4], vectors) is None and most_alike(1, [3], {}) is None
 
 
 def test_what_comes_from_the_data_does_nothing_on_the_page():
