@@ -16,6 +16,7 @@ from typing import Any
 
 from .grid import execute, plan_grid, share_tables
 from .recipes import Stage, check_paths, find_recipe, packaged_recipes, plan, read_recipe
+from .running.completion import SHELLS, completion_script
 from .running.errors import ERROR, TRACEBACK_FLAG, UsageError, one_sentence, quiet_end, run_stage
 from .running.files import to_flags
 
@@ -55,14 +56,15 @@ def _main(argv: list[str]) -> None:
         + "".join(f"  {name:<10} {stage.help}\n" for name, stage in STAGES.items())
         + "  run        all stages of a recipe, skipping what is up to date\n"
         + "  reproduce  the same for several seeds, side by side, and their comparison\n"
-        + "  doctor     what is installed, and what a recipe will take, before anything starts\n\n"
+        + "  doctor     what is installed, and what a recipe will take, before anything starts\n"
+        + "  completion script that completes all of this in a shell\n\n"
         + "`mmesid <command> --help` explains its flags. Exit status: 0 done, 1 an error, told in one\n"
         + "sentence, 2 flags that make no command.",
     )
     parser.add_argument("--version", action="version", version=f"mmesid {version('mmesid')}")
     parser.add_argument(TRACEBACK_FLAG, action="store_true", help="show where an error comes from")
     parser.add_argument(
-        "command", choices=[*STAGES, *RECIPE_COMMANDS], metavar="command", help="one of the commands below"
+        "command", choices=[*STAGES, *OTHER_COMMANDS], metavar="command", help="one of the commands below"
     )
     traceback = [TRACEBACK_FLAG] * (TRACEBACK_FLAG in argv)
     argv = [argument for argument in argv if argument != TRACEBACK_FLAG]
@@ -70,9 +72,10 @@ def _main(argv: list[str]) -> None:
         parser.print_help()
         return
     command = parser.parse_args(argv[:1]).command
-    if command in RECIPE_COMMANDS:
+    if command in OTHER_COMMANDS:
+        parser_of, function = OTHER_COMMANDS[command]
         with one_sentence(command, traceback):
-            RECIPE_COMMANDS[command](argv[1:], traceback)
+            function(parser_of().parse_args(argv[1:]), traceback)
     else:
         _run_stage(command, argv[1:] + traceback)
 
@@ -98,10 +101,13 @@ def _recipe_parser(command: str, description: str, **recipe: Any) -> argparse.Ar
     return parser
 
 
-def _run(argv: list[str], traceback: list[str]) -> None:
+def _run_parser() -> argparse.ArgumentParser:
     parser = _recipe_parser("run", "Run the stages of a recipe in its order.")
     parser.add_argument("--only", metavar="STAGE", help="run only these sections of the recipe", **SEVERAL)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _run(arguments: argparse.Namespace, traceback: list[str]) -> None:
     path = find_recipe(arguments.recipe)
     recipe = read_recipe(path, STAGES, arguments.set)
     runs = list(plan(path, recipe, STAGES, arguments.only))
@@ -120,7 +126,7 @@ def _run(argv: list[str], traceback: list[str]) -> None:
         _run_stage("report", to_flags(settings) + traceback)
 
 
-def _reproduce(argv: list[str], traceback: list[str]) -> None:
+def _reproduce_parser() -> argparse.ArgumentParser:
     parser = _recipe_parser(
         "reproduce",
         "Run a recipe for several seeds, each run in a process of its own, and compare its models. What is up to date "
@@ -128,7 +134,10 @@ def _reproduce(argv: list[str], traceback: list[str]) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of everything that is trained")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, which share the processors")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _reproduce(arguments: argparse.Namespace, traceback: list[str]) -> None:
     if arguments.jobs < 1 or min(arguments.seeds) < 0:
         raise UsageError("--jobs must be 1 or more, and no seed negative.")
     path = find_recipe(arguments.recipe)
@@ -150,7 +159,7 @@ def _reproduce(argv: list[str], traceback: list[str]) -> None:
         )
 
 
-def _doctor(argv: list[str], traceback: list[str]) -> None:
+def _doctor_parser() -> argparse.ArgumentParser:
     parser = _recipe_parser(
         "doctor",
         "Say what is installed, and for a recipe whether it can run and what each stage will take, before anything "
@@ -158,7 +167,10 @@ def _doctor(argv: list[str], traceback: list[str]) -> None:
         nargs="?",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and everything else to standard error")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace, traceback: list[str]) -> None:
     runs, directory = [], Path()
     if arguments.recipe is not None:
         path = find_recipe(arguments.recipe)
@@ -174,9 +186,29 @@ def _doctor(argv: list[str], traceback: list[str]) -> None:
         sys.exit(ERROR)
 
 
+def _completion_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmesid completion",
+        description="Print a script that completes commands, flags, their values and recipes in a shell.",
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def _completion(arguments: argparse.Namespace, traceback: list[str]) -> None:
+    # Of the other commands argparse knows the flags.
+    flags = {name: list(parser()._option_string_actions) for name, (parser, _) in OTHER_COMMANDS.items()}
+    print(completion_script(arguments.shell, STAGES, flags, packaged_recipes()), end="")
+
+
 # Several words, also when the flag is repeated.
 SEVERAL: dict = {"nargs": "+", "action": "extend", "default": []}
-RECIPE_COMMANDS = {"run": _run, "reproduce": _reproduce, "doctor": _doctor}
+OTHER_COMMANDS = {
+    "run": (_run_parser, _run),
+    "reproduce": (_reproduce_parser, _reproduce),
+    "doctor": (_doctor_parser, _doctor),
+    "completion": (_completion_parser, _completion),
+}
 
 
 if __name__ == "__main__":

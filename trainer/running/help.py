@@ -76,10 +76,17 @@ def _explained(setting: Setting) -> list[str]:
     return [f"  --{setting.name} {_kind(setting.type)}  ({value})", *_wrapped(setting.help, 6)]
 
 
+def choices_of(annotation: str) -> list[str]:
+    """What a flag chooses from, as its text; empty where it takes anything."""
+    if choices := re.search(r"Literal\[(.*?)\]", annotation):
+        return list(map(str, ast.literal_eval(f"[{choices[1]}]")))
+    return ["true", "false"] if re.search(r"\bbool\b", annotation) and "float" not in annotation else []
+
+
 def _kind(annotation: str) -> str:
     """What a flag takes: its choices, or the word for its type."""
-    if choices := re.search(r"Literal\[(.*?)\]", annotation):
-        return "{" + ",".join(map(str, ast.literal_eval(f"[{choices[1]}]"))) + "}"
+    if "Literal" in annotation:
+        return "{" + ",".join(choices_of(annotation)) + "}"
     if members := re.search(r"\blist\[?(\w*)", annotation):
         return f"{(members[1] or 'str').upper()} ..."
     names = [name for name in annotation.split(" | ") if name not in ("None", "dict")]
