@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, is_gguf_available
 
 from .checkpoints import (
     HUB_ARGUMENTS,
@@ -55,8 +55,8 @@ class BaseModelMixin:
                 rather than train it in full: only items and fusion learn, and the checkpoint names the base model.
             num_hidden_layers (`int`, *optional*): Take the first so many layers of the decoder; all by default.
             backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained`, such as `revision`,
-                `dtype`, `quantization_config`, `device_map` or `attn_implementation`. What is trained in full is
-                loaded in float32 unless `dtype` says otherwise, and an adapter is always of float32.
+                `dtype`, `gguf_file`, `quantization_config`, `device_map` or `attn_implementation`. What is trained in
+                full is loaded in float32 unless `dtype` says otherwise, and an adapter is always of float32.
             **config_kwargs: Settings of [`MMESIDConfig`]. With `lora` the backbone is frozen under an adapter and the
                 checkpoint names it; without, it is trained in full and saved with the rest.
         """
@@ -69,7 +69,11 @@ class BaseModelMixin:
             # As decoders are published, in bf16, most steps of the optimizer would be rounded away.
             backbone_kwargs.setdefault("dtype", torch.float32)
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
-        config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
+        gguf_file = backbone_kwargs.get("gguf_file")
+        if gguf_file is None:
+            config_file = cached_file(pretrained_backbone_name_or_path, CONFIG_NAME, **hub_kwargs)
+        else:
+            config_file = gguf_path(pretrained_backbone_name_or_path, gguf_file, **hub_kwargs)
         # A branch moves on. Only what came from a Hub has a commit.
         backbone_kwargs["revision"] = extract_commit_hash(config_file, None) or backbone_kwargs.get("revision")
         backbone = _load_backbone(pretrained_backbone_name_or_path, num_hidden_layers, **backbone_kwargs)
@@ -79,7 +83,8 @@ class BaseModelMixin:
             name_or_path = os.fspath(pretrained_backbone_name_or_path)
             config_kwargs["base_model_name_or_path"] = os.path.abspath(name_or_path) if is_folder else name_or_path
             config_kwargs["base_model_revision"] = backbone_kwargs["revision"]
-            config_kwargs["base_model_digest"] = weights_digest(name_or_path) if is_folder else None
+            config_kwargs["base_model_file"] = gguf_file
+            config_kwargs["base_model_digest"] = base_model_digest(name_or_path, gguf_file) if is_folder else None
         # A copy: nested, a live configuration loses its attention implementation, and with it the causal mask.
         backbone_config = deepcopy(backbone.config)
         # Often a path of this machine, which a published checkpoint must not reveal.
@@ -111,6 +116,8 @@ class BaseModelMixin:
         with_loading_info = kwargs.pop("output_loading_info", False)
         files = weight_files(pretrained_model_name_or_path, **hub_kwargs)
         backbone_kwargs = {name: value for name, value in kwargs.items() if name not in OWN_HUB_ARGUMENTS}
+        if config.base_model_file is not None:
+            backbone_kwargs["gguf_file"] = config.base_model_file
         try:
             backbone = _load_backbone(
                 config.base_model_name_or_path,
@@ -130,7 +137,8 @@ class BaseModelMixin:
                 f"cannot be loaded; if its owner asks for it, accept the terms there and `hf auth login`. {error}"
             ) from error
         folder, digest = config.base_model_name_or_path, config.base_model_digest
-        if digest is not None and os.path.isdir(folder) and weights_digest(folder) != digest:
+        is_folder = digest is not None and os.path.isdir(folder)
+        if is_folder and base_model_digest(folder, config.base_model_file) != digest:
             raise ValueError(
                 f"The base model in '{folder}' is another than '{pretrained_model_name_or_path}' was trained on; put "
                 "that one back, or give its folder as base_model_name_or_path."
@@ -251,7 +259,7 @@ class BaseModelMixin:
                 "without quantization_config and save that with merge_backbone=True."
             )
         config = deepcopy(self.config)
-        config.lora = config.base_model_name_or_path = None
+        config.lora = config.base_model_name_or_path = config.base_model_file = None
         config.base_model_revision = config.base_model_digest = None
         with torch.device("meta"):
             model = type(self)(config)
@@ -259,14 +267,43 @@ class BaseModelMixin:
         return model
 
 
-def _load_backbone(name_or_path: str | os.PathLike, num_hidden_layers: int | None, **kwargs) -> PreTrainedModel:
+def gguf_path(name_or_path: str | os.PathLike, gguf_file: str, **hub_kwargs) -> str:
+    """Where a GGUF file of a repository or folder lies on this machine; raises a `ValueError` if the package that
+    reads such files is not installed."""
+    if not is_gguf_available():
+        raise ValueError(
+            f"'{gguf_file}' of '{name_or_path}' needs the package gguf to be read, which is not installed; "
+            "pip install 'mmesid[gguf]'."
+        )
+    return cached_file(name_or_path, gguf_file, **hub_kwargs)
+
+
+def base_model_digest(folder: str, gguf_file: str | None) -> str:
+    """SHA-256 of the weights of a base model in a folder."""
+    return weights_digest(weight_files(folder) if gguf_file is None else [os.path.join(folder, gguf_file)])
+
+
+def _load_backbone(
+    name_or_path: str | os.PathLike, num_hidden_layers: int | None, *, gguf_file: str | None = None, **kwargs
+) -> PreTrainedModel:
     """The decoder of that name, its first `num_hidden_layers` layers if that is given."""
+    names = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision")
+    where, source = {name: kwargs[name] for name in names if name in kwargs}, name_or_path
+    if gguf_file is not None:
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(f"'{gguf_file}' has a quantization of its own; leave out quantization_config.")
+        path = gguf_path(name_or_path, gguf_file, **{name: where[name] for name in HUB_ARGUMENTS if name in where})
+        # By its whole path, for the library prefers a file of that name in the working directory; and as numbers, for
+        # neither adapters nor merging know its blocks.
+        source, where = os.path.dirname(path), {"gguf_file": path}
+        kwargs |= where | {"quantization_config": GgufConfig(dequantize=True)}
+        with told_of_damage(f"The GGUF file '{path}'"):
+            kwargs["config"] = AutoConfig.from_pretrained(source, **where)
     if num_hidden_layers is not None:
-        names = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision")
-        config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+        config = kwargs.get("config") or AutoConfig.from_pretrained(source, **where)
         if config.get_text_config().num_hidden_layers != num_hidden_layers:
             kwargs["config"] = _keep_layers(config, num_hidden_layers, name_or_path)
-    backbone = AutoModel.from_pretrained(name_or_path, **kwargs)
+    backbone = AutoModel.from_pretrained(source, **kwargs)
     for module in backbone.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Such a CPU lets bitsandbytes pack four bits in evaluation; no gradient passes them from then on.

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from logging import ERROR, getLogger
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -153,7 +155,7 @@ def told_of_damage(what: str) -> Iterator[None]:
         yield
     except (
         StrictDataclassError, AttributeError, KeyError, IndexError, OverflowError, RuntimeError, SafetensorError,
-        TypeError, ValueError, re.error,
+        TypeError, ValueError, re.error, struct.error,
     ) as error:  # fmt: skip
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         said = " ".join(str(cause).split()).rstrip(".")
@@ -179,9 +181,17 @@ def weight_files(name_or_path: str | os.PathLike, **hub_arguments) -> list[str]:
     return [cached_file(name_or_path, shard, **hub_arguments) for shard in shards]
 
 
-def weights_digest(name_or_path: str | os.PathLike) -> str:
-    """SHA-256 of the weights of a checkpoint, over the digests of their files."""
-    return hashlib.sha256("".join(map(file_digest, weight_files(name_or_path))).encode()).hexdigest()
+def weights_digest(files: Iterable[str]) -> str:
+    """SHA-256 over the digests of these files, each read once as long as its size and time stay the same: a base model
+    has gigabytes, and several checkpoints may name it."""
+    stats = ((file, os.stat(file)) for file in files)
+    digests = (_digest_of(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@lru_cache
+def _digest_of(path: str, size: int, time: int) -> str:
+    return file_digest(path)
 
 
 def require_room(name_or_path: str | os.PathLike, build: Callable[[], nn.Module], files: list[str], part: str) -> None:

@@ -31,6 +31,7 @@ class MMESIDConfig(CheckpointConfig):
         base_model_name_or_path (`str`, *optional*): Where the frozen weights of the backbone come from. `None` means
             that the checkpoint holds them.
         base_model_revision (`str`, *optional*): Revision (a commit hash, once loaded from the Hub) of the base model.
+        base_model_file (`str`, *optional*): Where the base model is a GGUF file: its name in the repository or folder.
         base_model_digest (`str`, *optional*): Where the base model is a folder: the SHA-256 of its weights, by which
             another model in its place is noticed.
         lora (`dict`, *optional*): Arguments of [`peft.LoraConfig`] for the adapter in the backbone, such as `{"r": 8,
@@ -89,6 +90,7 @@ class MMESIDConfig(CheckpointConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    base_model_file: str | None = None
     base_model_digest: str | None = None
     lora: dict[str, Any] | None = None
     num_items: int = 1

@@ -228,6 +228,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         super().__init__(config)
         self.model = MMESIDModel(config, backbone)
         self.scorers = MMESIDScorers(config)
+        # Kept here, for the configuration has a scale once there are items: other items get another.
+        self._scales_tokens = config.item_token_scale is None
         self.output_dropout = nn.Dropout(config.output_dropout)
         self.post_init()
 
@@ -266,7 +268,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
     @torch.no_grad()
     def _calibrate(self, frequencies: torch.Tensor) -> None:
         rows = torch.arange(1, self.config.num_items + 1, device=self.device)
-        if self.config.item_token_scale is None:
+        if self._scales_tokens:
             words = self.model.backbone.get_input_embeddings()
             vocabulary = torch.arange(self.config.get_text_config().vocab_size, device=self.device)
             self.config.item_token_scale = mean_length(words, vocabulary) / mean_length(self.model.items.tokens, rows)

@@ -87,6 +87,18 @@ def test_a_scale_of_tokens_that_is_asked_for_stays(decoders):
     assert recommender(decoders["llama"], item_token_scale=3.0).config.item_token_scale == 3.0
 
 
+def test_other_items_start_anew(decoders):
+    model = recommender(decoders["llama"])
+    first = model.config.item_token_scale
+    with torch.no_grad():
+        model.model.items.id_embeddings.weight.mul_(1000.0)
+    model.initialize_items(**item_tables())
+    assert model.config.item_token_scale < 0.5 * first
+    given = recommender(decoders["llama"], item_token_scale=3.0)
+    given.initialize_items(**item_tables())
+    assert given.config.item_token_scale == 3.0
+
+
 def test_the_start_leaves_the_generator_alone(decoders):
     model = recommender(decoders["llama"])
     torch.manual_seed(5)

@@ -19,6 +19,7 @@ from modeling_mmesid import (
     SASRecConfig,
     SASRecForSequentialRecommendation,
 )
+from modeling_mmesid.checkpointing_mmesid import gguf_path
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 
 from ..data.prepared import PreparedDataset
@@ -113,7 +114,8 @@ def build_recommender(
             decoder's; the recommender holds a copy.
         backbone (`str` or `os.PathLike`, *optional*): Pretrained decoder on the Hub or on disk. By default a new small
             Llama, trained in full.
-        backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained` for the backbone.
+        backbone_kwargs (`dict`, *optional*): Further arguments of `AutoModel.from_pretrained` for the backbone, such
+            as `revision`, or `gguf_file` for a GGUF file in that repository or folder.
         freeze_backbone (`bool`, *optional*, defaults to `False`): Pretrained decoder: train the items alone.
         lora_r (`int`, *optional*, defaults to 8): Pretrained decoder: rank of LoRA; 0 trains the decoder in full.
         lora_alpha (`int`, *optional*, defaults to 16): Pretrained decoder: scale of LoRA.
@@ -153,8 +155,10 @@ def build_recommender(
         # With the prompt as often as there are items it cuts the prompt into words: a third of the tokens to read.
         tokenizer = train_tokenizer([*data.texts[1:], *[SYSTEM_PROMPT, user_prompt] * data.num_items], VOCAB_SIZE)
     else:
-        revision = (backbone_kwargs or {}).get("revision")
-        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision, trust_remote_code=False)
+        where = {name: (backbone_kwargs or {}).get(name) for name in ("revision", "gguf_file")}
+        if where["gguf_file"] is not None:
+            gguf_path(backbone, where["gguf_file"], revision=where["revision"])
+        tokenizer = AutoTokenizer.from_pretrained(backbone, **where, trust_remote_code=False)
     max_history = config_kwargs.get("max_history", MMESIDConfig.max_history)
     processor = MMESIDProcessor(
         tokenizer, data.item_ids[1:], data.titles[1:], user_prompt=user_prompt, max_history=max_history

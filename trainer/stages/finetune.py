@@ -44,6 +44,12 @@ BUILT_FROM = (
 )  # fmt: skip
 
 
+# What is read only where a decoder is named.
+OF_PRETRAINED = (
+    "backbone_revision", "gguf_file", "quantization", "attn_implementation", "freeze_backbone", "lora_r", "lora_alpha",
+    "lora_target_modules",
+)  # fmt: skip
+
 # What an item can do without, by the settings of the model.
 WITHOUT: dict[str, dict] = {
     "embeddings": {"use_embeddings": False, "similarity_weights": {}},
@@ -84,6 +90,8 @@ class FinetuneArguments(ReaderArguments):
         backbone_name_or_path (`str`, *optional*): Pretrained decoder on the Hub or on disk; by default a new small
             Llama trained in full.
         backbone_revision (`str`, *optional*): Branch, tag or commit of the pretrained decoder.
+        gguf_file (`str`, *optional*): GGUF file in the repository or folder of the pretrained decoder, which is
+            read from it and unpacked; takes the extra `gguf`.
         quantization (`str`, *optional*): nf4 loads the frozen weights of a pretrained decoder in four bits
             under the adapter (QLoRA), which takes the extra `qlora`.
         attn_implementation (`str`, *optional*): How a pretrained decoder attends: sdpa, flex_attention (CUDA; skips
@@ -120,6 +128,7 @@ class FinetuneArguments(ReaderArguments):
     without: list[str] = field(default_factory=list)
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    gguf_file: str | None = None
     quantization: Literal["nf4"] | None = None
     attn_implementation: str | None = None
     hidden_size: int = 128
@@ -151,6 +160,13 @@ class FinetuneArguments(ReaderArguments):
                     f"--{name} is not set; give the directory, or --modalities without a name for items that are a "
                     "free ID vector alone."
                 )
+        name = self.backbone_name_or_path
+        if name is not None and name.endswith(".gguf") and Path(name).is_file():
+            raise ValueError(
+                f"--backbone_name_or_path '{name}' is a file; give its folder, and --gguf_file {Path(name).name}."
+            )
+        if self.gguf_file is not None and self.quantization is not None:
+            raise ValueError("--gguf_file names weights with a quantization of their own; drop --quantization nf4.")
         if self.quantization is None:
             return
         if not self.lora_r and not self.freeze_backbone:
@@ -160,7 +176,31 @@ class FinetuneArguments(ReaderArguments):
                 "--quantization nf4 needs bitsandbytes, which is not installed; pip install 'mmesid[qlora]'."
             )
 
+    def unread(self) -> dict[str, str]:
+        """Settings that nothing reads beside the others, and why."""
+        unread = {}
+        if self.modalities == [] or "codes" in self.without:
+            unread["code_initialization"] = "for items without codes"
+        if self.backbone_name_or_path is None:
+            return unread | dict.fromkeys(OF_PRETRAINED, "without a pretrained decoder, --backbone_name_or_path")
+        unread["hidden_size"] = "beside a pretrained decoder, which has a width of its own"
+        if self.freeze_backbone:
+            names = (
+                "lora_alpha",
+                "lora_target_modules",
+                "backbone_learning_rate",
+                *(["lora_r"] if self.lora_r else []),
+            )
+            unread |= dict.fromkeys(names, "beside --freeze_backbone, which trains the items alone")
+        elif self.lora_r == 0:
+            names = ("lora_alpha", "lora_target_modules")
+            unread |= dict.fromkeys(names, "beside --lora_r 0, which trains the decoder in full")
+        return unread
+
     def check(self, **settings) -> None:
+        for name, why in self.unread().items():
+            if name in self.changed:
+                raise ValueError(f"--{name} has no use {why}; leave it out.")
         for name in self.without:
             self.config |= WITHOUT[name]
         if self.paper:
@@ -258,7 +298,11 @@ def base_model(name_or_path: str | None) -> str | None:
 
 def backbone_kwargs(arguments: FinetuneArguments) -> dict:
     """How `AutoModel.from_pretrained` loads the decoder."""
-    kwargs = {"revision": arguments.backbone_revision, "attn_implementation": arguments.attn_implementation}
+    kwargs = {
+        "revision": arguments.backbone_revision,
+        "gguf_file": arguments.gguf_file,
+        "attn_implementation": arguments.attn_implementation,
+    }
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if arguments.quantization is not None:
         kwargs["quantization_config"] = BitsAndBytesConfig(

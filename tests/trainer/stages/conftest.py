@@ -13,11 +13,12 @@ from mmesid.trainer.stages import evaluate, finetune, prepare, quantize, sasrec
 TRAINING = "--per_device_train_batch_size 64 --disable_tqdm true --use_cpu true --learning_rate 3e-3".split()
 
 
-def finetune_flags(root: Path, output: str) -> list[str]:
+def finetune_flags(root: Path, output: str, *decoder: str) -> list[str]:
+    """`decoder` are the flags of a pretrained one; a small Llama without."""
     return [
         "--prepared_dir", str(root / "prepared"), "--embeddings_dir", str(root / "embeddings"),
-        "--quantizer_dir", str(root / "quantizer"), "--output_dir", str(root / output), "--hidden_size", "16",
-        "--num_train_epochs", "2", *TRAINING,
+        "--quantizer_dir", str(root / "quantizer"), "--output_dir", str(root / output),
+        *(decoder or ("--hidden_size", "16")), "--num_train_epochs", "2", *TRAINING,
     ]  # fmt: skip
 
 

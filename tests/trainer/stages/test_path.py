@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model, LlamaModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, GPT2Model, LlamaModel
 
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.data.tables import load_table
@@ -32,6 +32,7 @@ from modeling_mmesid import (
     SASRecForSequentialRecommendation,
 )
 
+from ...gguf_files import write_gguf
 from ...processes import run_in_two, run_python
 from .conftest import finetune_flags
 
@@ -283,8 +284,8 @@ def base(tiny_run, tmp_path):
 
 
 def test_lora_on_a_pretrained_backbone_from_disk(tiny_run, base, tmp_path):
-    flags = [*finetune_flags(tiny_run, "lora"), "--backbone_name_or_path", str(base), "--lora_r", "4", "--output_dir"]
-    finetune.main([*flags, str(tmp_path / "lora")])
+    decoder = ["--backbone_name_or_path", str(base), "--lora_r", "4"]
+    finetune.main([*finetune_flags(tiny_run, "unused", *decoder), "--output_dir", str(tmp_path / "lora")])
 
     record = StageRecord.load(tmp_path / "lora")
     assert record.details["trainable_parameters"] < record.details["parameters"]
@@ -301,7 +302,7 @@ def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_p
     monkeypatch.chdir(tmp_path.parent)
     # As a repository would be called, owner/name.
     flags = ["--backbone_name_or_path", f"{tmp_path.name}/base", "--lora_r", "0", "--num_train_epochs", "1"]
-    finetune.main([*finetune_flags(tiny_run, "unused"), *flags, "--output_dir", str(tmp_path / "full")])
+    finetune.main([*finetune_flags(tiny_run, "unused", *flags), "--output_dir", str(tmp_path / "full")])
     _, files = publication(tmp_path / "full", "me/full")
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model is None and "| base model | base |" in card.text
@@ -310,7 +311,8 @@ def test_a_decoder_in_a_folder_is_no_base_model_of_the_hub(tiny_run, base, tmp_p
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="QLoRA needs bitsandbytes; pip install 'mmesid[qlora]'")
 def test_lora_on_a_quantized_backbone(tiny_run, base, tmp_path):
-    flags = [*finetune_flags(tiny_run, "unused"), "--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    decoder = ["--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    flags = finetune_flags(tiny_run, "unused", *decoder)
     finetune.main([*flags, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "qlora")])
     assert StageRecord.load(tmp_path / "qlora").metrics["validation"]["mrr"] > 0
     config = AutoConfig.from_pretrained(tmp_path / "qlora")
@@ -319,9 +321,56 @@ def test_lora_on_a_quantized_backbone(tiny_run, base, tmp_path):
 
 
 def test_a_backbone_that_is_trained_in_full_cannot_be_quantized(tiny_run, base):
-    flags = [*finetune_flags(tiny_run, "unused"), "--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    decoder = ["--backbone_name_or_path", str(base), "--quantization", "nf4"]
+    flags = finetune_flags(tiny_run, "unused", *decoder)
     with pytest.raises(ValueError, match="--lora_r 0 trains in full"):
         finetune.main([*flags, "--lora_r", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora_r 16", "--lora_r has no use without a pretrained decoder, --backbone_name_or_path; leave it out"),
+        ("--gguf_file a.gguf", "--gguf_file has no use without a pretrained decoder"),
+        ("--backbone_name_or_path b --hidden_size 64", "--hidden_size has no use beside a pretrained decoder"),
+        ("--backbone_name_or_path b --lora_r 0 --lora_alpha 8", "--lora_alpha has no use beside --lora_r 0"),
+        (
+            "--backbone_name_or_path b --freeze_backbone true --backbone_learning_rate 1e-4",
+            "--backbone_learning_rate has no use beside --freeze_backbone",
+        ),
+        ("--without codes --code_initialization random", "--code_initialization has no use for items without codes"),
+        ("--backbone_name_or_path b --gguf_file a.gguf --quantization nf4", "a quantization of their own; drop"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(flags, words):
+    needed = "--prepared_dir a --embeddings_dir b --quantizer_dir c --output_dir d".split()
+    with pytest.raises(ValueError, match=words):
+        finetune.main([*needed, *flags.split()])
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="GGUF files need gguf; pip install 'mmesid[gguf]'")
+def test_lora_on_a_decoder_in_a_gguf_file(tiny_run, base, tmp_path):
+    llama, folder = LlamaModel.from_pretrained(base), tmp_path / "packed"
+    folder.mkdir()
+    write_gguf(folder / "tiny.gguf", llama, AutoTokenizer.from_pretrained(base))
+    with pytest.raises(ValueError, match="tiny.gguf' is a file; give its folder, and --gguf_file tiny.gguf"):
+        finetune.main(finetune_flags(tiny_run, "unused", "--backbone_name_or_path", str(folder / "tiny.gguf")))
+    decoder = ["--backbone_name_or_path", str(folder), "--gguf_file", "tiny.gguf", "--num_train_epochs", "1"]
+    finetune.main([*finetune_flags(tiny_run, "unused", *decoder), "--output_dir", str(tmp_path / "tuned")])
+    model = AutoModel.from_pretrained(tmp_path / "tuned")
+    frozen = llama.state_dict()
+    for name, value in model.model.backbone.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
+    # The prompt in the words of the tokenizer that the file holds.
+    whole, _ = build_recommender(PreparedDataset.load(tiny_run / "prepared"), backbone=base)
+    assert model.config.prompt_suffix_ids == whole.config.prompt_suffix_ids
+    program = (
+        "import sys; from modeling_mmesid import MMESIDForSequentialRecommendation as Model; "
+        "print(Model.from_pretrained(sys.argv[1]).recommend([[1, 2, 3]]).items.tolist())"
+    )
+    told = run_python("-c", program, str(tmp_path / "tuned"), cwd=tmp_path)
+    assert told.stdout.splitlines()[-1] == str(model.eval().recommend([[1, 2, 3]]).items.tolist())
 
 
 def test_adapters_go_where_they_are_told_in_a_backbone_with_other_names(content, base):
