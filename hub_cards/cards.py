@@ -66,9 +66,8 @@ _PATHS = ("_dir", "_file", "_checkpoint")
 # Statistics of the data that a card shows elsewhere.
 _TOLD_ELSEWHERE = ("source", "licence", "language", "synthetic", "split", "validation_starts", "test_starts",
                    "skipped_examples")  # fmt: skip
-# Statistics of the items, for models that are trained on items only; those of them that count what is lacking, by the
-# columns that encoders read.
-_OF_ITEMS = ("items", "missing_", "bad_")
+# Statistics of which 0 says nothing; those of them that count what is lacking, by the columns that encoders read.
+_COUNTS_OF_FAULTS = ("missing_", "bad_", "dropped_", "skipped_", "repeated_", "items_without_")
 _LACKING = {"missing_text": ("text", "title"), "missing_image": ("image",), "bad_image": ("image",)}
 
 # The Hub's classes of size, by their upper bound.
@@ -173,15 +172,15 @@ def _data_rows(data: dict, kind: str, encoders: dict) -> dict:
     read = {one.get("column") for one in encoders.values()} | ({"text", "image"} if kind == "encoder" else set())
 
     def applies(name: str, value) -> bool:
-        if name in _TOLD_ELSEWHERE or value is None:
+        if name in _TOLD_ELSEWHERE or value is None or (name.startswith(_COUNTS_OF_FAULTS) and not value):
             return False
         if kind == "dataset":
             return True
-        if name == "repeated_test_targets":
-            return value > 0
         if name in _LACKING:
-            return value > 0 and not read.isdisjoint(_LACKING[name])
-        return not name.startswith("dropped") and (kind != "encoder" or name.startswith(_OF_ITEMS))
+            return not read.isdisjoint(_LACKING[name])
+        if kind == "encoder":
+            return name == "items" or name.startswith("bad_")
+        return not name.startswith("dropped")
 
     without_pictures = data.get("missing_image") == data.get("items")
     return {

@@ -230,13 +230,15 @@ def test_a_card_says_what_the_record_says(changes, said):
 def test_a_card_tells_of_the_data_what_applies_to_it():
     shown = {}
     dropped = {"dropped_items": 17, "bad_image": 0, "repeated_test_targets": 0, "split": "leave_one_out"}
+    dropped["items_without_training_interactions"] = 4
     for stage in STAGES:
         section = render_card(make_record(stage, data=dropped)).split("## Data")[1].split("\n## ")[0]
         shown[stage] = set(re.findall(r"^\| (\w[^|]*) \|", section, re.MULTILINE))
         assert ("The last item of a user is the test target" in section) == (stage != "encoder")
     assert shown["encoder"] == {"items", "missing text"}
-    assert shown["finetune"] == shown["sasrec"] == {"items", "users", "interactions"}
-    assert shown["prepare"] == shown["finetune"] | {"missing text", "dropped items", "repeated test targets"}
+    rows = {"items", "users", "interactions", "items without training interactions"}
+    assert shown["finetune"] == shown["sasrec"] == rows
+    assert shown["prepare"] == rows | {"missing text", "dropped items"}
     assert "| repeated test targets | 3 |" in render_card(make_record("sasrec", data={"repeated_test_targets": 3}))
     assert ModelCard(render_card(make_record("sasrec", data={"language": ["en", "de"]}))).data.language == ["en", "de"]
     # What no encoder reads is not lacking.
