@@ -77,7 +77,8 @@ class MMESIDModality(nn.Module):
     @torch.no_grad()
     def initialize(self, embeddings: torch.Tensor, present: torch.Tensor, codes: torch.Tensor | None) -> None:
         """Takes the modality's tables of [`MMESIDItems.initialize`], already checked."""
-        self.embeddings.copy_(embeddings)
+        # No copy where none is needed: a table that is mapped from its file stays so, and processes share it.
+        self.embeddings = embeddings.to(self.embeddings)
         self.present.copy_(present)
         # In blocks: no copy of a large table.
         known = present.nonzero()[:, 0].split(ITEMS_PER_BLOCK)

@@ -1,6 +1,7 @@
 """Cross-entropy over the whole catalogue without ever holding all of its logits."""
 
 import torch
+from torch import distributed
 
 
 # Optional, both for CUDA.
@@ -42,7 +43,45 @@ def catalogue_cross_entropy(
     if kernel is not None:
         return fused_cross_entropy(kernel, hidden, table, targets)
     # Inside `apply` a Parameter needs a gradient even where gradients are off.
-    return _CatalogueCrossEntropy.apply(hidden, table, targets, logits_per_tile, torch.is_grad_enabled())
+    return _CatalogueCrossEntropy.apply(hidden, table, targets, 0, None, logits_per_tile, torch.is_grad_enabled())
+
+
+def sharded_cross_entropy(
+    hidden: torch.Tensor,
+    shard: torch.Tensor,
+    targets: torch.Tensor,
+    first_row: int,
+    group: "distributed.ProcessGroup | None" = None,
+    logits_per_tile: int = LOGITS_PER_TILE,
+) -> torch.Tensor:
+    """
+    [`catalogue_cross_entropy`] of a table whose rows are parted among processes, each of which has users of its own:
+    each scores the users of all against its rows, and their log-sum-exp is reduced, exactly. No process holds the
+    whole table or its gradient.
+
+    Args:
+        hidden (`torch.FloatTensor` of shape `(targets, hidden)`): This process's user representations; processes may
+            have different numbers of them.
+        shard (`torch.FloatTensor` of shape `(rows, hidden)`): This process's rows of the table, one at least.
+        targets (`torch.LongTensor` of shape `(targets,)`): Rows of the whole table, from 1.
+        first_row (`int`): Row of the whole table at which the shard begins; row 0, the padding, takes no part.
+        group (`torch.distributed.ProcessGroup`, *optional*): The processes; all by default.
+        logits_per_tile (`int`, *optional*, defaults to `2**22`): Logits that a process holds at a time.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`: The mean over the targets of all processes, the same on each. Its gradient
+        for `shard` is whole and not to be averaged. That for `hidden` is multiplied by the number of processes, for
+        DDP and FSDP average over the processes what lies behind it.
+    """
+    if len(shard) <= (first_row == 0):
+        raise ValueError("A shard of the table has no item; part the items among fewer processes.")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, shard = hidden.to(dtype), shard.to(dtype)
+    group = distributed.group.WORLD if group is None else group
+    hidden, targets = _rows_of_all(hidden, targets, group)
+    gradient = torch.is_grad_enabled()
+    return _CatalogueCrossEntropy.apply(hidden, shard, targets, first_row, group, logits_per_tile, gradient)
 
 
 def fused_kernel(device_type: str, dtype: torch.dtype, rows: int, hidden_size: int, num_items: int) -> str | None:
@@ -96,30 +135,72 @@ def sampled_cross_entropy(
     return losses.sum() / max(len(losses), 1)
 
 
+def _rows_of_all(
+    hidden: torch.Tensor, targets: torch.Tensor, group: "distributed.ProcessGroup"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Users and targets of all processes, one after the other."""
+    counts = [torch.zeros((), dtype=torch.long, device=targets.device) for _ in range(group.size())]
+    distributed.all_gather(counts, counts[0].new_tensor(len(targets)), group=group)
+    sizes = torch.stack(counts).tolist()
+    return _GatherRows.apply(hidden, sizes, group), _gather_rows(targets, sizes, group)
+
+
+def _gather_rows(rows: torch.Tensor, sizes: list[int], group: "distributed.ProcessGroup") -> torch.Tensor:
+    # Equal shapes: not every backend gathers others.
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, sizes, group):
+        ctx.sizes, ctx.group = sizes, group
+        return _gather_rows(rows, sizes, group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        # What each shard has to say of all users.
+        distributed.all_reduce(gradient, group=ctx.group)
+        own = gradient.split(ctx.sizes)[distributed.get_rank(ctx.group)]
+        return own * ctx.group.size(), None, None
+
+
 class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, table, targets, logits_per_tile, with_gradient):
-        rows, num_items = hidden.shape[0], table.shape[0] - 1
+    def forward(ctx, hidden, table, targets, first_row, group, logits_per_tile, with_gradient):
+        # Row 0 of the whole table is padding.
+        padding = int(first_row == 0)
+        rows, num_items = hidden.shape[0], table.shape[0] - padding
         items_step = min(max(logits_per_tile // MINIMUM_TILE_ROWS, 1), num_items)
         rows_step = max(logits_per_tile // items_step, 1)
-        items = table[1:]
+        items = table[padding:]
         tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
         needs_gradient = with_gradient and any(ctx.needs_input_grad)
         if needs_gradient:
             gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (hidden, table)]
-            grad_hidden, grad_items = gradients[0], gradients[1][1:]
+            grad_hidden, grad_items = gradients[0], gradients[1][padding:]
         buffer = torch.empty(min(rows_step, rows) * items_step, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, rows_step):
             block = slice(start, min(start + rows_step, rows))
-            users, answers = hidden[block], targets[block] - 1
-            target_logits = (users.float() * items[answers].float()).sum(-1)
+            users, answers = hidden[block], targets[block] - first_row - padding
+            target_logits = (users.float() * items[answers.clamp(0, num_items - 1)].float()).sum(-1)
             log_normaliser = torch.full_like(target_logits, -torch.inf)
             for tile in tiles:
                 logits = _logits(users, items[tile], buffer)
                 maximum = torch.maximum(log_normaliser, logits.amax(-1))
                 exponentials = logits.sub_(maximum[:, None]).exp_()
                 log_normaliser = maximum + torch.log(exponentials.sum(-1) + torch.exp(log_normaliser - maximum))
+            if group is not None:
+                # Of the shard that has the target.
+                target_logits *= (answers >= 0) & (answers < num_items)
+                distributed.all_reduce(target_logits, group=group)
+                log_normaliser = _log_sum_exp_of_all(log_normaliser, group)
             loss += (log_normaliser - target_logits).sum()
             if not needs_gradient:
                 continue
@@ -128,8 +209,10 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
                     probabilities = exponentials.mul_(torch.exp(maximum - log_normaliser)[:, None])
                 else:
                     probabilities = _logits(users, items[tile], buffer).sub_(log_normaliser[:, None]).exp_()
-                inside = ((answers >= tile.start) & (answers < tile.stop)).nonzero()[:, 0]
-                probabilities[inside, answers[inside] - tile.start] -= 1.0
+                # Without a search for those inside, which would have the device waited for.
+                inside = (answers >= tile.start) & (answers < tile.stop)
+                columns = (answers - tile.start).clamp(0, tile.stop - tile.start - 1)
+                probabilities.scatter_add_(1, columns[:, None], -inside[:, None].to(probabilities.dtype))
                 probabilities = probabilities.to(hidden.dtype)
                 if hidden.dtype == torch.float32:
                     grad_hidden[block].addmm_(probabilities, items[tile])
@@ -152,7 +235,16 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
             raise RuntimeError("The gradients of this loss have been used; compute the loss again.")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [gradient.mul_(grad_output).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None, None
+
+
+def _log_sum_exp_of_all(values: torch.Tensor, group: "distributed.ProcessGroup") -> torch.Tensor:
+    """log(sum of exp) of the values that the processes have, each of shape `(rows,)`."""
+    maximum = values.clone()
+    distributed.all_reduce(maximum, distributed.ReduceOp.MAX, group=group)
+    total = torch.exp(values - maximum)
+    distributed.all_reduce(total, group=group)
+    return maximum + torch.log(total)
 
 
 def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

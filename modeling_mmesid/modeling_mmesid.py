@@ -34,6 +34,9 @@ class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
     accepts_loss_kwargs = False
     # What `quantization_config` leaves alone: only the backbone is large, and some of these layers have two outputs.
     _keep_in_fp32_modules = ["items", "model.items", "user_head", "model.user_head", "scorers"]
+    # Whether a training runs the prompt before the items once for all users of a batch. Sharded layers cannot: between
+    # the prompt and the items they would let go of the weights that the gradient of its keys and values needs.
+    shares_prompt = True
     # What `kept_until_changed` gave last, and the state of what it was made of.
     _kept: tuple | None = None
 
@@ -118,6 +121,10 @@ class MMESIDModel(MMESIDPreTrainedModel):
             self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict().keys() - trained}
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's word vectors."""
+        return self.backbone.get_input_embeddings()
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -154,7 +161,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         inputs_embeds = torch.where((items != 0)[..., None], item_tokens, words)  # (batch, length, hidden)
         prompt_length = len(self.config.prompt_prefix_ids)
         past_key_values, skipped = None, 0
-        if prompt_length and self.training and self.backbone.is_activation_checkpointing:
+        if prompt_length and self.training and (self.backbone.is_activation_checkpointing or not self.shares_prompt):
             # Recomputed layers keep no keys and values: the prompt stands in every row.
             prompt = self._prompt_embeddings().expand(len(items), -1, -1)
             inputs_embeds = torch.cat([prompt, inputs_embeds], dim=1)
@@ -390,7 +397,9 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
                     _, *tables = self.parts(self.item_table())
                 states = torch.cat([states, *self.scorers.states(items, tables)], dim=-1)
             return SequentialRecommendationOutput(user_embeddings=states)
-        targets = labels[labels != -100]  # (targets,)
+        # The one thing that a device is waited for in a step.
+        labelled = (labels != -100).flatten().nonzero()[:, 0]  # (targets,)
+        targets = labels.flatten()[labelled]
         if candidates is None:
             table, index = self.model.items.table(), items
         else:
@@ -400,7 +409,7 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             table, index = self.model.items.vectors(rows), index.view_as(items)
         item_tokens = nn.functional.embedding(index, table) if self.config.share_item_table else None
         output = self.model(input_ids, items, item_tokens, position_ids, shared_length, segment_ids)
-        states = output.last_hidden_state[labels != -100].to(table.dtype)
+        states = output.last_hidden_state.flatten(0, 1)[labelled].to(table.dtype)
         user_embeddings = self.output_dropout(self.model.user_head(states))
         if candidates is None:
             loss = catalogue_cross_entropy(user_embeddings, table, targets)

@@ -89,6 +89,10 @@ class SASRecModel(SASRecPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    def get_input_embeddings(self) -> None:
+        """None that stand at the input alone: the items' vectors score, too, and FSDP must not part them from that."""
+        return None
+
     def forward(self, items: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
@@ -137,9 +141,10 @@ class SASRecForSequentialRecommendation(RecommendationMixin, SASRecPreTrainedMod
         if labels is None:
             return SequentialRecommendationOutput(user_embeddings=self.model(items, (items != 0).sum(-1) - 1))
         hidden_states = self.model(items)
-        wanted = labels != -100
-        user_embeddings = hidden_states[wanted]
-        loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels[wanted])
+        # The one thing that a device is waited for in a step.
+        labelled = (labels != -100).flatten().nonzero()[:, 0]  # (targets,)
+        user_embeddings = hidden_states.flatten(0, 1)[labelled]
+        loss = catalogue_cross_entropy(user_embeddings, self.item_table(), labels.flatten()[labelled])
         return SequentialRecommendationOutput(loss=loss, user_embeddings=user_embeddings)
 
     def encode_histories(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:

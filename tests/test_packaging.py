@@ -130,6 +130,7 @@ def test_the_modeling_folder_knows_nothing_of_records_cards_and_links():
 def test_every_folder_is_installed_under_a_name_of_ours(settings):
     tools = settings["tool"]["setuptools"]
     installed = {"modeling_mmesid": "modeling_mmesid", "mmesid": "mmesid", "mmesid.recipes": "examples/recipes"}
+    installed["mmesid.accelerate_configs"] = "examples/accelerate"
     for top in ("trainer", "hub_cards"):
         for path in (ROOT / top).rglob("__init__.py"):
             folder = path.parent.relative_to(ROOT)
@@ -232,7 +233,7 @@ def test_documents_name_files_that_exist(page):
 def wheel(tmp_path_factory):
     """The names in a wheel that is built offline, from a copy of what git would hand out."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in (*FOLDERS, "examples/recipes", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FOLDERS, "examples/recipes", "examples/accelerate", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -248,6 +249,7 @@ def test_the_wheel_holds_what_a_user_needs_under_two_names(wheel):
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"mmesid", "modeling_mmesid"}
     assert {"mmesid/py.typed", "modeling_mmesid/py.typed", "mmesid/trainer/cli.py"} <= set(wheel)
     files = {f"mmesid/recipes/{path.name}" for path in (ROOT / "examples" / "recipes").glob("*.yaml")}
+    files |= {f"mmesid/accelerate_configs/{path.name}" for path in (ROOT / "examples" / "accelerate").glob("*.yaml")}
     files |= {f"mmesid/hub_cards/templates/{path.name}" for path in (ROOT / "hub_cards" / "templates").iterdir()}
     assert files and files <= set(wheel)
     modules = {f"mmesid/{path.relative_to(ROOT)}" for top in FOLDERS[2:] for path in (ROOT / top).rglob("*.py")}

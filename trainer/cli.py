@@ -17,8 +17,11 @@ from typing import Any
 from .grid import execute, plan_grid, share_tables
 from .recipes import Stage, check_paths, find_recipe, packaged_recipes, plan, read_recipe
 from .running.completion import SHELLS, completion_script
+from .running.declarations import stage_settings
 from .running.errors import ERROR, TRACEBACK_FLAG, UsageError, one_sentence, quiet_end, run_stage
 from .running.files import to_flags
+from .running.help import HELP_FLAGS
+from .running.launch import join_processes, launch, split_launch_flags
 
 
 # A stage is the module of that name in `stages` and a line here. It is imported when it runs: no help waits for torch.
@@ -58,7 +61,8 @@ def _main(argv: list[str]) -> None:
         + "  reproduce  the same for several seeds, side by side, and their comparison\n"
         + "  doctor     what is installed, and what a recipe will take, before anything starts\n"
         + "  completion script that completes all of this in a shell\n\n"
-        + "`mmesid <command> --help` explains its flags. Exit status: 0 done, 1 an error, told in one\n"
+        + "`mmesid <command> --help` explains its flags; the flags of `accelerate launch` and\n"
+        + "--accelerate_config run it in several processes. Exit status: 0 done, 1 an error, told in one\n"
         + "sentence, 2 flags that make no command.",
     )
     parser.add_argument("--version", action="version", version=f"mmesid {version('mmesid')}")
@@ -71,13 +75,20 @@ def _main(argv: list[str]) -> None:
     if not argv:
         parser.print_help()
         return
-    command = parser.parse_args(argv[:1]).command
+    command, argv = parser.parse_args(argv[:1]).command, argv[1:]
+    if HELP_FLAGS.isdisjoint(argv) and command in (*STAGES, "run"):
+        own = {"set", "only"} if command == "run" else stage_settings(command)
+        with one_sentence(command, traceback):
+            launch_flags, argv = split_launch_flags(argv, own)
+        if launch_flags:
+            return launch(command, launch_flags, argv + traceback)
+        join_processes()
     if command in OTHER_COMMANDS:
         parser_of, function = OTHER_COMMANDS[command]
         with one_sentence(command, traceback):
-            function(parser_of().parse_args(argv[1:]), traceback)
+            function(parser_of().parse_args(argv), traceback)
     else:
-        _run_stage(command, argv[1:] + traceback)
+        _run_stage(command, argv + traceback)
 
 
 def _run_stage(stage: str, argv: list[str]) -> None:

@@ -15,6 +15,8 @@ from modeling_mmesid.loss_catalogue import (
     sampled_cross_entropy,
 )
 
+from ..processes import run_in_two
+
 
 def inputs(users=37, items=211, hidden=16, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
@@ -221,3 +223,40 @@ def test_no_gradient_is_computed_where_gradients_are_off(monkeypatch):
     assert not made and not loss.requires_grad
     expected = torch.nn.functional.cross_entropy(hidden @ table[1:].T, torch.tensor([0, 4, 1]))
     torch.testing.assert_close(loss, expected.detach())
+
+
+SHARDED = """
+import torch
+from torch import distributed
+from modeling_mmesid.loss_catalogue import catalogue_cross_entropy, sharded_cross_entropy
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+generator = torch.Generator().manual_seed(0)
+table, users = torch.randn(38, 8, generator=generator), torch.randn(13, 8, generator=generator) * 3
+targets = torch.randint(1, 38, (13,), generator=generator)
+table.requires_grad_()
+users.requires_grad_()
+expected = catalogue_cross_entropy(users, table, targets)
+(2 * expected).backward()
+# Neither users nor rows are parted evenly.
+mine, rows = (slice(0, 5), slice(5, 13))[rank], (slice(0, 23), slice(23, 38))[rank]
+for logits_per_tile in (2**22, 60):
+    hidden = users.detach()[mine].requires_grad_()
+    shard = table.detach()[rows].requires_grad_()
+    loss = sharded_cross_entropy(hidden, shard, targets[mine], rows.start, logits_per_tile=logits_per_tile)
+    (2 * loss).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(shard.grad, table.grad[rows])
+    torch.testing.assert_close(hidden.grad / 2, users.grad[mine])
+    with torch.no_grad():
+        torch.testing.assert_close(sharded_cross_entropy(hidden, shard, targets[mine], rows.start), expected)
+try:
+    sharded_cross_entropy(hidden, shard[:0], targets[mine], rows.start)
+except ValueError as error:
+    assert "has no item" in str(error)
+"""
+
+
+def test_a_table_parted_among_processes_has_the_loss_and_gradients_of_the_whole():
+    finished = run_in_two("-c", SHARDED)
+    assert finished.returncode == 0, finished.stderr

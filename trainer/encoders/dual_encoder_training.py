@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import torch
 from PIL import Image, ImageOps
+from torch import nn
+from torch.distributed.nn.functional import all_gather
 from tqdm.auto import tqdm
 from transformers import BatchFeature, EvalPrediction, set_seed
 
@@ -183,6 +185,7 @@ class DualEncoderTrainer(HubTrainerMixin, FiniteLossTrainer):
 
     stage = "encoder"
     evaluation_name = "held_out"
+    can_be_sharded = False
 
     def __init__(self, encoder: DualEncoder, args: DualEncoderTrainingArguments, **kwargs):
         super().__init__(
@@ -202,8 +205,22 @@ class DualEncoderTrainer(HubTrainerMixin, FiniteLossTrainer):
         return self.encoder.prepare(list(captions), list(pictures))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, return_loss=True)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        whole = model.training and self.accelerator.num_processes > 1
+        outputs = model(**inputs, return_loss=not whole)
+        loss = self._loss_of_all(outputs) if whole else outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_all(self, outputs) -> torch.Tensor:
+        """The model's own loss of the pairs of all processes, each of which has as many."""
+        texts, images = (torch.cat(all_gather(one)) for one in (outputs.text_embeds, outputs.image_embeds))
+        model = self.accelerator.unwrap_model(self.model)
+        logits = texts @ images.T * model.logit_scale.exp()
+        if "logit_bias" not in dict(model.named_parameters()):
+            answers = torch.arange(len(logits), device=logits.device)
+            return (nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, answers)) / 2
+        # SigLIP: each pair by itself, right or wrong.
+        signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+        return -nn.functional.logsigmoid(signs * (logits + model.logit_bias)).sum(-1).mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.inference_mode(), self.compute_loss_context_manager():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather
 from transformers import EvalPrediction, TrainerCallback
 
 from mmesid.hub_cards.figures import draw_code_use, draw_distances
@@ -87,6 +87,7 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
 
     stage = "quantize"
     evaluation_name = "held_out"
+    can_be_sharded = False
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
@@ -160,6 +161,9 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and self.accelerator.num_processes > 1:
+            # The losses compare the items of a batch with each other: every process takes those of all.
+            inputs = {name: gather(tables) for name, tables in inputs.items()}
         output = model(**inputs)
         if model.training:
             self._losses += torch.stack([output[name].detach() for name in LOSSES])

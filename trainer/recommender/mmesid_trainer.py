@@ -93,6 +93,7 @@ class MMESIDTrainer(SequentialRecommendationTrainer):
         self.num_candidates = num_candidates
         self.backbone_learning_rate = backbone_learning_rate
         super().__init__(model, args, **kwargs)
+        self.model.model.shares_prompt = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.train_attention = self.model.model.backbone.config._attn_implementation
         packs = self.model.config.prompt_suffix_ids and self.train_dataset is not None
         if packs and isinstance(self.data_collator, HistoryCollator):

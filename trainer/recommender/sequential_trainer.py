@@ -16,6 +16,7 @@ from ..data.prepared import Sequences
 from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin, without_timings
+from ..running.sharding import unsharded
 from ..running.training import FiniteLossTrainer
 
 
@@ -103,6 +104,8 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
             compute_metrics=self._ranking_metrics,
             **kwargs,
         )
+        # Has the Trainer count the targets of what goes into an update, for `compute_loss`.
+        self.model_accepts_loss_kwargs = True
         if data_collator is None:
             self.data_collator = self.collator_of(self.model)
         self.train_dataset = self._windows(train_dataset)
@@ -179,11 +182,21 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
             self.args.seed if self.args.data_seed is None else self.args.data_seed
         )
         return ResumableLengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             epoch=lambda: int(self.state.epoch or 0),
             lengths=dataset.lengths,
             generator=generator,
         )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean over the targets of all that goes into an update: of every process, and of accumulated batches."""
+        output = model(**inputs)
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # Gradients are averaged over the processes.
+            parts = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * (parts * len(output.user_embeddings) / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
         # A new one: an evaluation that was interrupted must not leave its ranks to the next.
@@ -191,7 +204,7 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
         self._ranked: list[tuple[np.ndarray, np.ndarray]] = []
         # The table is the same for all batches: built once per evaluation.
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), unsharded(self.model):
             self._item_table = self.model.item_table()
         try:
             return super().evaluation_loop(*args, **kwargs)

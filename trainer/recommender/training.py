@@ -291,7 +291,8 @@ def finetune(
     and weighs the scores beside the decoder's by what ranks best there.
 
     Args:
-        model ([`MMESIDForSequentialRecommendation`]): From [`build_recommender`]; trained in place.
+        model ([`MMESIDForSequentialRecommendation`]): From [`build_recommender`]; trained in place, unless FSDP shards
+            it.
         processor ([`MMESIDProcessor`]): Its processor, which checkpoints bring along.
         data ([`PreparedDataset`]): Users and items.
         args ([`MMESIDTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
@@ -301,7 +302,9 @@ def finetune(
         The model, in evaluation mode.
     """
     with temporary_arguments(args, MMESIDTrainingArguments) as args:
-        fit(finetune_trainer(model, processor, data, args))
+        trainer = finetune_trainer(model, processor, data, args)
+        fit(trainer)
+        model = trainer.model
     if data.has_targets:
         fit_score_weights(model, EvaluationHistories(data.sequences("validation")))
     return model.eval()

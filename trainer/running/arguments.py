@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import itertools
 import math
+import os
 import re
 import sys
 import types
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -226,12 +228,19 @@ class BestEpochTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = True
     metric_for_best_model: str | None = "ndcg@10"
     greater_is_better: bool | None = None
+    # Trainers find such losses themselves; this would wait for the device in every step.
+    logging_nan_inf_filter: bool = False
+    # No training changes them where processes do not agree anyway, and the items' tables are large.
+    ddp_broadcast_buffers: bool | None = False
     use_cpu: bool = False
 
     def __post_init__(self):
         if self.eval_strategy == "steps" and self.eval_steps is None:
             # As `TrainingArguments` would, but then it would not be among the settings that a record compares.
             self.eval_steps = self.logging_steps
+        # What accelerate was asked for is a setting as well, which changes what is trained.
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        self.bf16, self.fp16 = self.bf16 or precision == "bf16", self.fp16 or precision == "fp16"
         # Before `TrainingArguments` derives values that nobody asked for.
         self.changed = changed_arguments(self)
         check_ranges(
@@ -253,7 +262,7 @@ class BestEpochTrainingArguments(TrainingArguments):
         parse_links(self.hub_links)
         self._settle_best_epoch()
         # Without an accelerator TrainingArguments refuses bf16 and pins memory in vain, unless told to use the CPU.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu |= parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         super().__post_init__()
 
     def _settle_best_epoch(self) -> None:

@@ -15,9 +15,13 @@ from transformers.utils import logging
 from .arguments import BestEpochTrainingArguments, StageArguments
 from .files import read_json
 from .records import StageRun
+from .sharding import whole_model
 
 
 logger = logging.get_logger(__name__)
+
+# Steps on an accelerator of which one waits for its loss. A loss that is not finite stays so.
+STEPS_BETWEEN_LOOKS = 50
 
 
 def trainer_arguments(arguments: StageArguments, run: StageRun) -> BestEpochTrainingArguments:
@@ -52,12 +56,31 @@ def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallbac
 class FiniteLossTrainer(Trainer):
     """A [`~transformers.Trainer`] that stops where a loss is NaN or infinite: what comes after it is lost."""
 
+    # Whether FSDP and DeepSpeed can part the model among processes.
+    can_be_sharded = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not self.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"{type(self).__name__} trains a model that is small and cannot be parted among processes; use "
+                "--accelerate_config ddp for this stage."
+            )
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        # The Trainer waits for every loss as well.
-        if not loss.isfinite().all():
+        # An accelerator is not waited for in every step.
+        if (loss.is_cpu or self.state.global_step % STEPS_BETWEEN_LOOKS == 0) and not loss.isfinite().all():
             raise ValueError(_diverged(f"The loss is {loss.item()} in step {self.state.global_step + 1}"))
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and self.args.should_save:
+            # Of sharded weights the Trainer writes nothing here. What they are the weights of is told beside them, and
+            # the directory is there before all processes look whether the best checkpoint exists.
+            for one in filter(None, (self.model.config, self.processing_class)):
+                one.save_pretrained(output_dir or self.args.output_dir)
 
 
 def _diverged(what: str) -> str:
@@ -70,7 +93,8 @@ def _diverged(what: str) -> str:
 def fit(trainer: Trainer) -> None:
     """
     Trains to the end, from the last whole checkpoint of an interrupted run where there is one, otherwise from
-    `resume_from_checkpoint` where it is set, and loads the best checkpoint.
+    `resume_from_checkpoint` where it is set, and loads the best checkpoint. The trainer's model is an ordinary one
+    then, also where FSDP had sharded it.
 
     Raises:
         ValueError: If what was trained holds NaN or infinity.
@@ -79,6 +103,7 @@ def fit(trainer: Trainer) -> None:
     if last is not None and trainer.is_world_process_zero():
         print(f"training goes on from '{last}', which an interrupted run left", flush=True)
     trainer.train(resume_from_checkpoint=last or trainer.args.resume_from_checkpoint)
+    trainer.model = trainer.model_wrapped = whole_model(trainer.model)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise ValueError(_diverged(f"The weight '{name}' holds NaN or infinity after the training"))

@@ -256,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         if PartialState().is_main_process:
             print(training_plan(trainer), flush=True)
         fit(trainer)
+        model = trainer.model
         if data.has_targets:
             run.details["score_weights"] = fit_score_weights(model, trainer.eval_dataset)
             with trackers_at_rest(trainer):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
@@ -368,3 +369,39 @@ def test_what_cannot_be_trained_on_is_refused_in_a_sentence(tmp_path, given, wor
     model = SASRecForSequentialRecommendation(SASRecConfig(num_items=NUM_ITEMS, hidden_size=16))
     with pytest.raises(ValueError, match=words):
         SASRecTrainer(model, arguments(tmp_path), **given)
+
+
+class Waits(TorchDispatchMode):
+    """What an accelerator would be waited for: numbers that are read, and results whose size depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [one for one in args[1] if one is not None] if name == "index" else []
+        if name in self.NAMES or any(mask.dtype == torch.bool for mask in masks):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (sasrec_trainer, ["nonzero"]),
+        (mmesid_trainer, ["nonzero"]),
+        # Which rows of the table are needed at all.
+        (sampled_mmesid_trainer, ["nonzero", "_unique2"]),
+    ],
+)
+def test_a_step_waits_for_the_device_where_it_must(make, expected, tmp_path):
+    trainer = make(arguments(tmp_path))
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = (batch["labels"] != -100).sum()
+    trainer.model.train()
+    with Waits() as waits:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=count).backward()
+    assert waits.seen == expected

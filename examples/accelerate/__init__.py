@@ -1,0 +1,1 @@
+"""Configurations of `accelerate launch`; installed as `mmesid.accelerate_configs`: a wheel brings them along."""
