@@ -105,10 +105,10 @@ class CheckpointConfig(PreTrainedConfig):
 
 
 @contextmanager
-def bar_if_slow(files: Iterable[str]) -> Iterator[None]:
-    """Loads these files without the library's bar, unless it takes long enough to be looked at."""
+def bar_if_slow(size: int) -> Iterator[None]:
+    """Loads or saves so many bytes without the library's bar, unless it takes long enough to be looked at."""
     shown = logging.is_progress_bar_enabled()
-    if shown and sum(map(os.path.getsize, files)) < SLOW_BYTES:
+    if shown and size < SLOW_BYTES:
         logging.disable_progress_bar()
     try:
         yield
@@ -302,7 +302,7 @@ class SafetensorsMixin:
         require_room(pretrained_model_name_or_path, lambda: cls(config), files, part="")
         with_loading_info = kwargs.pop("output_loading_info", False)
         try:
-            with bar_if_slow(files):
+            with bar_if_slow(sum(map(os.path.getsize, files))):
                 model, loading = super().from_pretrained(
                     pretrained_model_name_or_path,
                     *model_args,
@@ -328,7 +328,8 @@ class SafetensorsMixin:
         """As [`~transformers.PreTrainedModel.save_pretrained`]; `push_to_hub=True` does what the method of that name
         does."""
         push_arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        with bar_if_slow(self.get_memory_footprint()):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if push_to_hub and is_main_process:
             self.push_to_hub(push_arguments.pop("repo_id", Path(save_directory).name), **push_arguments)
 

@@ -1,11 +1,13 @@
 """What the stages do, as a notebook does it: from two tables to a saved recommender, without directories or flags."""
 
 import re
+from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import pipeline
+from transformers import TrainerCallback, pipeline
 
 import mmesid
 from mmesid.trainer.data.sources.synthetic import generate_catalogue
@@ -41,6 +43,16 @@ class Letters:
         return torch.tensor([[float(text.lower().count(letter)) for letter in alphabet] for text in batch])
 
 
+class Steps(TrainerCallback):
+    """Counts steps."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+
 def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     interactions, items = shop
 
@@ -48,8 +60,13 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
     assert re.match(
         r"PreparedDataset\('interactions': 60 items, \d+ users, [\d,]+ interactions, split leave", str(data)
     )
+    counts, medians = [Steps() for _ in range(3)], []
     sasrec = mmesid.train_sasrec(
-        data, mmesid.SASRecConfig(hidden_size=16), mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4)
+        data,
+        mmesid.SASRecConfig(hidden_size=16),
+        mmesid.SASRecTrainingArguments(tmp_path / "sasrec", max_steps=4),
+        callbacks=[counts[0]],
+        compute_metrics=lambda ranks: medians.append(float(np.median(ranks.predictions))) or {"median": medians[-1]},
     )
     tables = {"collaborative": mmesid.embed(data, sasrec), "text": mmesid.embed(data, Letters())}
     quantizer, codes = mmesid.quantize(
@@ -57,6 +74,7 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
         tables,
         mmesid.MMRQVAEConfig(num_quantizers=2, codebook_size=8, codebook_dim=16),
         mmesid.MMRQVAETrainingArguments(tmp_path / "quantizer", num_train_epochs=1),
+        callbacks=[counts[1]],
     )
     model, processor = mmesid.build_recommender(
         data,
@@ -67,7 +85,18 @@ def test_from_two_tables_to_a_saved_recommender(shop, tmp_path):
         hidden_size=16,
         user_prompt="{items}",
     )
-    mmesid.finetune(model, processor, data, mmesid.MMESIDTrainingArguments(tmp_path / "recommender", max_steps=4))
+    arguments = mmesid.MMESIDTrainingArguments(tmp_path / "recommender", max_steps=4)
+    mmesid.finetune(model, processor, data, arguments, callbacks=[counts[2]])
+    assert [one.steps for one in counts] == [4, 1, 4] and all(1 <= median <= 60 for median in medians) and medians
+    for call, name, words in (
+        (mmesid.train_sasrec, "model_init", "this call makes the model; the trainer takes it"),
+        (mmesid.train_sasrec, "eval_dataset", "this call takes the validation split of the data"),
+        (partial(mmesid.finetune, model, processor), "processing_class", "takes the processor of the model"),
+        (partial(mmesid.quantize, tables=tables), "compute_metrics", "an evaluation measures distances and codes"),
+        (partial(mmesid.quantize, tables=tables), "model_init", "a quantizer is initialized from its items"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} has no meaning here: .*{words}"):
+            call(data=data, **{name: len})
     results = mmesid.evaluate(data, {"sasrec": sasrec, "mme-sid": model}, bootstrap_resamples=10)
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")

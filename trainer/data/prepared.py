@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
+from modeling_mmesid.checkpoints import SLOW_BYTES
+
 from ..running.records import write_text_atomic
 from .files import listed, one_line, shown
 from .sequences import SPLITS
@@ -243,7 +245,7 @@ class PreparedDataset:
         dataset in memory holds their bytes.
         """
         if self.path is not None:
-            with readable(self.path / ITEMS_FILE):
+            with readable(self.path / ITEMS_FILE), _bar_if_slow(self.path / ITEMS_FILE):
                 return datasets.Dataset.from_parquet(str(self.path / ITEMS_FILE))
         return self._items_in_memory
 
@@ -251,6 +253,19 @@ class PreparedDataset:
     def _items_in_memory(self) -> datasets.Dataset:
         table = pa.concat_tables(self._read_items(list(self.features)))
         return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+@contextmanager
+def _bar_if_slow(file: Path) -> Iterator[None]:
+    """Lets `datasets` show its bar where the file takes long enough to be looked at."""
+    quiet = file.stat().st_size < SLOW_BYTES and not datasets.utils.are_progress_bars_disabled()
+    if quiet:
+        datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            datasets.utils.enable_progress_bars()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from modeling_mmesid.checkpoints import bar_if_slow
+
 from .encoding import TransformersEncoder
 
 
@@ -116,7 +118,8 @@ class DualEncoder(TransformersEncoder):
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes model and processor, which `AutoModel`, `AutoProcessor` and [`~DualEncoder.from_pretrained`] load."""
-        self.model.save_pretrained(directory)
+        with bar_if_slow(self.model.get_memory_footprint()):
+            self.model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
 
     def prepare(self, texts: list[str] | None = None, images: list[Image.Image] | None = None) -> BatchFeature:

@@ -11,6 +11,8 @@ from torch.distributed.nn.functional import all_gather
 from tqdm.auto import tqdm
 from transformers import BatchFeature, EvalPrediction, set_seed
 
+from modeling_mmesid.checkpoints import bar_if_slow
+
 from ..data.prepared import PreparedDataset
 from ..publishing.hub_trainer import HubTrainerMixin
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
@@ -199,6 +201,10 @@ class DualEncoderTrainer(HubTrainerMixin, FiniteLossTrainer):
         self.encoder = encoder
         # The loss is a mean over the batch, though forward takes keyword arguments.
         self.model_accepts_loss_kwargs = False
+
+    def save_model(self, *args, **kwargs) -> None:
+        with bar_if_slow(self.model.get_memory_footprint()):
+            super().save_model(*args, **kwargs)
 
     def collate(self, pairs: list[tuple[str, Image.Image]]) -> BatchFeature:
         captions, pictures = zip(*pairs)

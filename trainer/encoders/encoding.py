@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from modeling_mmesid.checkpoints import SLOW_BYTES, bar_if_slow
+
 
 KEY = "embeddings"
 # Bytes, as torch allocates.
@@ -117,13 +119,21 @@ class TransformersEncoder(PretrainedEncoder):
         return AutoProcessor.from_pretrained(name_or_path, **source)
 
 
+def size_of_weights(name_or_path: str | os.PathLike) -> int:
+    """Bytes of the weights in a folder; of a repository, which may have to be downloaded, more than is quick."""
+    if not Path(name_or_path).is_dir():
+        return SLOW_BYTES
+    return sum(file.stat().st_size for file in Path(name_or_path).rglob("*.safetensors"))
+
+
 def load_model(model_class, name_or_path: str, dtype: torch.dtype, **source) -> Any:
     """
     A model without its pooler where that is not trained: a classifier is saved without the one that `AutoModel` puts
     on top. Raises `ValueError` if the checkpoint lacks other weights: `transformers` makes up random ones and only
     warns, and embeddings of random weights look like any others.
     """
-    model, loading = model_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
+    with bar_if_slow(size_of_weights(name_or_path)):
+        model, loading = model_class.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **source)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(

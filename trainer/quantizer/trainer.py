@@ -16,7 +16,7 @@ from ..data.prepared import PreparedDataset
 from ..metrics.codes.codes import code_health
 from ..publishing.hub_trainer import HubTrainerMixin, without_timings
 from ..running.arguments import BestEpochTrainingArguments, check_ranges
-from ..running.training import FiniteLossTrainer
+from ..running.training import FiniteLossTrainer, refuse_arguments
 from .evaluation import code_metrics, encode_items, encode_rows, held_out_metrics, history_distances, sample_items
 from .initialization import balance_codes, revive_codes
 from .items import ItemTables
@@ -25,6 +25,14 @@ from .semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semanti
 
 # Code vectors that the distances move take larger steps than those that follow residuals.
 CODEBOOK_LEARNING_RATES = {"distance": 1e-2, "paper": 1e-3, "mse": 1e-3}
+_ANEW = "a quantizer is initialized from its items; call quantize with other settings for each trial"
+REFUSED = {
+    "model_init": _ANEW,
+    "data_collator": "the tables give the items of a batch at once; pass other tables",
+    "compute_metrics": "an evaluation measures distances and codes; override evaluate to add to them",
+    "compute_loss_func": "the model computes the loss; choose its objective in the configuration",
+    "preprocess_logits_for_metrics": "only distances and codes are measured; override evaluate",
+}
 LOSSES = ("objective_loss", "decoding_loss", "codebook_loss", "commitment_loss", "alignment_loss")
 
 
@@ -82,7 +90,10 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
         eval_dataset ([`ItemTables`]): Held-out items.
         data ([`~mmesid.trainer.data.prepared.PreparedDataset`], *optional*): What the tables are made from, for
             [`~MMRQVAETrainer.describe`]. Without it nobody knows the items' ids, and the model is published alone.
-        kwargs (`dict`, *optional*): Passed on to [`~transformers.Trainer`].
+        kwargs (`dict`, *optional*): Further arguments of [`~transformers.Trainer`], such as `callbacks`.
+
+    Raises:
+        ValueError: If an argument of [`~transformers.Trainer`] has no meaning here.
     """
 
     stage = "quantize"
@@ -99,6 +110,7 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
         data: PreparedDataset | None = None,
         **kwargs,
     ):
+        refuse_arguments(kwargs, REFUSED)
         args = copy.copy(args)
         args.remove_unused_columns = False
         super().__init__(
@@ -115,6 +127,10 @@ class MMRQVAETrainer(HubTrainerMixin, FiniteLossTrainer):
         self._losses = torch.zeros(len(LOSSES), device=self.args.device)
         self._batches = 0
         self.add_callback(_EndOfEpoch(self))
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Raises `ValueError`: what a search would train anew is initialized outside of the trainer."""
+        raise ValueError(f"hyperparameter_search has no meaning here: {_ANEW}.")
 
     def describe(self, directory: Path) -> tuple[dict, dict]:
         """Writes the semantic IDs of all items as `semantic_ids.parquet`, and in `figures/` how the codes are used and

@@ -10,11 +10,11 @@ from modeling_mmesid.modeling_mmrqvae import MMRQVAEModel
 
 from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable, check_table
-from ..running.training import early_stopping, fit, temporary_arguments
+from ..running.training import MADE_BY_CALL, early_stopping, fit, refuse_arguments, temporary_arguments
 from .evaluation import encode_items
 from .initialization import initialize, usual_codebook_size
 from .items import ItemTables
-from .trainer import MMRQVAETrainer, MMRQVAETrainingArguments
+from .trainer import REFUSED, MMRQVAETrainer, MMRQVAETrainingArguments
 
 
 def quantize(
@@ -22,6 +22,7 @@ def quantize(
     tables: dict[str, EmbeddingTable],
     config: MMRQVAEConfig | None = None,
     args: MMRQVAETrainingArguments | None = None,
+    **kwargs,
 ) -> tuple[MMRQVAEModel, dict[str, torch.Tensor]]:
     """
     Trains the quantizer on the embeddings of the items, keeps the epoch that is best on held-out ones, and gives every
@@ -34,6 +35,7 @@ def quantize(
             from the tables.
         args ([`MMRQVAETrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
             temporary directory.
+        **kwargs: Further arguments of [`MMRQVAETrainer`], such as `callbacks`.
 
     Returns:
         `tuple[MMRQVAEModel, dict[str, torch.Tensor]]`: The quantizer in evaluation mode, and for each modality the
@@ -41,11 +43,11 @@ def quantize(
 
     Raises:
         ValueError: If the tables do not fit the data, hold NaN or infinity, or have fewer items of a modality than
-            there are codes.
+            there are codes, or an argument of a `Trainer` has no meaning here.
     """
     tables = {modality: check_table(table, modality, data.num_items) for modality, table in tables.items()}
     with temporary_arguments(args, MMRQVAETrainingArguments) as args:
-        trainer = quantizer_trainer(tables, config or MMRQVAEConfig(), args, data)
+        trainer = quantizer_trainer(tables, config or MMRQVAEConfig(), args, data, **kwargs)
         fit(trainer)
     return trainer.model.eval(), encode_items(trainer.model, trainer.train_dataset)
 
@@ -55,8 +57,11 @@ def quantizer_trainer(
     config: MMRQVAEConfig,
     args: MMRQVAETrainingArguments,
     data: PreparedDataset | None = None,
+    **kwargs,
 ) -> MMRQVAETrainer:
     """The trainer of [`quantize`], its model initialized, for users who need more than the model and the codes."""
+    refuse_arguments(kwargs, MADE_BY_CALL | REFUSED)
+    callbacks = [*early_stopping(args), *(kwargs.pop("callbacks", None) or ())]
     training, held_out = ItemTables(tables).split(args.validation_fraction, torch.Generator().manual_seed(args.seed))
     config = copy.deepcopy(config)
     config.modalities = list(tables)
@@ -67,4 +72,4 @@ def quantizer_trainer(
     set_seed(args.seed)
     model = MMRQVAEModel(config).to(args.device)
     initialize(model, training, args.seed)
-    return MMRQVAETrainer(model, args, training, held_out, data, callbacks=early_stopping(args))
+    return MMRQVAETrainer(model, args, training, held_out, data, callbacks=callbacks, **kwargs)

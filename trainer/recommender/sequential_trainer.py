@@ -17,9 +17,13 @@ from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
 from ..publishing.hub_trainer import HubTrainerMixin, without_timings
 from ..running.sharding import unsharded
-from ..running.training import FiniteLossTrainer
+from ..running.training import FiniteLossTrainer, refuse_arguments
 
 
+REFUSED = {
+    "compute_loss_func": "the model computes the loss; override compute_loss",
+    "preprocess_logits_for_metrics": "only ranks leave the device; give compute_metrics",
+}
 # What an evaluation measures, as patterns.
 RANKING_METRICS = ("hr@*", "ndcg@*", "mrr")
 
@@ -78,12 +82,7 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs,
     ):
-        for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} has no meaning here: the model computes the loss, and only ranks leave the device; "
-                    "override compute_loss or give compute_metrics."
-                )
+        refuse_arguments(kwargs, REFUSED)
         args = TrainingArguments(use_cpu=not torch.accelerator.is_available()) if args is None else copy.copy(args)
         if eval_dataset is not None and len(eval_dataset) == 0 and args.eval_strategy != "no":
             raise ValueError(

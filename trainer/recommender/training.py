@@ -25,7 +25,7 @@ from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT, USER_PROMPT
 from ..data.prepared import PreparedDataset
 from ..data.tables import EmbeddingTable, check_table
 from ..data.windows import EvaluationHistories, TrainingWindows
-from ..running.training import early_stopping, fit, temporary_arguments
+from ..running.training import MADE_BY_CALL, early_stopping, fit, refuse_arguments, temporary_arguments
 from .collators import HistoryCollator
 from .mmesid_trainer import MMESIDTrainer, MMESIDTrainingArguments
 from .sasrec_trainer import SASRecTrainer, SASRecTrainingArguments
@@ -45,7 +45,7 @@ SIMILARITY_WEIGHT = 2.0
 
 
 def train_sasrec(
-    data: PreparedDataset, config: SASRecConfig | None = None, args: SASRecTrainingArguments | None = None
+    data: PreparedDataset, config: SASRecConfig | None = None, args: SASRecTrainingArguments | None = None, **kwargs
 ) -> SASRecForSequentialRecommendation:
     """
     Trains SASRec, whose item embeddings are the collaborative modality, and keeps the epoch that ranks best on
@@ -56,18 +56,26 @@ def train_sasrec(
         config ([`SASRecConfig`], *optional*): Sizes and dropouts; `num_items` is taken from the data.
         args ([`SASRecTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
             temporary directory.
+        **kwargs: Further arguments of [`SASRecTrainer`], such as `callbacks`, `compute_metrics` and `data_collator`.
 
     Returns:
         [`SASRecForSequentialRecommendation`] in evaluation mode.
+
+    Raises:
+        ValueError: If an argument of a `Trainer` has no meaning here.
     """
     with temporary_arguments(args, SASRecTrainingArguments) as args:
-        trainer = sasrec_trainer(data, config or SASRecConfig(), args)
+        trainer = sasrec_trainer(data, config or SASRecConfig(), args, **kwargs)
         fit(trainer)
     return trainer.model.eval()
 
 
-def sasrec_trainer(data: PreparedDataset, config: SASRecConfig, args: SASRecTrainingArguments) -> SASRecTrainer:
+def sasrec_trainer(
+    data: PreparedDataset, config: SASRecConfig, args: SASRecTrainingArguments, **kwargs
+) -> SASRecTrainer:
     """The trainer of [`train_sasrec`], for users who need more than the model."""
+    refuse_arguments(kwargs, MADE_BY_CALL)
+    callbacks = [*early_stopping(args), *(kwargs.pop("callbacks", None) or ())]
     set_seed(args.seed)
     config = deepcopy(config)
     config.num_items = data.num_items
@@ -76,7 +84,8 @@ def sasrec_trainer(data: PreparedDataset, config: SASRecConfig, args: SASRecTrai
         args,
         train_dataset=TrainingWindows(data.sequences("train"), config.max_history),
         eval_dataset=EvaluationHistories(data.sequences("validation")),
-        callbacks=early_stopping(args),
+        callbacks=callbacks,
+        **kwargs,
     )
 
 
@@ -285,6 +294,7 @@ def finetune(
     processor: MMESIDProcessor,
     data: PreparedDataset,
     args: MMESIDTrainingArguments | None = None,
+    **kwargs,
 ) -> MMESIDForSequentialRecommendation:
     """
     Fine-tunes a recommender on all prefixes of the training sequences, keeps the epoch that ranks best on validation,
@@ -297,12 +307,16 @@ def finetune(
         data ([`PreparedDataset`]): Users and items.
         args ([`MMESIDTrainingArguments`], *optional*): Settings of the training. Without them checkpoints go to a
             temporary directory.
+        **kwargs: Further arguments of [`MMESIDTrainer`], such as `callbacks`, `compute_metrics` and `data_collator`.
 
     Returns:
         The model, in evaluation mode.
+
+    Raises:
+        ValueError: If an argument of a `Trainer` has no meaning here.
     """
     with temporary_arguments(args, MMESIDTrainingArguments) as args:
-        trainer = finetune_trainer(model, processor, data, args)
+        trainer = finetune_trainer(model, processor, data, args, **kwargs)
         fit(trainer)
         model = trainer.model
     if data.has_targets:
@@ -316,17 +330,21 @@ def finetune_trainer(
     data: PreparedDataset,
     args: MMESIDTrainingArguments,
     flex_attention: bool = True,
+    **kwargs,
 ) -> MMESIDTrainer:
     """The trainer of [`finetune`], for users who need more than the model; `flex_attention` as in
     [`MMESIDTrainer`]."""
+    refuse_arguments(kwargs, MADE_BY_CALL)
+    callbacks = [*early_stopping(args), *(kwargs.pop("callbacks", None) or ())]
     return MMESIDTrainer(
         model,
         args,
         train_dataset=TrainingWindows(data.sequences("train"), model.config.max_history),
         eval_dataset=EvaluationHistories(data.sequences("validation")),
         processing_class=processor,
-        callbacks=early_stopping(args),
+        callbacks=callbacks,
         num_candidates=args.num_candidates,
         backbone_learning_rate=args.backbone_learning_rate,
         flex_attention=flex_attention,
+        **kwargs,
     )

@@ -400,7 +400,9 @@ class StageRun:
         # From here on the run is no longer undone but completed, by the next one if need be.
         write_text_atomic(self._journal, to_json(journal))
         self._complete()
-        print(f"{self.stage}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
+        # The tables of all modalities share a directory.
+        part = "" if self.record_path.name == RECORD_NAME else f" {self.record_path.stem}"
+        print(f"{self.stage}{part}: wrote '{self.output_dir}' in {record.seconds:.1f} s", flush=True)
 
     def _complete(self) -> None:
         """Does what the journal says, whatever part of it was done already."""

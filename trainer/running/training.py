@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,6 +51,24 @@ def early_stopping(arguments: BestEpochTrainingArguments) -> list[TrainerCallbac
     if arguments.early_stopping_patience == 0:
         return []
     return [EarlyStoppingCallback(early_stopping_patience=arguments.early_stopping_patience)]
+
+
+# What a call such as `train_sasrec` makes before it has a trainer.
+MADE_BY_CALL = {
+    "model_init": "this call makes the model; the trainer takes it, and has hyperparameter_search",
+    "model": "this call makes the model; give its configuration, or use the trainer",
+    "train_dataset": "this call takes the training split of the data; the trainer takes any",
+    "eval_dataset": "this call takes the validation split of the data; the trainer takes any",
+    "processing_class": "this call takes the processor of the model; the trainer takes any",
+}
+
+
+def refuse_arguments(given: Mapping[str, object], reasons: Mapping[str, str]) -> None:
+    """Raises `ValueError` for an argument of a `Trainer` that has no meaning where it is given: `reasons` says why,
+    and what to do instead, by name."""
+    for name, reason in reasons.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} has no meaning here: {reason}.")
 
 
 class FiniteLossTrainer(Trainer):
