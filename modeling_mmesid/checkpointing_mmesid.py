@@ -66,7 +66,7 @@ class BaseModelMixin:
         backbone_kwargs = {"use_safetensors": True, "trust_remote_code": False} | (backbone_kwargs or {})
         is_frozen = freeze_backbone or config_kwargs.get("lora") is not None
         if not is_frozen and "torch_dtype" not in backbone_kwargs:
-            # As decoders are published, in bf16, most steps of the optimizer would be rounded away.
+            # As decoders are published, in bf16, small steps of the optimizer would be rounded away.
             backbone_kwargs.setdefault("dtype", torch.float32)
         hub_kwargs = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
         gguf_file = backbone_kwargs.get("gguf_file")

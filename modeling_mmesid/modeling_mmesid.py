@@ -111,7 +111,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
                 # The `post_init` of this model and of those around it would draw the adapter anew.
                 parameter._is_hf_initialized = True
                 if parameter.requires_grad:
-                    # In bf16, as its decoder may be, a step of the optimizer is less than the distance of numbers.
+                    # In bf16, as its decoder may be, small steps of the optimizer would be rounded away.
                     parameter.data = parameter.data.float()
         elif config.base_model_name_or_path is not None:
             self.backbone.requires_grad_(False)
