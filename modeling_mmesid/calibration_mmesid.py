@@ -14,6 +14,9 @@ INITIAL_SPREAD = 0.2
 # Random histories that are read for it: enough for the mean of their spreads, and cheap for a decoder of any size.
 HISTORIES, LONGEST_HISTORY = 32, 8
 
+# Items whose scores are measured, about: of larger catalogues one in so many.
+MEASURED_ITEMS = 2**17
+
 # Rows of a table that are measured at a time.
 ROWS_PER_BLOCK = 2**14
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from .calibration_mmesid import MMESIDUserHead, log_scale_for_spread, mean_length, random_histories
+from .calibration_mmesid import MEASURED_ITEMS, MMESIDUserHead, log_scale_for_spread, mean_length, random_histories
 from .checkpointing_mmesid import BaseModelMixin
 from .checkpoints import SafetensorsMixin
 from .configuration_mmesid import MMESIDConfig
@@ -281,9 +281,11 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
             self.config.item_token_scale = mean_length(words, vocabulary) / mean_length(self.model.items.tokens, rows)
         self.model.user_head.log_scale.zero_()
         histories = random_histories(frequencies, self.config.max_history)
+        # Of millions of items some tell the spread.
+        measured = self.model.items.rows()[:: max(self.config.num_items // MEASURED_ITEMS, 1)]
         with evaluating(self):
             states, *_ = self.parts(self.encode_histories(histories))
-            self.model.user_head.log_scale.fill_(log_scale_for_spread(states, self.model.items.table()[1:]))
+            self.model.user_head.log_scale.fill_(log_scale_for_spread(states, self.model.items.vectors(measured)[1:]))
 
     def add_items(
         self,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from mmesid.trainer.data.tables import (
     EmbeddingTable,
@@ -19,6 +22,8 @@ from mmesid.trainer.data.tables import (
     table_encoders,
 )
 from mmesid.trainer.running.records import StageRecord
+from modeling_mmesid import MMESIDConfig
+from modeling_mmesid.items_mmesid import MMESIDItems
 
 
 @pytest.fixture
@@ -215,3 +220,31 @@ def test_a_pickle_is_refused_with_how_to_convert_it(tmp_path):
         ValueError, match=r"pickle, .* convert it with .*save_file\(\{'text': torch.load\('table.pt', we"
     ):
         import_table(tmp_path / "table.pt", "text", 4)
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that a tensor's memory is mapped from, empty if none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5) if line.count("/") else [*line.split(maxsplit=4), ""]
+        start, end = (int(one, 16) for one in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return name
+    return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
+def test_a_model_has_its_tables_where_the_file_is_mapped(tmp_path):
+    """So that processes of a machine share them: a copy would be each one's own."""
+    path, present = tmp_path / "text.safetensors", torch.ones(1001, dtype=torch.bool)
+    present[0] = False
+    save_table(path, "text", torch.randn(1001, 64), present)
+    table = load_table(path, "text", num_items=1000)
+    config = MMESIDConfig(
+        backbone_config=LlamaConfig(vocab_size=10, hidden_size=16, num_hidden_layers=1, num_attention_heads=1),
+        num_items=1000, modalities=["text"], embedding_dims=[64], num_quantizers=0,
+    )  # fmt: skip
+    items = MMESIDItems(config)
+    frequencies = torch.ones(1001, dtype=torch.long)
+    items.initialize(frequencies, {"text": table.embeddings}, {"text": table.present}, None, None)
+    assert mapped_file(items.modalities["text"].embeddings) == str(path)
+    assert mapped_file(items.modalities["text"].projection.weight) == ""
