@@ -21,6 +21,7 @@ LOGITS_PER_TILE = 2**22
 # With fewer rows than this a matrix product is bound by reading the table, so a larger catalogue is cut along its
 # items instead.
 MINIMUM_TILE_ROWS = 128
+FLOATS_PER_CACHE_LINE = 16
 
 
 def catalogue_cross_entropy(
@@ -176,15 +177,19 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         # Row 0 of the whole table is padding.
         padding = int(first_row == 0)
         rows, num_items = hidden.shape[0], table.shape[0] - padding
-        items_step = min(max(logits_per_tile // MINIMUM_TILE_ROWS, 1), num_items)
-        rows_step = max(logits_per_tile // items_step, 1)
+        widest = max(logits_per_tile // MINIMUM_TILE_ROWS, 1)
+        if widest > FLOATS_PER_CACHE_LINE:
+            widest -= widest % FLOATS_PER_CACHE_LINE
+        items_step = min(widest, num_items)
+        # Processes reduce their shards, which may be of unlike sizes, block by block of the same users.
+        rows_step = max(logits_per_tile // _whole_lines(items_step if group is None else widest), 1)
         items = table[padding:]
         tiles = [slice(first, min(first + items_step, num_items)) for first in range(0, num_items, items_step)]
         needs_gradient = with_gradient and any(ctx.needs_input_grad)
         if needs_gradient:
             gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (hidden, table)]
             grad_hidden, grad_items = gradients[0], gradients[1][padding:]
-        buffer = torch.empty(min(rows_step, rows) * items_step, dtype=torch.float32, device=hidden.device)
+        buffer = aligned_rows(min(rows_step, rows), items_step, hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, rows_step):
             block = slice(start, min(start + rows_step, rows))
@@ -247,10 +252,20 @@ def _log_sum_exp_of_all(values: torch.Tensor, group: "distributed.ProcessGroup")
     return maximum + torch.log(total)
 
 
+def _whole_lines(columns: int) -> int:
+    return -(-columns // FLOATS_PER_CACHE_LINE) * FLOATS_PER_CACHE_LINE
+
+
+def aligned_rows(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Room for `(rows, columns)` in float32 whose rows begin at whole cache lines. A matrix product that is written to
+    rows which begin anywhere, as the odd sizes of catalogues make them, takes a CPU half as long again."""
+    return torch.empty(rows, _whole_lines(columns), device=device)[:, :columns]
+
+
 def _logits(users: torch.Tensor, items: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """`users @ items.T` in float32, written over `buffer`: a fresh allocation of this size costs as much as the
     product itself on CPU."""
-    logits = buffer[: users.shape[0] * items.shape[0]].view(users.shape[0], items.shape[0])
+    logits = buffer[: users.shape[0], : items.shape[0]]
     if users.dtype == torch.float32:
         return torch.mm(users, items.T, out=logits)
     return logits.copy_(users @ items.T)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .loss_catalogue import aligned_rows
+
 
 # Scores whose maximum is taken before the best are looked for: 64 float32 values are four cache lines.
 ITEMS_PER_MAXIMUM = 64
@@ -57,9 +59,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def score_items(user_embeddings: torch.Tensor, item_table: torch.Tensor) -> torch.Tensor:
-    """Inner products `(batch, items + 1)`, in float32, of users `(batch, hidden)` with the item table `(items + 1,
-    hidden)`; padding scores minus infinity."""
-    scores = (user_embeddings.to(item_table.dtype) @ item_table.T).float()
+    """Inner products `(batch, items + 1)`, in float32 and without gradients, of users `(batch, hidden)` with the item
+    table `(items + 1, hidden)`; padding scores minus infinity."""
+    user_embeddings = user_embeddings.to(item_table.dtype)
+    scores = aligned_rows(len(user_embeddings), len(item_table), item_table.device)
+    with torch.no_grad():
+        if item_table.dtype == torch.float32:
+            torch.mm(user_embeddings, item_table.T, out=scores)
+        else:
+            scores.copy_(user_embeddings @ item_table.T)
     scores[:, 0] = -torch.inf
     return scores
 

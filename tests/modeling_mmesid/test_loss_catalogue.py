@@ -232,15 +232,16 @@ from modeling_mmesid.loss_catalogue import catalogue_cross_entropy, sharded_cros
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 generator = torch.Generator().manual_seed(0)
-table, users = torch.randn(38, 8, generator=generator), torch.randn(13, 8, generator=generator) * 3
-targets = torch.randint(1, 38, (13,), generator=generator)
+table, users = torch.randn(38, 8, generator=generator), torch.randn(300, 8, generator=generator) * 3
+targets = torch.randint(1, 38, (300,), generator=generator)
 table.requires_grad_()
 users.requires_grad_()
 expected = catalogue_cross_entropy(users, table, targets)
 (2 * expected).backward()
 # Neither users nor rows are parted evenly.
-mine, rows = (slice(0, 5), slice(5, 13))[rank], (slice(0, 23), slice(23, 38))[rank]
-for logits_per_tile in (2**22, 60):
+mine, rows = (slice(0, 120), slice(120, 300))[rank], (slice(0, 23), slice(23, 38))[rank]
+# All at once, blocks of users that hold whole shards, and tiles of both.
+for logits_per_tile in (2**22, 3000, 60):
     hidden = users.detach()[mine].requires_grad_()
     shard = table.detach()[rows].requires_grad_()
     loss = sharded_cross_entropy(hidden, shard, targets[mine], rows.start, logits_per_tile=logits_per_tile)
