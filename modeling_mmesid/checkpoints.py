@@ -158,7 +158,8 @@ def told_of_damage(what: str) -> Iterator[None]:
         TypeError, ValueError, re.error, struct.error,
     ) as error:  # fmt: skip
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        said = " ".join(str(cause).split()).rstrip(".")
+        # A library may quote a whole value.
+        said = " ".join(str(cause).split())[:500].rstrip(".")
         raise ValueError(f"{what} is damaged or of another model ({said}); download or save it again.") from error
 
 

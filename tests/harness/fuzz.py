@@ -1,20 +1,20 @@
 """
 `make fuzz`: damaged and hostile files, and what their readers make of them.
 
-Every input is a real file with one to three changes: bytes flipped, cut out, doubled or nested deeply, and, where it
-is JSON, values replaced by others of any type and size. A reader may accept it or raise a `ValueError` or an
-`OSError`, which the command line prints as one sentence. Anything else is a fault, and so are more than 5 seconds,
-more than 2 GiB, and a file that is written outside the folder of the input.
+Every input is a real file with one to three changes: bytes flipped, cut out, doubled or nested deeply, and values of
+JSON, of text tables and of columns replaced by others of any type and size. A reader may accept it or raise a
+`ValueError` or an `OSError` of one line, which the command line prints. Anything else is a fault, and so are more than
+5 seconds, more than 2 GiB, and a file that is written outside the folder of the input.
 
     python tests/harness/fuzz.py --inputs 2000 --readers configuration recipe
 
 It prints counts per reader and the first input of each fault by its seed: `--first SEED --inputs 1` shows where it
-comes from.
+comes from. From seed 0 on, the files as they are come first and must be accepted.
 """
 
 import argparse
+import importlib
 import json
-import math
 import os
 import random
 import resource
@@ -32,63 +32,19 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2]))
 
 from tests.faults import WRITING, forked, status_of  # noqa: E402
+from tests.harness.malformed import malformed  # noqa: E402
 
 
+# Seconds of the processor; a reader that waits for what never comes has twelve times as many.
 SECONDS, BYTES = 5, 2 * 2**30
 # Inputs that one fork reads, one after the other.
 BATCH = 250
-WEIRD = [
-    None, True, False, 0, -1, 1, 2, 3.5, -0.5, 10**4, 10**6, 10**9, 2**31, 2**63, 10**30, 1e308, math.nan, math.inf,
-    "", "x", "../x", "/etc/passwd", "\x00", "\ud800", "a" * 10_000, [], [1], [None], [[]], ["x", "x"], {}, {"x": 1},
-    {"": {}}, [10**9] * 3,
-]  # fmt: skip
+# `datasets` makes a file of each table that it loads: a tenth of the inputs of others.
+SLOW = ("parquet, items",)
 
 
 class TooSlow(BaseException):
     pass
-
-
-def changed(content: bytes, name: str, draw: random.Random) -> bytes:
-    """The content with one to three changes."""
-    for _ in range(draw.randint(1, 3)):
-        if name.endswith((".json", ".jsonl")) and draw.random() < 0.6:
-            try:
-                content = json.dumps(_changed_value(json.loads(content), draw)).encode("utf-8", "surrogatepass")
-                continue
-            except (ValueError, RecursionError):
-                pass
-        at, length = draw.randint(0, len(content)), draw.choice([1, 2, 8, 100])
-        part = content[at : at + length]
-        content = content[:at] + draw.choice(
-            [
-                b"", part * 2, bytes(draw.randrange(256) for _ in part), b"\xff\xfe\x00", b'{"a":' * 3000, b"[" * 3000,
-                b"- " * 3000, b"9" * 400, b"-" + part, b'"', b"\n" + part, b"&a [*a]", b"NaN", b"null", part[::-1],
-            ]  # fmt: skip
-        ) + content[at + length :]  # fmt: skip
-        if draw.random() < 0.1:
-            content = content[: draw.randint(0, len(content))]
-    return content
-
-
-def _changed_value(value, draw: random.Random):
-    """A JSON value of which one member, at any depth, is another, or is gone."""
-    if isinstance(value, dict) and value and draw.random() < 0.9:
-        key = draw.choice(list(value))
-        kind = draw.random()
-        if kind < 0.1:
-            return {name: member for name, member in value.items() if name != key}
-        if kind < 0.2:
-            return value | {draw.choice(["x", "auto_map", "__class__", key.upper()]): draw.choice(WEIRD)}
-        return value | {key: _changed_value(value[key], draw)}
-    if isinstance(value, list) and value and draw.random() < 0.8:
-        at = draw.randrange(len(value))
-        kind = draw.random()
-        if kind < 0.2:
-            return value[:at] + value[at + 1 :]
-        if kind < 0.3:
-            return value + value[at : at + 1] * draw.choice([1, 1000])
-        return [*value[:at], _changed_value(value[at], draw), *value[at + 1 :]]
-    return draw.choice(WEIRD)
 
 
 def models(root: Path) -> dict[str, Path]:
@@ -113,14 +69,16 @@ def models(root: Path) -> dict[str, Path]:
     return {name: root / name for name in ("sasrec", "quantizer", "recommender", "processor")}
 
 
-def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path], object]]]]:
+def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path, random.Random], object]]]]:
     """By its name, what a reader reads: directories, the files in it that are changed, and the call."""
     from mmesid.trainer.cli import STAGES
     from mmesid.trainer.publishing.repository import publication
     from mmesid.trainer.recipes import plan, read_recipe
+    from mmesid.trainer.recommender.evaluation import SPLITS
     from mmesid.trainer.running.arguments import parse
     from mmesid.trainer.running.files import to_flags
     from mmesid.trainer.running.records import StageRecord, StageRun, input_digest
+    from mmesid.trainer.stages import compare, report
     from mmesid.trainer.stages.sasrec import SASRecArguments
     from modeling_mmesid import (
         MMESIDForSequentialRecommendation,
@@ -128,7 +86,8 @@ def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path]
         MMRQVAEModel,
         SASRecForSequentialRecommendation,
     )
-    from tests.harness.faults import COMMANDS
+    from tests.harness.data_files import data_readers
+    from tests.harness.faults import COMMANDS, PREPARED
 
     found = models(root)
     classes = {
@@ -144,12 +103,20 @@ def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path]
         "lr_scheduler_kwargs: {num_cycles: 2}\nhub_links: [dataset=me/data]\neval_strategy: epoch\n"
     )
     os.chdir(root)
-    for stage in ("prepare", "sasrec"):
-        import importlib
+    evaluate = [*PREPARED, *"--model_dirs run/sasrec --output_dir run/evaluation --use_cpu true".split()]
+    for stage, flags in (
+        ("prepare", COMMANDS["prepare"][1:]),
+        ("sasrec", COMMANDS["sasrec"][1:]),
+        ("evaluate", evaluate),
+    ):
+        importlib.import_module(f"mmesid.trainer.stages.{stage}").main(flags)
+    report.main([*PREPARED, *"--run_dir run --use_cpu true".split()])
+    (root / "page").mkdir()
+    for name in ("report.html", "report.json"):
+        shutil.copy(root / "run" / name, root / "page")
+    shutil.copytree(root / "run" / "evaluation", root / "page" / "evaluation")
 
-        importlib.import_module(f"mmesid.trainer.stages.{stage}").main(COMMANDS[stage][1:])
-
-    def read_record(directory: Path) -> None:
+    def read_record(directory: Path, _) -> None:
         StageRecord.load(directory)
         input_digest(directory)
         publication(directory, "me/it")
@@ -159,48 +126,69 @@ def readers(root: Path) -> dict[str, list[tuple[Path, list[str], Callable[[Path]
             with run as staging:
                 (staging / "model.safetensors").write_bytes(b"")
 
-    def read_plan(directory: Path) -> None:
+    def read_evaluation(directory: Path, _) -> None:
+        flags = ["--evaluation_dirs", str(directory), "--output_dir", str(directory / "comparison")]
+        compare.main([*PREPARED, *flags, "--bootstrap_resamples", "10"])
+
+    def read_page(directory: Path, _) -> None:
+        report.main(["--run_dir", str(directory), *PREPARED, "--use_cpu", "true"])
+
+    def read_plan(directory: Path, _) -> None:
         for _, settings in plan(directory / "r.yaml", read_recipe(directory / "r.yaml", STAGES), STAGES):
             to_flags(settings)
 
-    configurations = [(found[name], ["config.json"], call.from_pretrained) for name, call in classes.items()]
-    weights = [(found[name], ["model.safetensors"], call.from_pretrained) for name, call in classes.items()]
+    def loader(model_class) -> Callable:
+        return lambda directory, _: model_class.from_pretrained(directory)
+
+    configurations = [(found[name], ["config.json"], loader(call)) for name, call in classes.items()]
+    weights = [(found[name], ["model.safetensors"], loader(call)) for name, call in classes.items()]
+    ranks = [f"ranks/{split}.parquet" for split in SPLITS]
     of_processor = [path.name for path in found["processor"].iterdir() if path.suffix in (".json", ".jinja")]
     return {
         "configuration": configurations,
         "weights": weights,
-        "processor": [(found["processor"], of_processor, MMESIDProcessor.from_pretrained)],
+        "processor": [(found["processor"], of_processor, loader(MMESIDProcessor))],
         "record": [(root / "run" / "sasrec", ["record.json", "companions.json"], read_record)],
         "recipe": [(root / "recipe", ["r.yaml"], read_plan)],
-        "settings": [(root / "settings", ["s.yaml"], lambda path: parse(SASRecArguments, [str(path / "s.yaml")]))],
+        "settings": [(root / "settings", ["s.yaml"], lambda path, _: parse(SASRecArguments, [str(path / "s.yaml")]))],
+        "evaluation": [(root / "run" / "evaluation", ["record.json", "results.json", *ranks], read_evaluation)],
+        "report": [(root / "page", ["report.json"], read_page)],
+        **data_readers(root / "data"),
     }
 
 
-def read(call: Callable[[Path], object], directory: Path) -> str:
+def read(call: Callable[[Path, random.Random], object], directory: Path, draw: random.Random) -> str:
     """`accepted`, the name of a named error, or what is wrong."""
 
     def too_slow(*_) -> None:
         raise TooSlow
 
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(SECONDS)
-    begin = time.monotonic()
+    for clock, sent, seconds in ((signal.ITIMER_PROF, signal.SIGPROF, 1), (signal.ITIMER_REAL, signal.SIGALRM, 12)):
+        signal.signal(sent, too_slow)
+        signal.setitimer(clock, SECONDS * seconds)
+    begin = time.process_time()
     try:
-        call(directory)
-        return "accepted"
+        call(directory, draw)
+        outcome = "accepted"
     except (ValueError, OSError) as error:
-        if time.monotonic() - begin > SECONDS:
-            return "FAULT more than 5 s"
-        return "ValueError" if isinstance(error, ValueError) else "OSError"
+        outcome = "ValueError" if isinstance(error, ValueError) else "OSError"
+        said = str(error).strip()
+        if isinstance(error, UnicodeError | json.JSONDecodeError) or "\n" in said or len(said) > 2000:
+            traceback.print_exc()
+            outcome = f"FAULT no sentence: {type(error).__name__}: {said[:200]!r}"
     except TooSlow:
+        traceback.print_exc()
         return "FAULT more than 5 s"
     except MemoryError:
-        return "FAULT more than 2 GiB"
+        traceback.print_exc()
+        outcome = "FAULT more than 2 GiB"
     except BaseException as error:
         traceback.print_exc()
-        return f"FAULT {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        outcome = f"FAULT {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return "FAULT more than 5 s" if time.process_time() - begin > SECONDS else outcome
 
 
 def batch(name: str, root: Path, chosen: list, seeds: range, results: Path) -> None:
@@ -219,17 +207,20 @@ def batch(name: str, root: Path, chosen: list, seeds: range, results: Path) -> N
     with open(results, "a") as lines:
         for seed in seeds:
             draw = random.Random(f"{name} {seed}")
-            source, files, call = draw.choice(chosen)
+            source, files, call = draw.choice(chosen) if seed >= 0 else chosen[seed]
             file = draw.choice(files)
-            directory = root / "input"
-            shutil.rmtree(directory, ignore_errors=True)
+            directory = root / "inputs" / "input"
+            shutil.rmtree(directory.parent, ignore_errors=True)
             shutil.copytree(source, directory)
-            (directory / file).write_bytes(changed((source / file).read_bytes(), file, draw))
+            if seed >= 0:
+                (directory / file).write_bytes(malformed(file, (source / file).read_bytes(), draw))
             print(seed, source.name, file, "FAULT killed the process", file=lines, sep="\t", flush=True)
             outside.clear()
-            outcome = read(call, directory)
-            if outside:
-                outcome = f"FAULT wrote {outside[0]}"
+            outcome = read(call, directory, draw)
+            if seed < 0 and outcome != "accepted":
+                outcome = f"FAULT a sound file: {outcome}"
+            if elsewhere := [*outside, *(path for path in directory.parent.iterdir() if path != directory)]:
+                outcome = f"FAULT wrote {elsewhere[0]}"
             print(seed, source.name, file, outcome, file=lines, sep="\t", flush=True)
 
 
@@ -241,11 +232,12 @@ def outcomes(results: Path) -> dict[int, tuple[str, ...]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", nargs="+")
-    parser.add_argument("--inputs", type=int, default=10_000, help="inputs for each reader")
+    parser.add_argument("--inputs", type=int, default=3_200, help="inputs for each reader")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     arguments = parser.parse_args(argv)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     faults: Counter[str] = Counter()
+    total = 0
     with tempfile.TemporaryDirectory() as name:
         root = Path(name).resolve()
         os.environ |= {"HF_HOME": str(root / "home"), "HF_DATASETS_CACHE": str(root / "home" / "datasets")}
@@ -258,15 +250,17 @@ def main(argv: list[str] | None = None) -> int:
         for reader in arguments.readers or made:
             results, begin = root / f"{reader}.tsv", time.monotonic()
             results.touch()
-            seed, end = arguments.first, arguments.first + arguments.inputs
+            count = -(-arguments.inputs // 10) if reader in SLOW else arguments.inputs
+            seed, end = arguments.first or -len(made[reader]), arguments.first + count
             while seed < end:
                 seeds = range(seed, min(seed + BATCH, end))
                 child = forked(
                     lambda: batch(reader, root, made[reader], seeds, results), root / "log", wait=False  # noqa: B023
                 )  # fmt: skip
-                status_of(child, BATCH * SECONDS)
+                status_of(child, 60 + BATCH * SECONDS)
                 # After one that ended the process the next fork goes on.
                 seed = max([*outcomes(results), seed - 1]) + 1 if outcomes(results) else seed + 1
+            total += len(outcomes(results))
             counts = Counter(outcome.split(":")[0] for *_, outcome in outcomes(results).values())
             print(f"{reader}: {dict(counts)}, {time.monotonic() - begin:.0f} s", flush=True)
             for seed, (source, file, outcome) in outcomes(results).items():
@@ -276,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
                         print(f"  seed {seed}, {source}/{file}: {outcome}", flush=True)
             if arguments.inputs == 1:
                 print((root / "log").read_text())
-    print(f"{sum(faults.values())} faults")
+        print(f"{total} inputs, {sum(faults.values())} faults")
     return 1 if faults else 0
 
 

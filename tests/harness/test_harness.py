@@ -23,6 +23,6 @@ def test_a_stage_that_is_killed_ends_as_an_undisturbed_one():
 
 
 def test_damaged_files_are_accepted_or_named():
-    finished = run_python("-c", RUN, ROOT, "fuzz", *"--inputs 20 --readers configuration processor recipe".split())
+    finished = run_python("-c", RUN, ROOT, "fuzz", "--inputs", "12")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.splitlines()[-1] == "0 faults"
+    assert finished.stdout.splitlines()[-1].endswith(" inputs, 0 faults")

@@ -72,6 +72,7 @@ class TrainingWindows(torch.utils.data.Dataset):
             stops = range(length, 0, -max_length)
             windows += [(start + max(stop - max_length, 0), start + stop) for stop in stops]
         self.windows = np.asarray(windows, dtype=np.int64).reshape(-1, 2)
+        self._starts, self._user_ids = starts, sequences.user_ids
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -80,6 +81,13 @@ class TrainingWindows(torch.utils.data.Dataset):
         """`history`: the inputs; `targets`: the item that follows each of them."""
         start, stop = self.windows[index]
         return {"history": self.items[start:stop], "targets": self.items[start + 1 : stop + 1]}
+
+    def users_of(self, histories: np.ndarray) -> list[str]:
+        """Raw ids of the users of whom an example is among `histories` `(batch, length)`, rows padded with 0."""
+        wanted = {row[row > 0].tobytes() for row in histories.astype(np.int64)}
+        found = [self.items[start:stop].tobytes() in wanted for start, stop in self.windows]
+        users = np.searchsorted(self._starts, self.windows[found, 0], side="right") - 1
+        return [self._user_ids[user] for user in np.unique(users)]
 
     @property
     def lengths(self) -> list[int]:

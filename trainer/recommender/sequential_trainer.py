@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_mmesid.recommendation import mask_histories, score_items, target_ranks
 
+from ..data.files import listed
 from ..data.prepared import Sequences
 from ..data.windows import EvaluationHistories, TrainingWindows, as_sequences
 from ..metrics.ranking.ranking import Ranking
@@ -196,6 +197,11 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
             parts = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * (parts * len(output.user_embeddings) / num_items_in_batch)
         return (loss, output) if return_outputs else loss
+
+    def of_whom(self, inputs: dict) -> str:
+        if not isinstance(self.train_dataset, TrainingWindows) or "items" not in inputs:
+            return ""
+        return f", of the users {listed(self.train_dataset.users_of(inputs['items'].cpu().numpy()))}"
 
     def evaluation_loop(self, *args, **kwargs):
         # A new one: an evaluation that was interrupted must not leave its ranks to the next.

@@ -79,18 +79,28 @@ class FiniteLossTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._unseen: list[tuple[int, torch.Tensor, dict]] = []
         if not self.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"{type(self).__name__} trains a model that is small and cannot be parted among processes; use "
                 "--accelerate_config ddp for this stage."
             )
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._unseen.append((self.state.global_step + 1, loss.detach(), inputs))
         # An accelerator is not waited for in every step.
-        if (loss.is_cpu or self.state.global_step % STEPS_BETWEEN_LOOKS == 0) and not loss.isfinite().all():
-            raise ValueError(_diverged(f"The loss is {loss.item()} in step {self.state.global_step + 1}"))
+        if loss.is_cpu or len(self._unseen) == STEPS_BETWEEN_LOOKS:
+            latest, self._unseen = self._unseen, []
+            finite = torch.stack([one.isfinite().all() for _, one, _ in latest]).tolist()
+            if not all(finite):
+                step, bad, batch = latest[finite.index(False)]
+                raise ValueError(_diverged(f"The loss is {bad.item()} in step {step}{self.of_whom(batch)}"))
         return loss
+
+    def of_whom(self, inputs: dict) -> str:
+        """Whose examples a batch holds, as the part of a sentence; nothing where that cannot be told."""
+        return ""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -64,9 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     directories = [Path(path) for path in arguments.evaluation_dirs]
     for directory in directories:
         require_exists(directory / RECORD_NAME)
-        stage = StageRecord.load(directory).stage
-        if stage != "evaluate":
-            raise ValueError(f"'{directory}' was written by the stage '{stage}'; give the directories of evaluate.")
+        record = StageRecord.load(directory)
+        if record.stage != "evaluate":
+            raise ValueError(
+                f"'{directory}' was written by the stage '{record.stage}'; give the directories of evaluate."
+            )
+        for name in record.outputs:
+            if not record.is_as_written(directory, name):
+                raise ValueError(f"'{directory / name}' is not as it was written; evaluate its models again.")
     run = StageRun(
         "compare",
         arguments,

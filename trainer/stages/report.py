@@ -6,7 +6,6 @@ and why. `mmesid run` ends with it.
 """
 
 import io
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..data.prepared import ITEMS_FILE, PreparedDataset
 from ..recommender.description import most_alike, semantic_ids, similarity_vectors
 from ..running.arguments import CommandArguments, DeviceArguments, check_ranges, parse
 from ..running.errors import run_as_script
+from ..running.files import read_json
 from ..running.records import (
     RECORD_NAME,
     StageRecord,
@@ -83,14 +83,24 @@ def main(argv: list[str] | None = None) -> None:
     identities = [[name, record.fingerprint, record.finished_at] for name, record in records.items()]
     made_of = json_digest([identities, arguments.num_users])
     page, state_file = run_dir / PAGE_NAME, run_dir / STATE_NAME
-    known: dict = json.loads(state_file.read_text(encoding="utf-8")) if page.is_file() and state_file.is_file() else {}
+    known = read_state(state_file) if page.is_file() else {}
     if known.get("made_of") != made_of:
         content = report_of(run_dir, records, PreparedDataset.load(prepared_dir), arguments.num_users, state.device)
         write_text_atomic(page, render_report(content))
-        known = {"made_of": made_of, "users": without_pictures(content["users"])}
+        users = without_pictures(content["users"])
+        known = {"made_of": made_of, "users": users, "digest": json_digest(users)}
         write_text_atomic(state_file, to_json(known))
     print_users(known["users"])
     print(f"report: wrote '{page}' with results, curves and what {len(known['users'])} users are recommended")
+
+
+def read_state(path: Path) -> dict:
+    """What an earlier run noted; nothing where there is no such file, or it is not as it was written."""
+    try:
+        known = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return known if known.get("digest") == json_digest(known.get("users")) else {}
 
 
 def report_of(

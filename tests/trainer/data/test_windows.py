@@ -50,3 +50,10 @@ def test_evaluation_is_longest_first_and_loses_nobody():
         ([4, 5], 9),
         ([1], 7),
     ]
+
+
+def test_a_batch_is_told_by_its_users():
+    windows = TrainingWindows(sequences([[1, 2, 3], [], [4, 5], [1, 2]], [4, 9, 6, 7]), max_length=2)
+    assert windows.users_of(np.array([[4, 5, 0], [1, 0, 0]])) == ["u0", "u2"]
+    # The latest items of one user, which are the first of nobody.
+    assert windows.users_of(np.array([[2, 3]])) == ["u0"]
