@@ -243,9 +243,12 @@ def main(argv: list[str] | None = None) -> int:
         os.environ |= {"HF_HOME": str(root / "home"), "HF_DATASETS_CACHE": str(root / "home" / "datasets")}
         # Threads that computing starts do not outlive a fork: what is made to be damaged is made in one.
         made: dict = {}
+        import datasets
         import torch
 
         torch.set_num_threads(1)
+        # Where it was imported before, it has read the variable before.
+        datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
         made = readers(root)
         for reader in arguments.readers or made:
             results, begin = root / f"{reader}.tsv", time.monotonic()
