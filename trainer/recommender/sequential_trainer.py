@@ -198,10 +198,10 @@ class SequentialRecommendationTrainer(HubTrainerMixin, FiniteLossTrainer):
             loss = loss * (parts * len(output.user_embeddings) / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
-    def of_whom(self, inputs: dict) -> str:
-        if not isinstance(self.train_dataset, TrainingWindows) or "items" not in inputs:
+    def of_whom(self, items: torch.Tensor) -> str:
+        if not isinstance(self.train_dataset, TrainingWindows):
             return ""
-        return f", of the users {listed(self.train_dataset.users_of(inputs['items'].cpu().numpy()))}"
+        return f", of the users {listed(self.train_dataset.users_of(items.cpu().numpy()))}"
 
     def evaluation_loop(self, *args, **kwargs):
         # A new one: an evaluation that was interrupted must not leave its ranks to the next.

@@ -79,7 +79,7 @@ class FiniteLossTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._unseen: list[tuple[int, torch.Tensor, dict]] = []
+        self._unseen: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         if not self.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"{type(self).__name__} trains a model that is small and cannot be parted among processes; use "
@@ -88,18 +88,19 @@ class FiniteLossTrainer(Trainer):
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._unseen.append((self.state.global_step + 1, loss.detach(), inputs))
+        self._unseen.append((self.state.global_step + 1, loss.detach(), inputs.get("items")))
         # An accelerator is not waited for in every step.
         if loss.is_cpu or len(self._unseen) == STEPS_BETWEEN_LOOKS:
             latest, self._unseen = self._unseen, []
             finite = torch.stack([one.isfinite().all() for _, one, _ in latest]).tolist()
             if not all(finite):
-                step, bad, batch = latest[finite.index(False)]
-                raise ValueError(_diverged(f"The loss is {bad.item()} in step {step}{self.of_whom(batch)}"))
+                step, bad, items = latest[finite.index(False)]
+                of_whom = "" if items is None else self.of_whom(items)
+                raise ValueError(_diverged(f"The loss is {bad.item()} in step {step}{of_whom}"))
         return loss
 
-    def of_whom(self, inputs: dict) -> str:
-        """Whose examples a batch holds, as the part of a sentence; nothing where that cannot be told."""
+    def of_whom(self, items: torch.Tensor) -> str:
+        """Whose histories `items` `(batch, length)` are, as the part of a sentence; nothing where nobody can tell."""
         return ""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
