@@ -2,15 +2,20 @@
 parts the model, whose checkpoints become ordinary ones."""
 
 import json
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModel
 
+from mmesid.trainer.running import sharding
 from mmesid.trainer.running.launch import packaged_configs
 from mmesid.trainer.running.sharding import convert_checkpoint
+from modeling_mmesid import SASRecConfig, SASRecForSequentialRecommendation
 
 from ..processes import run_in_two, run_python
 
@@ -97,6 +102,32 @@ def test_fsdp_trains_saves_and_resumes_and_leaves_ordinary_checkpoints(losses_of
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, converted.state_dict()[name]), name
     assert not list(tmp_path.glob(".converted*"))
+
+
+def test_weights_that_zero3_has_parted_are_gathered_where_they_are_read(monkeypatch):
+    """By a stand-in for DeepSpeed, whose own parts are no whole numbers of rows: it was not run."""
+    model = SASRecForSequentialRecommendation(SASRecConfig(num_items=9, hidden_size=8, max_history=4)).eval()
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    @contextmanager
+    def gathered(parameters):
+        for parameter in parameters:
+            parameter.data = whole[parameter]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    whole = {parameter: parameter.data for parameter in model.parameters()}
+    for parameter in whole:
+        parameter.data = torch.empty(0)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)))
+    monkeypatch.setattr(sharding, "is_deepspeed_zero3_enabled", lambda: True)
+    with sharding.unsharded(model):
+        assert model.item_table().shape == (10, 8)
+    assert not len(model.item_table())
+    again = sharding.whole_model(model)
+    assert type(again) is SASRecForSequentialRecommendation
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.state_dict().items())
 
 
 def test_what_cannot_be_converted_is_named(tmp_path):

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
 
 # Registers the models.
@@ -36,28 +37,34 @@ DEEPSPEED_LATEST = "latest"
 
 @contextmanager
 def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """Has the model's own weights, not those of its layers, whole on every process, where FSDP has parted them: what
-    is no forward pass, such as [`~MMESIDForSequentialRecommendation.item_table`], needs that. All processes enter."""
-    if not isinstance(model, FSDPModule):
+    """Has the model's own weights, of FSDP not those of its layers, whole on every process, where FSDP or ZeRO-3 have
+    parted them: what is no forward pass, such as [`~MMESIDForSequentialRecommendation.item_table`], needs that. All
+    processes enter."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+    elif is_deepspeed_zero3_enabled():
+        with importlib.import_module("deepspeed").zero.GatheredParameters(list(model.parameters())):
+            yield
+    else:
         yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that FSDP has sharded, as it was before: a new one with the same weights, whole on every process. All
-    processes call it; of any other model it is the model itself."""
-    if not isinstance(model, FSDPModule):
+    """A model that FSDP or ZeRO-3 have sharded, as it was before: a new one with the same weights, whole on every
+    process. All processes call it; of any other model it is the model itself."""
+    is_fsdp = isinstance(model, FSDPModule)
+    if not is_fsdp and not is_deepspeed_zero3_enabled():
         return model
-    weights = {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in model.state_dict().items()
-    }
     unsharded_class = next(one for one in type(model).__mro__ if not issubclass(one, FSDPModule))
+    with nullcontext() if is_fsdp else unsharded(model):
+        weights = {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+            for name, tensor in model.state_dict().items()
+        }
     return _assemble(lambda: unsharded_class(model.config), weights).to(model.device)
 
 
