@@ -3,11 +3,14 @@
 # make lint         ruff and the type checker alone
 # make fuzz         the property tests on new random examples, and every reader on damaged files (an hour)
 # make faults       kills, full disks and the like for every stage, at every change of a file (two hours)
+# make compat       the suite on Python 3.11 and 3.13, with the oldest allowed and the newest transformers, peft,
+#                   accelerate and datasets (torch for 3.13 takes several GB); PYTHONS=python3.12 picks others
 # make settings     docs/settings.md from the docstrings
 # PYTHON=python3.12 make test   picks the interpreter that .venv is made from
 # WORKERS=4 make test           runs the tests in four processes of one thread each, instead of two
 
 PYTHON ?= python3
+PYTHONS ?= python3.11 python3.13
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +18,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TYPED := $(VENV)/typed
 
-.PHONY: quickstart test lint settings fuzz faults clean
+.PHONY: quickstart test lint settings fuzz faults compat clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/mmesid run examples/recipes/quickstart.yaml
@@ -34,6 +37,9 @@ fuzz: $(INSTALLED)
 
 faults: $(INSTALLED)
 	$(BIN)/python tests/harness/faults.py
+
+compat:
+	$(PYTHON) tests/harness/compat.py --pythons $(PYTHONS) --pytest -n $(WORKERS) --dist worksteal
 
 # The folders under the names that they are installed by, for the type checker does not follow editable installs.
 $(TYPED): Makefile | $(INSTALLED)
@@ -57,4 +63,4 @@ settings: $(INSTALLED)
 	@mv docs/settings.md.partial docs/settings.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-compat build dist *.egg-info

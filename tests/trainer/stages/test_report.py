@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from mmesid.hub_cards.report import render_report
 from mmesid.trainer.data.prepared import PreparedDataset
 from mmesid.trainer.recommender.description import most_alike
 from mmesid.trainer.running.records import StageRecord
-from mmesid.trainer.stages import report
+from mmesid.trainer.stages import compare, report
 from mmesid.trainer.stages.report import example_users, shared_codes
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
@@ -91,6 +92,23 @@ def test_a_page_that_is_up_to_date_is_not_written_again_and_three_users_are_prin
     assert len(re.findall("^After ", printed, re.MULTILINE)) == 3 and len(re.findall(r"^  \d\. ", printed, re.M)) == 9
     with pytest.raises(FileNotFoundError, match="prepared' does not exist"):
         report.main(["--run_dir", str(tiny_run / "nothing"), "--use_cpu", "true"])
+    # What an earlier run noted counts only as it was written.
+    state = tiny_run / report.STATE_NAME
+    noted = state.read_text(encoding="utf-8")
+    for damaged in (noted[:-20], "[]", noted.replace('"history"', '"x"', 1)):
+        state.write_text(damaged, encoding="utf-8")
+        assert report.read_state(state) == {}
+    state.write_text(noted, encoding="utf-8")
+    assert len(report.read_state(state)["users"]) >= 3
+
+
+def test_an_evaluation_that_was_changed_is_compared_with_nothing(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "evaluation", tmp_path / "evaluation")
+    results = tmp_path / "evaluation" / "results.json"
+    results.write_text(results.read_text(encoding="utf-8").replace("0.", "1.", 1), encoding="utf-8")
+    flags = ["--evaluation_dirs", str(tmp_path / "evaluation"), "--output_dir", str(tmp_path / "comparison")]
+    with pytest.raises(ValueError, match="results.json' is not as it was written; evaluate"):
+        compare.main(["--prepared_dir", str(tiny_run / "prepared"), *flags])
 
 
 def test_reasons_are_the_longest_common_beginnings():
