@@ -1,13 +1,17 @@
 """What the pages show runs: recipes are recipes, Python is Python, links lead somewhere."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from mmesid.trainer.cli import STAGES
+from mmesid.trainer.data.prepared import PreparedDataset
+from mmesid.trainer.data.sources import SOURCES
 from mmesid.trainer.recipes import plan, read_recipe
 from mmesid.trainer.running.help import settings_page
+from mmesid.trainer.stages import prepare
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +51,49 @@ def test_recipes_on_the_pages_are_recipes(tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(block)
         assert "evaluate" in dict(plan(recipe, read_recipe(recipe, STAGES), STAGES))
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+# All but the one that reads from the Hub.
+PREPARE = [
+    command
+    for command in re.findall(r"^    mmesid prepare (--source (?:.*\\\n)*.*)", DATA, re.MULTILINE)
+    if "McAuley" not in command
+]
+
+
+@pytest.fixture(scope="module")
+def files_of_the_page(tmp_path_factory):
+    """The files that the page of data formats shows, each under the name that stands above it."""
+    root = tmp_path_factory.mktemp("data_page")
+    names: list[str] = []
+    for paragraph in DATA.split("\n\n"):
+        if paragraph.startswith("```\n"):
+            # One file, or the second of two that the paragraph before names.
+            path = root / names.pop(0)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(paragraph.removeprefix("```\n").removesuffix("```"), encoding="utf-8")
+        else:
+            assert not names, names
+            names = re.findall(r"`([\w/-]+\.(?:csv|txt|jsonl?|inter|dat))`", paragraph) if paragraph[-1] == ":" else []
+    return root
+
+
+@pytest.mark.parametrize("command", PREPARE)
+def test_the_files_on_the_page_of_data_formats_are_read(command, files_of_the_page, monkeypatch):
+    monkeypatch.chdir(files_of_the_page)
+    flags = shlex.split(command.replace("\\\n", " "))
+    prepare.main(flags)
+    data = PreparedDataset.load(flags[flags.index("--output_dir") + 1])
+    users = 3 if "sequences" in flags else 1
+    assert (data.num_items, len(data.sequences("test")), data.statistics["interactions"]) == (3, users, 3 * users)
+    has_titles = "log.inter" not in flags
+    assert all(bool(title) == has_titles for title in data.titles[1:])
+    assert any("Teapot" in text or "Peach" in text for text in data.texts) == has_titles
+
+
+def test_every_source_has_files_on_the_page_of_data_formats():
+    assert {command.split()[1] for command in PREPARE} == set(SOURCES) - {"synthetic"}
 
 
 def test_the_page_of_settings_is_that_of_the_docstrings():
