@@ -6,6 +6,7 @@
 # make compat       the suite on Python 3.11 and 3.13, with the oldest allowed and the newest transformers, peft,
 #                   accelerate and datasets (torch for 3.13 takes several GB); PYTHONS=python3.12 picks others
 # make settings     docs/settings.md from the docstrings
+# make sample_card  docs/sample_card/README.md from its record, after a change of a template
 # PYTHON=python3.12 make test   picks the interpreter that .venv is made from
 # WORKERS=4 make test           runs the tests in four processes of one thread each, instead of two
 
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 TYPED := $(VENV)/typed
 
-.PHONY: quickstart test lint settings fuzz faults compat clean
+.PHONY: quickstart test lint settings sample_card fuzz faults compat clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/mmesid run examples/recipes/quickstart.yaml
@@ -61,6 +62,11 @@ settings: $(INSTALLED)
 	@$(BIN)/python -c "from mmesid.trainer.cli import STAGES; from mmesid.trainer.running.help import settings_page; \
 		print(settings_page(STAGES), end='')" > docs/settings.md.partial
 	@mv docs/settings.md.partial docs/settings.md
+
+sample_card: $(INSTALLED)
+	@$(BIN)/python -c "import json; from mmesid.hub_cards import REPOSITORY, render_card; \
+		record = json.load(open('docs/sample_card/record.json', encoding='utf-8')); \
+		print(render_card(record).replace(REPOSITORY, 'your-name/mmesid-beauty'), end='')" > docs/sample_card/README.md
 
 clean:
 	rm -rf $(VENV) .venv-compat build dist *.egg-info

@@ -28,8 +28,10 @@ def render_report(page: dict) -> str:
     Returns:
         `str`: HTML. What comes from the data is escaped.
     """
+    on_validation = page["results"].get("validation", {})
     return _ENVIRONMENT.get_template("report.html.jinja").render(
         page=page,
+        best_on_validation=max(on_validation, key=lambda name: on_validation[name]["ndcg@10"], default=None),
         columns=COLUMNS,
         splits=SPLITS,
         picture_notes=PICTURE_NOTES,
@@ -66,6 +68,18 @@ def source_label(name: str) -> str:
     if name.endswith("_similarity"):
         return f"similar {name.removesuffix('_similarity')}"
     return {"id": "ID vector", "sasrec": "SASRec"}.get(name, name)
+
+
+def most_of_its_score(contributions: dict[str, float]) -> str:
+    """What a recommended item owes most of its score to, in words."""
+    name = max(contributions, key=lambda name: contributions[name])
+    if name == "sasrec":
+        source = "SASRec"
+    elif name.endswith("_similarity"):
+        source = f"being alike by {name.removesuffix('_similarity')}"
+    else:
+        source = f"its {source_label(name)}"
+    return f"owes most of its score to {source}"
 
 
 def _source_notes(sources: list[str]) -> dict[str, list[str]]:

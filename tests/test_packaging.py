@@ -30,11 +30,11 @@ ARROWS = {
     "running": set(),
     "metrics": set(),
     "data": {"running"},
-    "demo": set(),
     "publishing": {"running"},
     "encoders": {"data", "publishing", "running"},
     "quantizer": {"data", "metrics", "publishing", "running"},
     "recommender": {"data", "metrics", "publishing", "quantizer", "running"},
+    "demo": {"recommender"},
 }
 
 

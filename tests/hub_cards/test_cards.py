@@ -1,3 +1,4 @@
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from mmesid.hub_cards import eval_results, model_licence, render_card, save_card
+from mmesid.hub_cards import REPOSITORY, eval_results, model_licence, render_card, save_card
 from mmesid.hub_cards.names import name_or, printable, slug
 from mmesid.hub_cards.subjects import KINDS, SUBJECTS
 from mmesid.trainer.metrics.ranking.analysis import HEAD_SHARE
@@ -407,6 +408,10 @@ def test_the_sample_card_is_whole(validate):
     path = Path(__file__).parents[2] / "docs" / "sample_card" / "README.md"
     card = ModelCard.load(path)
     validate(card.content, "finetune")
+    # In step with the templates: a card is what they make of a record.
+    record = json.loads((path.parent / "record.json").read_text(encoding="utf-8"))
+    rendered = render_card(record).replace(REPOSITORY, "your-name/mmesid-beauty")
+    assert path.read_text(encoding="utf-8") == rendered, "`make sample_card` writes it anew"
     assert {result.dataset_split for result in card.data.eval_results} == {"validation", "test"}
     assert "this/repository" not in card.text and str(Path.home()) not in card.text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", card.text)

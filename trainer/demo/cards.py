@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from mmesid.hub_cards.report import source_label
+from mmesid.hub_cards.report import most_of_its_score, source_label
 
 from .showcase import Recommended, Showcase
 
@@ -67,6 +67,8 @@ class Cards:
             elif (alike := self.showcase.most_alike(one.row, history)) is not None:
                 modality, row = alike
                 note = f"is most like “{self.showcase.titles[row]}” of the history by {modality}"
+            else:
+                note = most_of_its_score(one.contributions)
             items.append(self._item(one.row) | {"score": one.score, "bars": bars, "note": note})
         legend = [(source_label(name), self.colours[name]) for name in recommended[0].contributions]
         return str(_HTML.ranking(items, legend))

@@ -17,6 +17,10 @@ from ..quantizer.evaluation import code_metrics
 from ..quantizer.semantic_ids import SEMANTIC_IDS_NAME, semantic_id_examples, write_semantic_ids
 
 
+# Whitened embeddings of two items that have nothing in common stand at a right angle, more or less.
+LEAST_LIKENESS = 0.25
+
+
 def describe_items(
     model: MMESIDForSequentialRecommendation, processor: MMESIDProcessor, directory: str | os.PathLike
 ) -> tuple[dict, dict]:
@@ -73,10 +77,15 @@ def similarity_vectors(model: MMESIDForSequentialRecommendation) -> dict[str, to
 
 def most_alike(row: int, history: Sequence[int], vectors: dict[str, torch.Tensor]) -> tuple[str, int] | None:
     """Modality and row of the item of the history that is most like this one by [`similarity_vectors`]; `None` if none
-    is like it."""
-    found = [(float(table[row] @ table[one]), name, one) for name, table in vectors.items() for one in history]
-    likeness, modality, other = max(found, default=(0.0, "", 0), key=lambda one: one[0])
-    return (modality, other) if likeness > 0 else None
+    is like it, of cosine `LEAST_LIKENESS`."""
+    found = [
+        (float(table[row] @ table[one]), name, one)
+        for name, table in vectors.items()
+        for one in history
+        if torch.cosine_similarity(table[row], table[one], dim=0) >= LEAST_LIKENESS
+    ]
+    _, modality, other = max(found, default=(0.0, "", 0), key=lambda one: one[0])
+    return (modality, other) if modality else None
 
 
 def _draw_weights(model: MMESIDForSequentialRecommendation, weights: torch.Tensor, path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmesid.hub_cards.cards import first_training
 from mmesid.hub_cards.names import printable
-from mmesid.hub_cards.report import inline, inline_file, render_report, source_label
+from mmesid.hub_cards.report import inline, inline_file, most_of_its_score, render_report, source_label
 from modeling_mmesid import MMESIDForSequentialRecommendation
 
 from ..data.prepared import ITEMS_FILE, PreparedDataset
@@ -146,7 +146,11 @@ def report_of(
     }
     # Without targets nothing was held out, and there is nobody to show.
     if data.has_targets and (recommenders := by_stage.get("finetune")):
-        best = max(recommenders, key=lambda name: records[name].metrics.get("validation", {}).get("ndcg@10", 0))
+        # A baseline of ID vectors alone has no reasons to give.
+        reasoned = [name for name in recommenders if records[name].details.get("modalities")]
+        best = max(
+            reasoned or recommenders, key=lambda name: records[name].metrics.get("validation", {}).get("ndcg@10", 0)
+        )
         model = MMESIDForSequentialRecommendation.from_pretrained(run_dir / best).to(device)
         users = example_users(model, data, num_users)
         page |= {"recommender": best, "users": users, "sources": list(users[0]["recommended"][0]["contributions"])}
@@ -174,6 +178,7 @@ def example_users(model: MMESIDForSequentialRecommendation, data: PreparedDatase
             if reason is None and (alike := most_alike(row, history, vectors)) is not None:
                 modality, other = alike
                 reason = f"is most like “{data.titles[other] or data.item_ids[other]}” by {modality}"
+            reason = reason or most_of_its_score(parts)
             recommended.append({"row": row, "score": float(best.scores[place, rank]), "reason": reason}
                                | {"contributions": parts})  # fmt: skip
         # Bars of one user have one scale.

@@ -128,11 +128,11 @@ def test_a_ranking_shows_bars_on_one_scale_and_the_kin_of_the_history(showcase):
     # The others say what of the history they are most like, by the similarity that is scored.
     kin, showcase.nearest_of_history = showcase.nearest_of_history, lambda row, history: None
     vectors = {"text": torch.eye(NUM_ITEMS + 1)}
-    vectors["text"][recommended[0].row, HISTORY[1]] = 0.5
+    vectors["text"][recommended[0].row, HISTORY[1]] = 0.3
     earlier, showcase._vectors = showcase._vectors, vectors
     text = Tags(Cards(showcase).ranking(recommended[:2], HISTORY)).text
     showcase.nearest_of_history, showcase._vectors = kin, earlier
-    assert text.count("is most like") == 1
+    assert text.count("is most like") == 1 and text.count("owes most of its score to") == 1
     assert f"is most like “{showcase.titles[HISTORY[1]]}” of the history by text" in text
 
 

@@ -46,6 +46,8 @@ def test_the_page_shows_figures_pictures_and_settings_and_needs_nothing_else(pag
     for name, result in results.items():
         assert name in parsed.text and f"{result['test']['ndcg@10']:.4f}" in parsed.text
     difference = results["recommender"]["test_differences"]["sasrec"]["ndcg@10"]["difference"]
+    best = max(results, key=lambda name: results[name]["validation"]["ndcg@10"])
+    assert f"On validation, {best} ranks best by nDCG@10." in parsed.text
     assert "recommender is above it by" in parsed.text and f"{difference:+.4f} (" in parsed.text
     assert (
         "nDCG@10 on validation" in " ".join(parsed.text.split())
@@ -120,6 +122,7 @@ def test_reasons_are_the_longest_common_beginnings():
     # Where no code is shared, the most alike by what is compared.
     vectors = {"text": torch.tensor([[0.0, 0], [1, 0], [0.6, 0.8], [0, 1], [-1, 0]]), "visual": torch.zeros(5, 2)}
     assert most_alike(1, [3, 2, 4], vectors) == ("text", 2)
+    assert most_alike(1, [3, 2], {"text": torch.tensor([[0.0, 0], [1, 0], [0.2, 1], [-1, 0]])}) is None
     assert most_alike(1, [3, 4], vectors) is None and most_alike(1, [3], {}) is None
 
 
