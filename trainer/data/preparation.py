@@ -328,6 +328,8 @@ def summary(statistics: dict) -> list[str]:
         for name in statistics
         if name.startswith("bad_image_")
     )
+    # No pictures at all, and none that is named, is a kind of data, not a lack.
+    has_pictures = statistics["missing_image"] < statistics["items"] or by_url or bad
     lines = {
         "kept": kept,
         "dropped users": told(("dropped_short_users", "too short for the split"), ("dropped_users", "by filters")),
@@ -341,7 +343,7 @@ def summary(statistics: dict) -> list[str]:
         "items without": told(
             ("items_without_training_interactions", "training interactions"),
             ("missing_text", "text"),
-            ("missing_image", "picture"),
+            *([("missing_image", "picture")] if has_pictures else []),
         ),
         "pictures that are not there": told(*by_url, *bad, ("image_dir_outside", "links out of image_dir")),
         "skipped rows": told(

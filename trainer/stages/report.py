@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     identities = [[name, record.fingerprint, record.finished_at] for name, record in records.items()]
     made_of = json_digest([identities, arguments.num_users])
     page, state_file = run_dir / PAGE_NAME, run_dir / STATE_NAME
-    known = read_state(state_file) if page.is_file() else {}
+    known: dict = read_state(state_file) if page.is_file() else {}
     if known.get("made_of") != made_of:
         content = report_of(run_dir, records, PreparedDataset.load(prepared_dir), arguments.num_users, state.device)
         write_text_atomic(page, render_report(content))
@@ -263,7 +263,9 @@ def print_users(users: list[dict]) -> None:
         user = users[chosen]
         print(f"After {'; '.join(map(printable, user['history'][-3:]))}:")
         for place, item in enumerate(user["recommended"][:NUM_PRINTED_ITEMS], start=1):
-            parts = ", ".join(f"{source_label(name)} {part:+.2f}" for name, part in item["contributions"].items())
+            # What would be told as 0.00 is left out.
+            counted = {name: part for name, part in item["contributions"].items() if abs(part) >= 0.005}
+            parts = ", ".join(f"{source_label(name)} {part:+.2f}" for name, part in counted.items())
             reason = f"; {item['reason']}" if item["reason"] else ""
             print(f"  {place}. " + printable(f"{item['title']} ({parts}{reason})"))
         print()
