@@ -11,7 +11,7 @@ What a step of training and a recommendation cost as the catalogue, the history 
     python examples/benchmarks/scaling.py --output_dir docs/figures    # scaling.json and three PNG files
 
 A small Llama on random items and users. CPU seconds of the process, the least of a few runs: a busy machine changes
-these little, and nothing else is measured. Ten million items take about 8 GiB (`--catalogues 10000 100000`: less).
+these little, and nothing else is measured. Ten million items take 13 GiB (`--catalogues 10000 100000`: less).
 """
 
 import argparse
@@ -164,14 +164,17 @@ def by_codes(levels: list[int], sizes: list[int], rounds: int) -> dict:
     }
 
 
-def draw(path: Path, curves: dict[str, dict[int, float]], xlabel: str, ylabel: str) -> None:
-    """The curves over logarithmic axes, written in one move."""
+def draw(path: Path, curves: dict[str, dict[int, float]], xlabel: str, ylabel: str, logarithmic: bool = True) -> None:
+    """The curves over a logarithmic axis, seconds on another or from zero, written in one move."""
     figure = Figure(figsize=(5.2, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     for (name, values), (colour, style) in zip(curves.items(), STYLES):
         axes.plot(list(values), list(values.values()), style, color=colour, label=name, markersize=4)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.1 * max(max(values.values()) for values in curves.values()))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
@@ -209,7 +212,7 @@ def main() -> None:
     label = f"CPU seconds, {USERS} users"
     draw(arguments.output_dir / "scaling_catalogue.png", curves, "items in the catalogue", label)
     draw(arguments.output_dir / "scaling_history.png", history, "items in a history", f"{label}, one step")
-    draw(arguments.output_dir / "scaling_codes.png", codes, "codes", f"{label}, one step")
+    draw(arguments.output_dir / "scaling_codes.png", codes, "codes", f"{label}, one step", logarithmic=False)
     print(text)
 
 
