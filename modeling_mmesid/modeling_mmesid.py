@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast
 
 from .calibration_mmesid import MEASURED_ITEMS, MMESIDUserHead, log_scale_for_spread, mean_length, random_histories
 from .checkpointing_mmesid import BaseModelMixin
@@ -22,6 +22,10 @@ from .modeling_mmrqvae import MMRQVAEModel
 from .packing import pack_histories, packed_attention_mask, packed_block_mask, prepend_prompt
 from .recommendation import RecommendationMixin, SequentialRecommendationOutput, evaluating, require_rows
 from .scorers_mmesid import MMESIDScorers
+
+
+# What decoders call their keys and values: `cache` from transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MMESIDPreTrainedModel(BaseModelMixin, SafetensorsMixin, PreTrainedModel):
@@ -160,7 +164,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         item_tokens = self.token_dropout(item_tokens * (self.config.item_token_scale or 1.0)).to(words.dtype)
         inputs_embeds = torch.where((items != 0)[..., None], item_tokens, words)  # (batch, length, hidden)
         prompt_length = len(self.config.prompt_prefix_ids)
-        past_key_values, skipped = None, 0
+        cache, skipped = None, 0
         if prompt_length and self.training and (self.backbone.is_activation_checkpointing or not self.shares_prompt):
             # Recomputed layers keep no keys and values: the prompt stands in every row.
             prompt = self._prompt_embeddings().expand(len(items), -1, -1)
@@ -170,7 +174,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
                 position_ids, shared_length, segment_ids = prepend_prompt(prompt_length, *packing)
             prompt_length, skipped = 0, prompt_length
         elif prompt_length:
-            past_key_values = self._prompt_cache(len(items))
+            cache = self._prompt_cache(len(items))
         # Padding is on the right, where no causal query looks: a sequence that is not packed needs no mask.
         mask = None
         if segment_ids is not None:
@@ -179,8 +183,8 @@ class MMESIDModel(MMESIDPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=None if position_ids is None else position_ids + prompt_length,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
+            **{CACHE_NAME: cache},
         )
         return BaseModelOutput(last_hidden_state=output.last_hidden_state[:, skipped:])
 
@@ -200,7 +204,7 @@ class MMESIDModel(MMESIDPreTrainedModel):
         return self.backbone.get_input_embeddings()(prefix)
 
     def _prompt_states(self) -> Cache:
-        return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True).past_key_values
+        return self.backbone(inputs_embeds=self._prompt_embeddings(), use_cache=True)[CACHE_NAME]
 
     def _prompt_cache(self, batch_size: int) -> Cache:
         """Keys and values of the prompt before the items, for `batch_size` users."""

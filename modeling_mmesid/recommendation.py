@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import ModelOutput
@@ -105,9 +106,9 @@ def target_ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def require_rows(name: str, rows: Sequence[int], num_items: int) -> None:
-    """Raises a `ValueError` if a row is outside 1..`num_items`."""
-    for row in (min(rows, default=1), max(rows, default=1)):
-        if not isinstance(row, Integral) or not 1 <= row <= num_items:
+    """Raises a `ValueError` if a row is outside 1..`num_items`, or no integer: nothing is rounded."""
+    for row in rows.tolist() if isinstance(rows, np.ndarray | torch.Tensor) else rows:
+        if not isinstance(row, Integral) or isinstance(row, bool | np.bool_) or not 1 <= row <= num_items:
             raise ValueError(
                 f"{name} holds row {row}, outside 1..{num_items}; use the processor to turn item ids into rows."
             )

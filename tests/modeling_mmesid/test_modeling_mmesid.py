@@ -296,6 +296,10 @@ def test_fusion_weights_and_recommendations_survive_half_precision_and_inference
         ([[1], []], 5, "History 1 is empty"),
         ([], 5, "There is no history to recommend for; give a list of rows"),
         ([[1, 41]], 5, "row 41, outside 1..40"),
+        # Between the least and the largest, and where a list of integers would take it for one.
+        ([[1, 2.5, 3]], 5, "row 2.5, outside 1..40"),
+        ([[2, True, 3]], 5, "row True, outside 1..40"),
+        ([np.array([1.0, 2.0])], 5, "row 1.0, outside 1..40"),
         ([1, 4], 5, "History 0 is the row 1; give a list of rows for each user"),
         ([[0, 4]], 5, "row 0, outside 1..40"),
         ([[1, 2]], 39, "38 items"),
