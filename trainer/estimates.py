@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,12 @@ class Known:
         return self.items * (2 * width + MEASURED.logit)
 
 
-def timed(function: Callable[[], float], clock: Callable[[], float]) -> float:
+def _product(matrix: torch.Tensor) -> float:
+    # The number is waited for: an accelerator would return before it has computed.
+    return (matrix @ matrix)[0, 0].item()
+
+
+def timed(function: Callable[[], object], clock: Callable[[], float]) -> float:
     """Seconds of a call, the mean over a fifth of a second."""
     start, count = clock(), 0
     while clock() - start < 0.2:
@@ -145,9 +151,9 @@ def this_machine(directory: Path, clock: Callable[[], float] = time.perf_counter
     size, speed = (512 if device == "cpu" else 4096), {}
     for name in ("float32", "bfloat16"):
         matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
-        # The number is waited for: an accelerator would return before it has computed.
-        (matrix @ matrix)[0, 0].item()
-        speed[name] = 2 * size**3 / timed(lambda matrix=matrix: (matrix @ matrix)[0, 0].item(), clock)
+        product = partial(_product, matrix)
+        product()
+        speed[name] = 2 * size**3 / timed(product, clock)
     few = torch.ones(64, device=device)
     addition = timed(lambda: [few + 1 for _ in range(100)], clock) / 100
     return Machine(device, memory, shutil.disk_usage(there).free, speed, addition)
@@ -183,7 +189,9 @@ def schedule(training: BestEpochTrainingArguments, examples: int, held_out: int)
     batches = math.ceil(examples / training.train_batch_size)
     of_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(of_epoch * training.num_train_epochs)
-    every = {"no": math.inf, "epoch": of_epoch}.get(str(training.eval_strategy.value), training.eval_steps or math.inf)
+    every = math.inf if training.eval_strategy == "no" else of_epoch
+    if training.eval_strategy == "steps":
+        every = training.eval_steps or of_epoch
     evaluations = math.ceil(steps / every) if held_out else 0
     passes = steps * batches / of_epoch + evaluations * math.ceil(held_out / training.eval_batch_size) / 3
     return Schedule(batches, steps, steps / of_epoch, evaluations, passes)
@@ -218,7 +226,7 @@ def prepare_work(arguments, known: Known) -> Work:
 def sasrec_work(arguments, known: Known) -> Work:
     config = SASRecConfig(num_items=known.items, **arguments.config)
     width, layers = config.hidden_size, config.num_hidden_layers
-    parameters = layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    parameters = layers * (4 * width**2 + 2 * width * (config.intermediate_size or 4 * width))
     lengths = TrainingWindows(known.data.sequences("train"), config.max_history).lengths
     of_user = 2 * parameters * float(np.mean(lengths)) + known.logits(width)
     plan = schedule(arguments.training, len(lengths), known.held_out)
