@@ -56,6 +56,7 @@ from mmesid.trainer.running.records import StageRun
 from mmesid.trainer.running.training import early_stopping, fit, trainer_arguments
 from mmesid.trainer.stages.evaluate import training_of
 from modeling_mmesid import MMRQVAEConfig
+from modeling_mmesid.modeling_mmesid import CACHE_NAME
 from modeling_mmesid.recommendation import evaluating, pad_histories
 
 
@@ -230,8 +231,8 @@ def beam_search(
             encoder_outputs=BaseModelOutput(states),
             attention_mask=attention_mask,
             decoder_input_ids=last,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
         continued = trie.restrict(nodes, output.logits[:, -1].float().log_softmax(-1).cpu())
         candidates = (scores.view(-1, 1) + continued).view(batch, -1)
@@ -239,7 +240,7 @@ def beam_search(
         tokens = best % trie.vocab_size
         rows = (torch.arange(batch)[:, None] * beams + best // trie.vocab_size).flatten()
         nodes = trie.children(nodes[rows], tokens.flatten())
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         cache.self_attention_cache.reorder_cache(rows)
         if best.shape[1] != beams:
             cache.cross_attention_cache.reorder_cache(rows)
