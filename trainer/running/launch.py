@@ -96,7 +96,8 @@ def launch(command: str, launch_flags: list[str], argv: list[str]) -> None:
     try:
         if on_cpu and processes > 1 and arguments.mpirun_hostfile is None:
             threads = arguments.num_cpu_threads_per_process or max((os.cpu_count() or 1) // processes, 1)
-            os.environ |= {"ACCELERATE_USE_CPU": "true"}
+            precision = arguments.mixed_precision or (None if config is None else config.mixed_precision)
+            os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": precision or "no"}
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
             torchrun.main(["--standalone", f"--nproc_per_node={processes}", "--module", *call])
         else:

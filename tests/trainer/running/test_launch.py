@@ -1,5 +1,6 @@
 """The flags of `accelerate launch` before a stage: what they start, and the configurations that come along."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,7 @@ def test_flags_of_accelerate_are_told_from_those_of_the_stage():
 def started(monkeypatch):
     """What would have been started: by accelerate, or by torchrun."""
     calls = SimpleNamespace(accelerate=[], torchrun=[])
-    for name in ("PYTHONSAFEPATH", "ACCELERATE_USE_CPU", "OMP_NUM_THREADS"):
+    for name in ("PYTHONSAFEPATH", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(accelerate_launch, "launch_command", calls.accelerate.append)
@@ -73,7 +74,9 @@ def test_accelerate_starts_the_command_with_the_flags_of_its_own(started):
 
 def test_processes_on_the_cpu_are_started_as_well(started):
     main(["evaluate", "--output_dir", "out", "--accelerate_config", "cpu"])
-    main(["evaluate", "--output_dir", "out", "--cpu", "--num_processes", "3"])
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    main(["evaluate", "--output_dir", "out", "--cpu", "--num_processes", "3", "--mixed_precision", "bf16"])
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     for count, call in zip((2, 3), started.torchrun):
         command = ["--module", "mmesid.trainer.cli", "evaluate", "--output_dir", "out"]
         assert call == ["--standalone", f"--nproc_per_node={count}", *command]
