@@ -96,7 +96,11 @@ def examine(
                 known = read_data(arguments)
                 if known is None:
                     report.notes.append("The data are on the Hub: `mmesid prepare` reads them, then they are counted.")
-            elif not any(one.stage == "prepare" for one in report.estimates) and known is None:
+            elif (
+                known is None
+                and "prepared_dir" in settings
+                and not any(one.stage == "prepare" for one in report.estimates)
+            ):
                 data = PreparedDataset.load(settings["prepared_dir"])
                 known = Known(data, data.num_items - data.statistics["missing_image"])
             if known is not None and stage in WORK:
@@ -130,7 +134,7 @@ def page(report: Report) -> str:
         ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         f"{machine.device}, {os.cpu_count()} x {processor_name()}, {torch.get_num_threads()} threads, "
         f"{_size(machine.memory)} of memory, {_size(machine.disk)} free on the disk",
-        f"billions of operations a second, measured now: {speeds}",
+        f"billions of operations per second, measured now: {speeds}",
         f"extras that are not installed: {missing or 'none'}",
     ]
     if report.estimates:

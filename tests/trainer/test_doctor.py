@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaModel
 
 from mmesid.trainer import doctor
 from mmesid.trainer.cli import STAGES, main
@@ -15,6 +16,8 @@ from mmesid.trainer.estimates import Machine, size_of
 from mmesid.trainer.recipes import plan, read_recipe
 from mmesid.trainer.recommender.small_llama import new_llama_config, train_tokenizer
 from mmesid.trainer.running.files import to_flags
+
+from ..gguf_files import write_gguf
 
 
 # The quickstart without its encoders, and shorter.
@@ -138,6 +141,13 @@ def test_what_takes_more_memory_than_there_is_is_noted(recipe, machine, capsys):
     assert "note: finetune recommender takes about " in capsys.readouterr().out
 
 
+def test_a_recipe_whose_stages_read_no_data_has_nothing_to_be_counted(machine, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "index": {"model_dir": str(tmp_path)}}))
+    main(["doctor", str(path)])
+    assert capsys.readouterr().out.rstrip().endswith("It can run.")
+
+
 def test_the_size_of_a_pretrained_model_comes_from_its_configuration_alone(tmp_path):
     config = new_llama_config(train_tokenizer(["a b"], 300), 64, 3, 128)
     config.save_pretrained(tmp_path)
@@ -145,3 +155,12 @@ def test_the_size_of_a_pretrained_model_comes_from_its_configuration_alone(tmp_p
     # Attention has four square matrices, the feed-forward layers three of four times the width, norms a vector each.
     assert size.parameters == 3 * (4 * 64**2 + 3 * 4 * 64**2 + 2 * 64) + 64
     assert (size.width, size.layers, size.positions) == (64, 3, 128)
+
+
+def test_the_size_of_a_decoder_in_a_gguf_file_is_that_of_the_file(tmp_path):
+    pytest.importorskip("gguf", reason="GGUF files need gguf; pip install 'mmesid[gguf]'")
+    tokenizer = train_tokenizer(["a b"], 300)
+    model = LlamaModel(new_llama_config(tokenizer, 64, 3, 128))
+    write_gguf(tmp_path / "one.gguf", model, tokenizer)
+    size = size_of(str(tmp_path), gguf_file="one.gguf")
+    assert (size.all_parameters, size.width, size.layers) == (model.num_parameters(), 64, 3)
