@@ -64,7 +64,7 @@ def unpack_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         # A copy: the build leaves its files beside what it builds.
         checkout = Path(temporary) / "checkout"
-        for name in ("mmesid", "modeling_mmesid", "trainer", "hub_cards", "examples/recipes"):
+        for name in ("mmesid", "modeling_mmesid", "trainer", "hub_cards", "examples/accelerate", "examples/recipes"):
             shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, checkout)

@@ -309,9 +309,11 @@ def test_related_repositories_are_named():
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_reader_would_ask_is_there(stage):
     card = ModelCard(render_card(make_record(stage)))
+    # An encoder is CLIP's, and no part of the paper.
+    source = "arXiv:2103.00020" if stage == "encoder" else "arXiv:2509.02017"
     for expected in (
         "Bicycle parts", "CC-BY-4.0", f"| items | {NUM_ITEMS} |", "| `learning_rate` | 0.002 |", "torch 2.13.0",
-        "2 x x86_64", "1 h 2 min", "1.50 GiB", "arXiv:2509.02017",
+        "2 x x86_64", "1 h 2 min", "1.50 GiB", source,
     ):  # fmt: skip
         assert expected in card.text
     assert "SYNTHETIC" not in card.text and "synthetic" not in card.data.tags

@@ -327,6 +327,7 @@ def test_settings_become_the_arguments_they_say():
         "output_dir": "out",
         "prepared_dir": "prepared",
         "modalities": [],
+        "backbone_name_or_path": "me/llama",
         "lora_target_modules": ["q_proj", "v_proj"],
         "user_prompt": "-- {items}, please",
         "paper": False,
