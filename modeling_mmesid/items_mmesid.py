@@ -109,7 +109,8 @@ class MMESIDModality(nn.Module):
             directions = torch.linalg.eigh(covariance).eigenvectors[:, width - kept :]
             turn = nn.init.orthogonal_(torch.empty(hidden_size, kept, dtype=directions.dtype))
             self.code_projection.weight.copy_(turn.to(directions.device) @ directions.T)
-        self.code_vectors.mul_(length / self.embed_codes(items).norm(dim=-1).mean())
+        # Items that are all alike have codes at zero, which no factor lengthens.
+        self.code_vectors.mul_(length / self.embed_codes(items).norm(dim=-1).mean().clamp(min=1e-12))
 
 
 class MMESIDFusion(nn.Module):

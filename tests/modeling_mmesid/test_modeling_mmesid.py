@@ -124,6 +124,15 @@ def test_codes_start_at_the_distances_that_the_quantizer_kept(codebook_dim):
     torch.testing.assert_close(factors, factors.mean().expand_as(factors), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("codebook_dim", [16, 8])
+def test_codes_of_items_that_are_all_alike_are_zero(codebook_dim):
+    model = new_model(codebook_dim=codebook_dim)
+    text = model.model.items.modalities["text"]
+    with torch.no_grad():
+        text.initialize_codes(torch.zeros_like(text.code_vectors), 1.0)
+    assert not text.code_vectors.any() and model.item_table().isfinite().all()
+
+
 def test_code_vectors_start_trained_and_stay_trainable():
     """Trained up to one factor per modality, which makes the sums of code vectors as long as ID vectors."""
     model = new_model()
