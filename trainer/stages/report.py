@@ -153,18 +153,23 @@ def report_of(
         )
         model = MMESIDForSequentialRecommendation.from_pretrained(run_dir / best).to(device)
         users = example_users(model, data, num_users)
-        page |= {"recommender": best, "users": users, "sources": list(users[0]["recommended"][0]["contributions"])}
+        page |= {"recommender": best, "users": users}
+        page["sources"] = list(users[0]["recommended"][0]["contributions"]) if users else []
         differences = results.get(best, {}).get("test_differences", {})
         page["differences"] = {name: one["ndcg@10"] for name, one in differences.items()}
     return page
 
 
 def example_users(model: MMESIDForSequentialRecommendation, data: PreparedDataset, num_users: int) -> list[dict]:
-    """Users spread evenly over the test split, with what they chose, what they are recommended and why."""
+    """Users spread evenly over the test split, with what they chose, what they are recommended and why. Who has chosen
+    as often as there are items is left out: nothing may be left to recommend."""
     test = data.sequences("test")
-    with_history = np.flatnonzero(np.diff(test.offsets))
-    places = np.unique(np.linspace(0, len(with_history) - 1, min(num_users, len(with_history))).astype(int))
-    chosen = with_history[places]
+    counts = np.diff(test.offsets)
+    candidates = np.flatnonzero((counts > 0) & (counts < data.num_items))
+    if not len(candidates):
+        return []
+    places = np.unique(np.linspace(0, len(candidates) - 1, min(num_users, len(candidates))).astype(int))
+    chosen = candidates[places]
     histories = [test[int(user)]["history"].tolist() for user in chosen]
     count = min(NUM_RECOMMENDED, data.num_items - max(map(len, histories)))
     best = model.recommend(histories, top_k=count, return_contributions=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,6 +85,18 @@ def test_users_are_recommended_what_the_model_recommends(page, tiny_run):
         for item, score in zip(user["recommended"], best.scores[0].tolist()):
             assert sum(item["contributions"].values()) == pytest.approx(score, abs=1e-4) == item["score"]
             assert item["title"] in text
+
+
+def test_users_for_whom_nothing_may_be_left_are_not_shown(tiny_run, monkeypatch):
+    data = PreparedDataset.load(tiny_run / "prepared")
+    model = MMESIDForSequentialRecommendation.from_pretrained(tiny_run / "recommender")
+    counts = np.diff(data.sequences("test").offsets)
+    longest = int(counts.max())
+    for num_items, expected in ((longest, int((counts < longest).sum())), (int(counts.min()), 0)):
+        monkeypatch.setattr(PreparedDataset, "num_items", num_items)
+        users = example_users(model, data, len(counts))
+        assert len(users) == expected and all(user["recommended"] for user in users)
+        assert all(user["earlier"] + len(user["history"]) < num_items for user in users)
 
 
 def test_a_page_that_is_up_to_date_is_not_written_again_and_three_users_are_printed(page, tiny_run, capsys):
