@@ -77,8 +77,9 @@ class MMESIDModality(nn.Module):
     @torch.no_grad()
     def initialize(self, embeddings: torch.Tensor, present: torch.Tensor, codes: torch.Tensor | None) -> None:
         """Takes the modality's tables of [`MMESIDItems.initialize`], already checked."""
-        # No copy where none is needed: a table that is mapped from its file stays so, and processes share it.
-        self.embeddings = embeddings.to(self.embeddings)
+        # No copy where none is needed: a table that is mapped from its file stays so, and processes share it. What is
+        # cut out of a wider table could not be saved.
+        self.embeddings = embeddings.to(self.embeddings).contiguous()
         self.present.copy_(present)
         # In blocks: no copy of a large table.
         known = present.nonzero()[:, 0].split(ITEMS_PER_BLOCK)
@@ -210,8 +211,12 @@ class MMESIDItems(nn.Module):
                 )
         self.fusion.frequencies.copy_(frequencies)
         self.fusion.frequency_range.copy_(torch.stack(frequencies[1:].aminmax()))
+        taken: set[int] = set()
         for name, modality in self.modalities.items():
-            modality.initialize(embeddings[name], present[name], codes.get(name))
+            # One tensor under two names could not be saved.
+            table = embeddings[name].clone() if embeddings[name].data_ptr() in taken else embeddings[name]
+            taken.add(table.data_ptr())
+            modality.initialize(table, present[name], codes.get(name))
             if code_vectors:
                 # As long as an ID vector, on average: one source must not drown the others before training.
                 modality.initialize_codes(code_vectors[name], config.initializer_range * config.hidden_size**0.5)

@@ -260,7 +260,8 @@ class MMESIDForSequentialRecommendation(RecommendationMixin, MMESIDPreTrainedMod
         Args:
             frequencies (`torch.LongTensor` of shape `(items + 1,)`): How often each item occurs in the training split.
             embeddings (`dict[str, torch.Tensor]`, each of shape `(items + 1, embedding_dim)`): Frozen embeddings for
-                each modality.
+                each modality. The model keeps a table of its own type and device as it is, without a copy: do not
+                change it afterwards.
             present (`dict[str, torch.BoolTensor]`, each of shape `(items + 1,)`, *optional*): Which items have the
                 modality; those with a non-zero embedding by default.
             codes (`dict[str, torch.LongTensor]`, each of shape `(items + 1, levels)`, *optional*): Semantic IDs, -1

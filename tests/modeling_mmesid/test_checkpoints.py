@@ -10,6 +10,7 @@ from transformers import AutoModel, set_seed
 from transformers.utils import logging
 
 from modeling_mmesid import (
+    MMESIDConfig,
     MMESIDForSequentialRecommendation,
     MMRQVAEConfig,
     MMRQVAEModel,
@@ -18,7 +19,7 @@ from modeling_mmesid import (
 )
 from modeling_mmesid.checkpoints import FORMAT_VERSION, add_companions
 
-from .conftest import HISTORIES, NUM_ITEMS, item_tables, new_model, settings
+from .conftest import HISTORIES, NUM_ITEMS, item_tables, llama_config, new_model, settings
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +262,17 @@ def test_a_small_checkpoint_loads_without_a_bar_and_the_library_keeps_its_own(sa
         patch.setattr("modeling_mmesid.checkpoints.SLOW_BYTES", 0)
         AutoModel.from_pretrained(saved / "sasrec")
     assert "Loading weights" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["one table", "parts of a wider table"])
+def test_tables_that_share_their_memory_can_be_saved(cut, tmp_path):
+    set_seed(0)
+    config = MMESIDConfig(backbone_config=llama_config(), **settings(embedding_dims=[8, 8], num_quantizers=0))
+    model = MMESIDForSequentialRecommendation(config).eval()
+    wide = torch.randn(NUM_ITEMS + 1, 16)
+    second = wide[:, 8:] if cut else wide[:, :8].contiguous()
+    first = wide[:, :8] if cut else second
+    model.initialize_items(torch.arange(NUM_ITEMS + 1), {"collaborative": first, "text": second})
+    model.save_pretrained(tmp_path)
+    loaded = MMESIDForSequentialRecommendation.from_pretrained(tmp_path)
+    assert torch.equal(loaded.recommend(HISTORIES).scores, model.recommend(HISTORIES).scores)
