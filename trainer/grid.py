@@ -218,7 +218,7 @@ def execute(runs: Sequence[Run], jobs: int, logs: Path, run_stage: Callable[[str
     Returns:
         `set[str]`: The directories of the runs that failed or were not started.
     """
-    # As many threads a process as there are processors would be in each other's way. The server inherits the number.
+    # As many threads per process as there are processors would be in each other's way. The server inherits the number.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context: Any = multiprocessing.get_context(START_METHOD)
     if START_METHOD == "forkserver":

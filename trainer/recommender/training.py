@@ -267,7 +267,7 @@ def training_plan(trainer: MMESIDTrainer) -> str:
 
 def epoch_positions(lengths: Sequence[int], prompt: int, closing: int, batches: int, packed: bool = True) -> int:
     """How many positions a decoder reads in an epoch over histories of these `lengths`: the items, `closing` tokens
-    after each prefix, and the `prompt` before them, once a batch."""
+    after each prefix, and the `prompt` before them, once per batch."""
     items = torch.tensor(lengths)
     # Packed, each item is read once; otherwise once for every prefix that holds it.
     read = items if packed or not closing else items * (items + 1) // 2

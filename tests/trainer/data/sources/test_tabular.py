@@ -160,28 +160,28 @@ from mmesid.trainer.running.records import StageRecord
 from mmesid.trainer.stages.prepare import main
 
 folder, output = sys.argv[1:]
-api, dataset = HfApi(), {"repo_id": "tester/shop", "repo_type": "dataset"}
+api, dataset = HfApi(), {"repo_id": "tester/market", "repo_type": "dataset"}
 api.create_repo(**dataset)
 api.upload_folder(folder_path=folder, **dataset)
 columns = "--source tabular --columns user_id=customer item_id=sku timestamp=at --item_fields title=name".split()
-files = ["--interactions", "hf://datasets/tester/shop/orders.parquet",
-         "--items", "hf://datasets/tester/shop@main/products.parquet"]
+files = ["--interactions", "hf://datasets/tester/market/orders.parquet",
+         "--items", "hf://datasets/tester/market@main/products.parquet"]
 main([*columns, *files, "--output_dir", f"{output}/files"])
-repository = ["--interactions", "tester/shop:orders[all]", "--items", "tester/shop:products@main",
+repository = ["--interactions", "tester/market:orders[all]", "--items", "tester/market:products@main",
               "--output_dir", f"{output}/repository"]
 main([*columns, *repository])
 by_file, by_repository = (PreparedDataset.load(f"{output}/{name}") for name in ("files", "repository"))
 assert by_file.item_ids == by_repository.item_ids == ["", "010", "007", "500"], by_file.item_ids
 assert by_file.sequences("test")[1]["target"] == by_repository.sequences("test")[1]["target"] == 3
-commit = api.dataset_info("tester/shop").sha
+commit = api.dataset_info("tester/market").sha
 read = StageRecord.load(f"{output}/repository").arguments
-of_orders = {"": "tester/shop", "_config": "orders", "_split": "all", "_revision": commit}
+of_orders = {"": "tester/market", "_config": "orders", "_split": "all", "_revision": commit}
 assert {part: read[f"interactions{part}"] for part in of_orders} == of_orders, read
 assert read["items_revision"] == commit and "items_split" not in read, read
 main([*columns, *repository])
 api.upload_file(path_or_fileobj=b"x", path_in_repo="other.txt", **dataset)
 main([*columns, *repository])
-for mistyped in ("tester/shpo", "hf://datasets/tester/shop/ordrs.parquet"):
+for mistyped in ("tester/markte", "hf://datasets/tester/market/ordrs.parquet"):
     try:
         main([*columns, "--interactions", mistyped, "--output_dir", f"{output}/mistyped"])
     except FileNotFoundError as error:
@@ -191,8 +191,8 @@ scripted = {"repo_id": "tester/scripted", "repo_type": "dataset"}
 api.create_repo(**scripted)
 api.upload_folder(folder_path=folder, **scripted)
 api.upload_file(path_or_fileobj=b"raise SystemExit('a loading script ran')", path_in_repo="scripted.py", **scripted)
-main([*columns, *(flag.replace("shop", "scripted") for flag in files), "--output_dir", f"{output}/scripted"])
-main([*columns, *(flag.replace("shop", "scripted") for flag in repository)])
+main([*columns, *(flag.replace("market", "scripted") for flag in files), "--output_dir", f"{output}/scripted"])
+main([*columns, *(flag.replace("market", "scripted") for flag in repository)])
 """
 
 
@@ -206,8 +206,8 @@ def test_files_and_repositories_of_the_hub_are_read_at_the_commit_they_are_at(tm
     assert "name its files, as hf://datasets/tester/scripted/<file>" in result.stderr.splitlines()[-1], result.stderr
     refused = [line for line in result.stdout.splitlines() if line.startswith("refused: ")]
     assert len(refused) == 2 and all("the Hub at http://127.0.0.1" in line for line in refused)
-    assert "'tester/shpo' is not on this machine" in refused[0] and "it answers 404" in refused[0]
-    assert "'hf://datasets/tester/shop/ordrs.parquet' is not on this machine" in refused[1]
+    assert "'tester/markte' is not on this machine" in refused[0] and "it answers 404" in refused[0]
+    assert "'hf://datasets/tester/market/ordrs.parquet' is not on this machine" in refused[1]
     assert result.stdout.count("is up to date, skipped") == 1, "once unchanged"
     assert result.stdout.count("prepare: wrote") == 4, "by file, by name, again with a new commit, by file"
 
