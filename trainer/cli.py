@@ -80,8 +80,8 @@ def _main(argv: list[str]) -> None:
         own = {"set", "only"} if command == "run" else stage_settings(command)
         with one_sentence(command, traceback):
             launch_flags, argv = split_launch_flags(argv, own)
-        if launch_flags:
-            return launch(command, launch_flags, argv + traceback)
+            if launch_flags:
+                return launch(command, launch_flags, argv + traceback)
         join_processes()
     if command in OTHER_COMMANDS:
         parser_of, function = OTHER_COMMANDS[command]

@@ -91,10 +91,13 @@ def launch(command: str, launch_flags: list[str], argv: list[str]) -> None:
     call = [COMMAND_MODULE, command, *argv]
     arguments = launch_command_parser().parse_args(["--quiet", *launch_flags, "--module", *call])
     config = None if arguments.config_file is None else load_config_from_file(arguments.config_file)
+    machines = arguments.num_machines or (1 if config is None else config.num_machines)
     on_cpu = arguments.cpu or (config is not None and config.use_cpu)
     processes = arguments.num_processes or (1 if config is None else config.num_processes)
     try:
         if on_cpu and processes > 1 and arguments.mpirun_hostfile is None:
+            if machines > 1:
+                raise UsageError("--num_machines is above 1, but processes on the CPU share a machine; leave it out.")
             threads = arguments.num_cpu_threads_per_process or max((os.cpu_count() or 1) // processes, 1)
             precision = arguments.mixed_precision or (None if config is None else config.mixed_precision)
             os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": precision or "no"}

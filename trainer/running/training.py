@@ -91,19 +91,24 @@ class FiniteLossTrainer(Trainer):
         self._unseen.append((self.state.global_step + 1, loss.detach(), inputs.get("items")))
         # An accelerator is not waited for in every step.
         if loss.is_cpu or len(self._unseen) == STEPS_BETWEEN_LOOKS:
-            latest, self._unseen = self._unseen, []
-            finite = torch.stack([one.isfinite().all() for _, one, _ in latest]).tolist()
-            if not all(finite):
-                step, bad, items = latest[finite.index(False)]
-                of_whom = "" if items is None else self.of_whom(items)
-                raise ValueError(_diverged(f"The loss is {bad.item()} in step {step}{of_whom}"))
+            self._require_finite_losses()
         return loss
+
+    def _require_finite_losses(self) -> None:
+        latest, self._unseen = self._unseen, []
+        finite = torch.stack([one.isfinite().all() for _, one, _ in latest]).tolist() if latest else []
+        if not all(finite):
+            step, bad, items = latest[finite.index(False)]
+            of_whom = "" if items is None else self.of_whom(items)
+            raise ValueError(_diverged(f"The loss is {bad.item()} in step {step}{of_whom}"))
 
     def of_whom(self, items: torch.Tensor) -> str:
         """Whose histories `items` `(batch, length)` are, as the part of a sentence; nothing where nobody can tell."""
         return ""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # A later run would go on from a checkpoint of NaN.
+        self._require_finite_losses()
         super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and self.args.should_save:
             # Of sharded weights the Trainer writes nothing here. What they are the weights of is told beside them, and

@@ -371,6 +371,14 @@ def test_what_cannot_be_trained_on_is_refused_in_a_sentence(tmp_path, given, wor
         SASRecTrainer(model, arguments(tmp_path), **given)
 
 
+def test_a_loss_that_nobody_has_looked_at_yet_leaves_no_checkpoint(tmp_path):
+    trainer = sasrec_trainer(arguments(tmp_path / "training"))
+    trainer._unseen = [(2, torch.tensor(1.0), None), (3, torch.tensor(float("nan")), None)]
+    with pytest.raises(ValueError, match="The loss is nan in step 3: training has diverged"):
+        trainer.save_model(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 class Waits(TorchDispatchMode):
     """What an accelerator would be waited for: numbers that are read, and results whose size depends on values."""
 

@@ -83,6 +83,13 @@ def test_processes_on_the_cpu_are_started_as_well(started):
     assert not started.accelerate
 
 
+def test_processes_on_the_cpu_share_one_machine(started, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--output_dir", "out", "--cpu", "--num_processes", "2", "--num_machines", "2"])
+    assert ended.value.code == 2 and "--num_machines is above 1" in capsys.readouterr().err
+    assert not started.torchrun and not started.accelerate
+
+
 def test_the_exit_status_is_that_of_the_process_that_failed(started, monkeypatch):
     def fail(argv):
         failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file="")
